@@ -1,0 +1,197 @@
+//! [`BlockDriver`]: what a guest sees of a disk image, whatever its format.
+//!
+//! Calls are blocking, take `&self` and may come from any number of threads. Buffers belong to the
+//! caller. Sessions that must not block use the plans (`map_read`, `prepare_write` with
+//! [`MapMode::Try`]) and give only what is slow to a thread that may wait.
+
+use std::fmt;
+use std::ops::ControlFlow;
+
+use crate::address::GuestRange;
+use crate::error::Result;
+use crate::mover;
+use crate::open::ImageInfo;
+use crate::plan::{MapMode, ReadPlan, WritePlan};
+use crate::storage::{Durability, Storage};
+use crate::sync::Arc;
+
+/// The formats that can be served.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Format {
+    /// The file is the disk.
+    Raw,
+    /// The file is the disk, read through a memory mapping.
+    MmapRaw,
+    /// QEMU's copy-on-write format, version 2 or 3.
+    Qcow2,
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Format::Raw => "raw",
+            Format::MmapRaw => "mmap-raw",
+            Format::Qcow2 => "qcow2",
+        })
+    }
+}
+
+/// What is fixed when an image is opened.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// The format it is served as.
+    pub format: Format,
+    /// Whether it was opened for writing.
+    pub writable: bool,
+    /// Smallest unit that can be read and written without read-modify-write; a power of two, at least 1.
+    pub block_min_len: u32,
+    /// Unit that is served best; a power of two, at least `max(block_min_len, 512)`.
+    pub block_preferred_len: u32,
+    /// Whether a fast write-zeroes can succeed at all.
+    pub fast_zero: bool,
+    /// Whether it is worth asking [`MapMode::Holes`] for large reads (holes are not in the mapping itself).
+    pub holes_in_storage: bool,
+}
+
+/// What an image can still do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum State {
+    /// All of it.
+    Live,
+    /// Reading only: an error left its metadata or its file in doubt. Writes and flushes get EIO.
+    Failed,
+    /// Nothing.
+    Closed,
+}
+
+/// What a zeroing leaves behind. After any of them the range reads as zeroes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Provision {
+    /// Room may be given back (NBD's may-unmap).
+    Unmap,
+    /// Room stays as it is where there is some.
+    Keep,
+    /// Room is there afterwards: later writes do not fail for lack of space (NBD's NO_HOLE).
+    Allocate,
+}
+
+/// How to zero a range.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ZeroRequest {
+    /// What happens to the room.
+    pub provision: Provision,
+    /// Fail at once with [`WouldBeSlow`](crate::ErrorKind::WouldBeSlow), nothing changed, when it would
+    /// take as long as writing the zeroes.
+    pub fast: bool,
+    /// Whether it is durable when the call returns.
+    pub durability: Durability,
+}
+
+/// What [`BlockDriver::status`] is asked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum StatusQuery<'a> {
+    /// Which runs are holes, which read as zeroes.
+    Allocation,
+    /// How deep in the backing chain each run lies.
+    Depth,
+    /// Which runs the named dirty bitmap has set.
+    Bitmap(&'a str),
+}
+
+/// One answer of [`BlockDriver::status`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Status {
+    /// To [`StatusQuery::Allocation`].
+    Allocation {
+        /// No room is kept for the run.
+        hole: bool,
+        /// The run reads as zeroes.
+        zero: bool,
+    },
+    /// To [`StatusQuery::Depth`]: 0 nowhere, 1 in the image itself, 2 in its backing file, ...
+    Depth(u32),
+    /// To [`StatusQuery::Bitmap`].
+    Bitmap {
+        /// Whether the run is marked.
+        dirty: bool,
+    },
+}
+
+/// Takes one run of equal status, in guest order without gaps; may stop the enumeration.
+pub type StatusVisitor<'a> = &'a mut dyn FnMut(u64, Status) -> ControlFlow<()>;
+
+/// A disk image as its guest sees it.
+///
+/// Every range must lie within [`size`](Self::size), else the call fails with
+/// [`OutOfBounds`](crate::ErrorKind::OutOfBounds) and does nothing. Empty ranges succeed.
+/// Mutating calls on an image that was not opened for writing fail with
+/// [`ReadOnly`](crate::ErrorKind::ReadOnly) and do nothing.
+pub trait BlockDriver: Send + Sync {
+    /// What was fixed at open.
+    fn facts(&self) -> &Facts;
+
+    /// The guest's size in bytes, now.
+    fn size(&self) -> u64;
+
+    /// What the image can still do, now.
+    fn state(&self) -> State;
+
+    /// The storages that [`StorageId`](crate::plan::StorageId) counts: the same ones in the same order
+    /// as long as the driver lives.
+    fn storages(&self) -> &[Arc<dyn Storage>];
+
+    /// What is known of the image, for people.
+    fn info(&self) -> Result<ImageInfo>;
+
+    /// Fills `plan` with where the bytes of `range` lie. The pin in the plan holds them there until the
+    /// plan is reset or dropped. With [`MapMode::Try`] it does no I/O and waits for nobody.
+    fn map_read(&self, range: GuestRange, mode: MapMode, plan: &mut ReadPlan) -> Result<()>;
+
+    /// Reads `buf.len()` bytes from `offset` where a plan said `Slow`. Waits and computes as needed.
+    fn read_slow(&self, offset: u64, buf: &mut [u8]) -> Result<()>;
+
+    /// Fills `plan` with where the bytes of a write to `range` go. On success the caller writes the
+    /// `Data` pieces and must call [`finish_write`](Self::finish_write) afterwards; on failure there is
+    /// nothing to finish. `Slow` pieces are given to [`write_slow`](Self::write_slow) by the caller.
+    /// [`MapMode::Holes`] means the same as `Wait`.
+    fn prepare_write(&self, range: GuestRange, mode: MapMode, plan: &mut WritePlan) -> Result<()>;
+
+    /// Ends a write that `prepare_write` began, and resets `plan`. `written` tells whether every `Data`
+    /// piece reached its storage; if not, the guest sees the range's old bytes, new bytes or a mixture.
+    fn finish_write(&self, plan: &mut WritePlan, written: bool) -> Result<()>;
+
+    /// Writes `buf` at `offset` where a plan said `Slow`. Waits as needed.
+    fn write_slow(&self, offset: u64, buf: &[u8]) -> Result<()>;
+
+    /// Makes the range read as zeroes.
+    fn write_zeroes(&self, range: GuestRange, request: ZeroRequest) -> Result<()>;
+
+    /// Says that the guest does not need the contents of the range any more. What it reads as
+    /// afterwards is undefined but never another's data; parts that cannot be given back are left alone.
+    fn discard(&self, range: GuestRange, durability: Durability) -> Result<()>;
+
+    /// Makes every write, zeroing and discard that has returned before this call durable, with all
+    /// metadata that leads to it.
+    fn flush(&self) -> Result<()>;
+
+    /// Asks for the range to be brought into memory. A hint: it returns before that has happened.
+    fn cache(&self, range: GuestRange) -> Result<()>;
+
+    /// Flushes and lets the image go; afterwards every call but `state` and `facts` fails. Idempotent.
+    fn close(&self) -> Result<()>;
+
+    /// Fills `buf` from `offset`.
+    fn pread(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        mover::read(self, offset, buf)
+    }
+
+    /// Writes `buf` at `offset`; with [`Durability::Fua`] it is durable when the call returns.
+    fn pwrite(&self, offset: u64, buf: &[u8], durability: Durability) -> Result<()> {
+        mover::write(self, offset, buf, durability)
+    }
+
+    /// Tells `visitor` the status of consecutive runs that cover `range`, until it breaks off.
+    fn status(&self, query: StatusQuery<'_>, range: GuestRange, visitor: StatusVisitor<'_>) -> Result<()> {
+        mover::status(self, query, range, visitor)
+    }
+}

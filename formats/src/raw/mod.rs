@@ -1,0 +1,1 @@
+//! The raw driver: the file is the disk.

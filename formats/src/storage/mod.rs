@@ -1,0 +1,148 @@
+//! [`Storage`]: the file below a driver. Every byte of an image goes through this trait, so that the
+//! real, recording, failing and in-memory storages all see the production path.
+//!
+//! Nothing above may assume a local file, a descriptor, or that what lies here can be overwritten.
+
+mod buffer;
+pub mod queue;
+
+use std::io;
+use std::path::PathBuf;
+
+pub use buffer::IoBuf;
+pub use queue::{Completed, Operation, OperationKind, Queue};
+
+use crate::address::{HostOffset, HostRange};
+use crate::driver::Provision;
+use crate::sync::Arc;
+
+/// When a change must be durable.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Durability {
+    /// With the next flush.
+    Later,
+    /// Before the call returns (force unit access).
+    Fua,
+}
+
+impl Durability {
+    /// Whether it must be durable before the call returns.
+    pub fn is_fua(self) -> bool {
+        self == Durability::Fua
+    }
+}
+
+/// What kind of thing a storage is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum StorageKind {
+    /// A regular file.
+    File,
+    /// A block device: fixed length, stale content.
+    BlockDevice,
+    /// Memory, for tests.
+    Memory,
+}
+
+/// How reads are best issued by somebody who must not wait.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum InPlace {
+    /// A plain call never waits for a device (memory, tmpfs).
+    Always,
+    /// The kernel can be asked (RWF_NOWAIT).
+    Ask,
+    /// It cannot be told in advance: submit.
+    Never,
+}
+
+/// What is fixed when a storage is opened.
+#[derive(Clone, Debug)]
+pub struct StorageFacts {
+    /// Its name for people: the path of a file.
+    pub path: PathBuf,
+    /// What it is.
+    pub kind: StorageKind,
+    /// Whether it was opened for writing.
+    pub writable: bool,
+    /// Whether writes behind its end make it longer.
+    pub grows: bool,
+    /// Whether space that it grows by, and space that was punched, reads as zeroes.
+    pub new_space_is_zero: bool,
+    /// Whether the page cache is bypassed (O_DIRECT). Alignment is solved below this trait all the same.
+    pub direct: bool,
+    /// How to read without waiting.
+    pub reads: InPlace,
+    /// How to write without waiting. `Ask` means: in place, but watch the clock.
+    pub writes: InPlace,
+}
+
+/// What became of a read that must not wait.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum TryRead {
+    /// All that was asked for, or all up to the end of the storage: this many bytes.
+    Done(usize),
+    /// This many bytes are in the buffer; for the next one it would have to wait.
+    WouldWait(usize),
+}
+
+/// A run of a storage that is all data or all hole.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Run {
+    /// Bytes; at least 1.
+    pub len: u64,
+    /// Whether the run is a hole: it reads as zeroes and occupies nothing.
+    pub hole: bool,
+}
+
+/// The bytes below a driver. All calls may come from any number of threads at once; calls whose ranges
+/// overlap are not ordered among each other.
+pub trait Storage: Send + Sync {
+    /// What was fixed at open.
+    fn facts(&self) -> &StorageFacts;
+
+    /// Its length in bytes, now.
+    fn len(&self) -> io::Result<u64>;
+
+    /// Whether it holds no byte.
+    fn is_empty(&self) -> io::Result<bool> {
+        self.len().map(|len| len == 0)
+    }
+
+    /// Reads into `buf` from `at`. Returns fewer bytes than asked for only where the storage ends.
+    fn pread(&self, buf: &mut [u8], at: HostOffset) -> io::Result<usize>;
+
+    /// As `pread`, but gives up rather than wait for a device. The bytes it has read so far are valid.
+    fn try_pread(&self, buf: &mut [u8], at: HostOffset) -> io::Result<TryRead>;
+
+    /// Writes all of `buf` at `at`. With [`Durability::Fua`] bytes and the file's own metadata for them
+    /// are durable on return. On an error any part of the range may have been written.
+    fn pwrite(&self, buf: &[u8], at: HostOffset, durability: Durability) -> io::Result<()>;
+
+    /// Makes everything that has returned before this call durable. A failure of buffered storage is
+    /// final: this and every later sync, FUA write and write of the storage fail with EIO.
+    fn sync(&self) -> io::Result<()>;
+
+    /// Makes the range read as zeroes. Never makes the storage longer, except that `Allocate` may.
+    /// With `fast` it fails with `EOPNOTSUPP`, nothing changed, where it would have to write the zeroes.
+    fn zero(&self, range: HostRange, provision: Provision, fast: bool) -> io::Result<()>;
+
+    /// Gives the room of the range back where that is possible. What it reads as afterwards is zeroes
+    /// if `new_space_is_zero`, else undefined. Not being able to is no error.
+    fn discard(&self, range: HostRange) -> io::Result<()>;
+
+    /// Makes the storage this long; new space reads as zeroes if `new_space_is_zero`.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+
+    /// What lies at `at`, which must be below the length, and how far at least that goes on (at most to
+    /// the end). Storages that do not know call everything data.
+    fn run_at(&self, at: HostOffset) -> io::Result<Run>;
+
+    /// Asks for the range to be brought into memory; returns at once.
+    fn prefetch(&self, range: HostRange) -> io::Result<()>;
+
+    /// Starts the operations; each is answered exactly once on `queue`, in any order, possibly before
+    /// this call returns. The buffers belong to the operations until then. Drains `operations`.
+    fn submit(self: Arc<Self>, operations: &mut Vec<Operation>, queue: &Arc<Queue>);
+
+    /// Lets its locks go and closes it as far as it can; later calls may fail. Idempotent.
+    fn close(&self) -> io::Result<()>;
+}

@@ -1,0 +1,1 @@
+//! nbd-img: a storage-format-aware disk image server.

@@ -1,0 +1,2 @@
+//! The program `nbd-img`.
+fn main() {}
