@@ -8,10 +8,12 @@ mod buffer;
 mod engine;
 mod file;
 mod lock;
+mod mapped;
 mod memory;
 mod place;
 pub mod queue;
 mod room;
+mod sigbus;
 
 use std::io;
 use std::path::PathBuf;
@@ -19,6 +21,7 @@ use std::path::PathBuf;
 pub use buffer::IoBuf;
 pub use file::{FileOptions, FileStorage};
 pub use lock::LockMode;
+pub use mapped::MappedStorage;
 pub use memory::{MemoryOptions, MemoryStorage, POISON};
 pub use queue::{Completed, Operation, OperationKind, Queue};
 
