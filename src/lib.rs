@@ -1,1 +1,3 @@
 //! nbd-img: a storage-format-aware disk image server.
+
+pub mod nbd;
