@@ -4,6 +4,7 @@
 
 pub mod client;
 pub mod images;
+pub mod in_process;
 pub mod proc;
 pub mod rng;
 pub mod server;
