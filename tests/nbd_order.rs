@@ -16,17 +16,40 @@ use proptest::test_runner::Config;
 enum Action {
     ExportName(&'static str),
     Abort,
-    List { data: bool },
-    StartTls { data: bool },
-    Info { name: &'static str, infos: Vec<u16> },
-    Go { name: &'static str, infos: Vec<u16> },
-    StructuredReply { data: bool },
-    ListMeta { name: &'static str, queries: Vec<&'static str> },
-    SetMeta { name: &'static str, queries: Vec<&'static str> },
+    List {
+        data: bool,
+    },
+    StartTls {
+        data: bool,
+    },
+    Info {
+        name: &'static str,
+        infos: Vec<u16>,
+    },
+    Go {
+        name: &'static str,
+        infos: Vec<u16>,
+    },
+    StructuredReply {
+        data: bool,
+    },
+    ListMeta {
+        name: &'static str,
+        queries: Vec<&'static str>,
+    },
+    SetMeta {
+        name: &'static str,
+        queries: Vec<&'static str>,
+    },
     ExtendedHeaders,
-    Unknown { number: u32, data: Vec<u8> },
+    Unknown {
+        number: u32,
+        data: Vec<u8>,
+    },
     /// Data that no option of this number can have.
-    Malformed { number: u32 },
+    Malformed {
+        number: u32,
+    },
 }
 
 const NAMES: [&str; 6] = ["disk", "", "snap", "nothing", "forbidden", "leaving"];
@@ -130,7 +153,9 @@ impl Model {
             return None;
         }
         if let Action::ExportName(name) = action {
-            return Some(Self::find(name).map_or(End::Closed, |(export, _)| self.transmission(export, false)));
+            return Some(
+                Self::find(name).map_or(End::Closed, |(export, _)| self.transmission(export, false)),
+            );
         }
         let kind = self.reply(number, action);
         self.replies.push((number, kind));
@@ -166,8 +191,9 @@ impl Model {
             Action::Info { name, infos } | Action::Go { name, infos } => match Self::find(name) {
                 Ok((export, _)) => {
                     // Export and block size always, name and description when asked; "snap" has none.
-                    let told =
-                        2 + usize::from(infos.contains(&1)) + usize::from(infos.contains(&2) && export == "disk");
+                    let told = 2
+                        + usize::from(infos.contains(&1))
+                        + usize::from(infos.contains(&2) && export == "disk");
                     self.replies.extend(vec![(number, INFO); told]);
                     ACK
                 }
@@ -177,7 +203,9 @@ impl Model {
                 Ok((_, contexts)) => {
                     let listed = contexts.iter().filter(|context| {
                         queries.is_empty()
-                            || queries.iter().any(|q| context == &q || q.ends_with(':') && context.starts_with(q))
+                            || queries
+                                .iter()
+                                .any(|q| context == &q || q.ends_with(':') && context.starts_with(q))
                     });
                     self.replies.extend(listed.map(|_| (9, META)));
                     ACK
@@ -191,8 +219,11 @@ impl Model {
                 }
                 match Self::find(name) {
                     Ok((export, contexts)) => {
-                        let chosen: Vec<_> =
-                            contexts.iter().filter(|c| queries.contains(c)).map(|c| (*c).to_owned()).collect();
+                        let chosen: Vec<_> = contexts
+                            .iter()
+                            .filter(|c| queries.contains(c))
+                            .map(|c| (*c).to_owned())
+                            .collect();
                         self.replies.extend(vec![(10, META); chosen.len()]);
                         self.selected = Some((export, chosen));
                         ACK
