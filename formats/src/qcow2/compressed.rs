@@ -100,7 +100,9 @@ pub fn read_cluster(
     };
     match outcome {
         Ok(()) => Ok(cluster),
-        Err(BadBlob) => Err(fail(Error::new(ErrorKind::Corrupt, format!("a compressed cluster is no {compression}")))),
+        Err(BadBlob) => {
+            Err(fail(Error::new(ErrorKind::Corrupt, format!("a compressed cluster is no {compression}"))))
+        }
     }
 }
 

@@ -79,13 +79,14 @@ impl<K: Eq + Hash + Copy, V: Clone> Drop for Landing<'_, K, V> {
 
 /// Errors are not `Clone`; those who waited get one with the same kind, errno, text and place.
 fn copy_of<V: Clone>(outcome: &Result<V>) -> Result<V> {
-    outcome.as_ref().map(V::clone).map_err(|error| {
-        if error.kind() == ErrorKind::Io {
+    match outcome {
+        Ok(made) => Ok(made.clone()),
+        Err(error) if error.kind() == ErrorKind::Io => {
             let errno = std::io::Error::from_raw_os_error(error.errno());
-            return Error::io(error.to_string(), errno);
+            Err(Error::io(error.to_string(), errno))
         }
-        Error::new(error.kind(), error.to_string())
-    })
+        Err(error) => Err(Error::new(error.kind(), error.to_string())),
+    }
 }
 
 #[cfg(test)]

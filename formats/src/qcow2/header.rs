@@ -233,7 +233,9 @@ impl RawHeader {
         match self.backing_file_offset.get() {
             0 => Ok(cluster_len),
             offset if offset <= cluster_len => Ok(offset),
-            offset => Err(corrupt(format!("the backing file's name lies at {offset}, behind the first cluster"))),
+            offset => {
+                Err(corrupt(format!("the backing file's name lies at {offset}, behind the first cluster")))
+            }
         }
     }
 
@@ -311,7 +313,9 @@ impl RawHeader {
         }
         let len = clusters * geometry.cluster_len();
         if len > REFCOUNT_TABLE_LEN_MAX {
-            return Err(corrupt(format!("its refcount table of {len} bytes is too large (8 MiB are the most)")));
+            return Err(corrupt(format!(
+                "its refcount table of {len} bytes is too large (8 MiB are the most)"
+            )));
         }
         check_place("refcount table", self.refcount_table_offset.get(), len, geometry)
     }

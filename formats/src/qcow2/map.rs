@@ -9,12 +9,9 @@ use super::driver::Qcow2Driver;
 use super::tables::{SliceKey, TableSlice};
 use super::types::{Blob, DataFile, EntryFault, GuestCluster, HostCluster, L2Entry, Subcluster};
 use crate::address::{GuestRange, HostOffset};
-use crate::driver::BlockDriver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::{MapMode, Piece, Place, ReadPlan, SlowReason, StorageId};
-use crate::storage::Storage;
 use crate::sync::Arc;
-use crate::sync::atomic::Ordering;
 
 /// What a run of this image is, its backing file apart.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -49,12 +46,7 @@ pub struct LayerRun {
 pub type LayerRuns = SmallVec<[LayerRun; 4]>;
 
 /// See [`BlockDriver::map_read`].
-pub fn map_read(
-    driver: &Qcow2Driver,
-    range: GuestRange,
-    mode: MapMode,
-    plan: &mut ReadPlan,
-) -> Result<()> {
+pub fn map_read(driver: &Qcow2Driver, range: GuestRange, mode: MapMode, plan: &mut ReadPlan) -> Result<()> {
     plan.reset();
     let mut runs = LayerRuns::new();
     let mut rest = range;
@@ -245,18 +237,10 @@ fn push_data(
     plan: &mut ReadPlan,
 ) -> Result<()> {
     let own = |len, place| Piece { len, place, depth: 1 };
-    let mut file_len = driver.data_len().load(Ordering::Relaxed);
-    let wanted_end = at.0.saturating_add(len);
-    if wanted_end > file_len {
-        if mode == MapMode::Try {
-            // Asking may wait.
-            plan.pieces.push(own(len, Place::Slow(SlowReason::ColdTable)));
-            return Ok(());
-        }
-        file_len = driver.data_storage().len().map_err(|e| Error::io("cannot tell the file's length", e))?;
-        driver.data_len().fetch_max(file_len, Ordering::Relaxed);
-    }
-    let inside = file_len.saturating_sub(at.0).min(len);
+    let Some(inside) = driver.data_present(at, len, mode)? else {
+        plan.pieces.push(own(len, Place::Slow(SlowReason::ColdTable)));
+        return Ok(());
+    };
     if mode == MapMode::Holes {
         push_holes(driver, at, inside, plan);
     } else {

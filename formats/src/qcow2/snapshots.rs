@@ -71,8 +71,8 @@ pub fn load(storage: &Arc<dyn Storage>, header: &Header) -> Result<Vec<Snapshot>
     let mut snapshots = Vec::new();
     let mut table_len = 0u64;
     for _ in 0..header.snapshots.entries {
-        let (snapshot, record_len) =
-            read_record(storage, at, header).map_err(|e| e.with_path(&storage.facts().path).with_offset(at.0))?;
+        let (snapshot, record_len) = read_record(storage, at, header)
+            .map_err(|e| e.with_path(&storage.facts().path).with_offset(at.0))?;
         snapshots.push(snapshot);
         table_len += record_len;
         at = at.checked_add(record_len).ok_or_else(|| corrupt("the snapshot table has no end".to_owned()))?;
@@ -87,8 +87,10 @@ pub fn load(storage: &Arc<dyn Storage>, header: &Header) -> Result<Vec<Snapshot>
 pub fn find<'a>(snapshots: &'a [Snapshot], wanted: &str) -> Result<&'a Snapshot> {
     let by_id = snapshots.iter().find(|snapshot| snapshot.id == wanted);
     by_id.or_else(|| snapshots.iter().find(|snapshot| snapshot.name == wanted)).ok_or_else(|| {
-        let names: Vec<String> =
-            snapshots.iter().map(|s| format!("{} '{}'", s.id.escape_debug(), s.name.escape_debug())).collect();
+        let names: Vec<String> = snapshots
+            .iter()
+            .map(|s| format!("{} '{}'", s.id.escape_debug(), s.name.escape_debug()))
+            .collect();
         let there = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
         Error::new(
             ErrorKind::InvalidInput,
@@ -105,7 +107,8 @@ fn read_record(storage: &Arc<dyn Storage>, at: HostOffset, header: &Header) -> R
         return Err(corrupt(format!("a snapshot has {} bytes of extra data", record.extra_len)));
     }
     let mut tail = vec![0u8; record.extra_len + record.id_len + record.name_len];
-    let tail_at = at.checked_add(RECORD_LEN as u64).ok_or_else(|| corrupt("a snapshot lies too far".to_owned()))?;
+    let tail_at =
+        at.checked_add(RECORD_LEN as u64).ok_or_else(|| corrupt("a snapshot lies too far".to_owned()))?;
     read_exact(storage, tail_at, &mut tail)?;
     let (extra, strings) = tail.split_at(record.extra_len);
     let (id, name) = strings.split_at(record.id_len);

@@ -96,7 +96,7 @@ impl L1Table {
     }
 
     /// Where the L2 table for the guest's byte at `offset` lies; `None` when nothing there is allocated.
-    pub fn l2_table(&self, offset: u64) -> Result<Option<HostCluster>, EntryFault> {
+    pub fn l2_table(&self, offset: u64) -> std::result::Result<Option<HostCluster>, EntryFault> {
         match self.entries.get(self.geometry.l1_index(offset)) {
             Some(raw) => self.geometry.decode_l1(*raw),
             None => Ok(None),
@@ -113,13 +113,15 @@ impl TableSlice {
             .pread(&mut bytes, at)
             .map_err(|e| Error::io("cannot read an L2 table", e).with_offset(at.0))?;
         if got < bytes.len() {
-            return Err(Error::new(ErrorKind::Corrupt, "the file ends inside of an L2 table").with_offset(at.0));
+            return Err(
+                Error::new(ErrorKind::Corrupt, "the file ends inside of an L2 table").with_offset(at.0)
+            );
         }
         Ok(TableSlice { words: words_of(&bytes).collect(), geometry })
     }
 
     /// The entry of `cluster`, checked.
-    pub fn entry(&self, cluster: GuestCluster) -> Result<L2Entry, EntryFault> {
+    pub fn entry(&self, cluster: GuestCluster) -> std::result::Result<L2Entry, EntryFault> {
         let words = self.geometry.entry_words();
         let first = self.geometry.index_in_slice(cluster).saturating_mul(words);
         let raw = self.words.get(first).copied().unwrap_or(0);

@@ -271,7 +271,11 @@ impl Geometry {
             return Ok(L2Entry::Split { host, subclusters });
         }
         if raw & L2_ZERO != 0 {
-            return if self.zero_flag { Ok(L2Entry::Zero { host }) } else { Err(EntryFault::ZeroFlagInVersion2) };
+            return if self.zero_flag {
+                Ok(L2Entry::Zero { host })
+            } else {
+                Err(EntryFault::ZeroFlagInVersion2)
+            };
         }
         Ok(match host {
             Some(host) => L2Entry::Data { host, copied: raw & L2_COPIED != 0 },
@@ -428,7 +432,7 @@ mod tests {
             assert_eq!(blob.at, HostOffset(0x1234));
             assert_eq!(blob.len_max, 4 * 512 - 0x34);
         }
-        let largest = plain(21).decode_l2(L2_COMPRESSED | (1 << 62) - (1 << 49), 0, GuestCluster(0));
+        let largest = plain(21).decode_l2(L2_COMPRESSED | ((1 << 62) - (1 << 49)), 0, GuestCluster(0));
         assert_eq!(largest, Ok(L2Entry::Compressed(Blob { at: HostOffset(0), len_max: 4 << 20 })));
     }
 
