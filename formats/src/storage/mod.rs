@@ -3,13 +3,23 @@
 //!
 //! Nothing above may assume a local file, a descriptor, or that what lies here can be overwritten.
 
+mod blkdev;
 mod buffer;
+mod engine;
+mod file;
+mod lock;
+mod memory;
+mod place;
 pub mod queue;
+mod room;
 
 use std::io;
 use std::path::PathBuf;
 
 pub use buffer::IoBuf;
+pub use file::{FileOptions, FileStorage};
+pub use lock::LockMode;
+pub use memory::{MemoryOptions, MemoryStorage, POISON};
 pub use queue::{Completed, Operation, OperationKind, Queue};
 
 use crate::address::{HostOffset, HostRange};
@@ -69,6 +79,9 @@ pub struct StorageFacts {
     pub new_space_is_zero: bool,
     /// Whether the page cache is bypassed (O_DIRECT). Alignment is solved below this trait all the same.
     pub direct: bool,
+    /// Smallest unit that is read and written without read-modify-write, as an alignment too: 1 unless
+    /// the page cache is bypassed. A power of two.
+    pub block_len: u32,
     /// How to read without waiting.
     pub reads: InPlace,
     /// How to write without waiting. `Ask` means: in place, but watch the clock.
@@ -105,6 +118,11 @@ pub trait Storage: Send + Sync {
     /// Whether it holds no byte.
     fn is_empty(&self) -> io::Result<bool> {
         self.len().map(|len| len == 0)
+    }
+
+    /// The bytes that it occupies, as far as that can be told.
+    fn allocated_len(&self) -> io::Result<u64> {
+        self.len()
     }
 
     /// Reads into `buf` from `at`. Returns fewer bytes than asked for only where the storage ends.
