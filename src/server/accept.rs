@@ -24,7 +24,7 @@ const BURST: u32 = 16;
 /// The endless work of accepting on `listener`. Must be called, as the future run, within the control
 /// runtime. Dropping the future closes the listener and removes its socket file.
 pub fn prepare(listener: Listener, server: Arc<Server>) -> io::Result<impl Future<Output = ()> + Send> {
-    let listener = AsyncFd::with_interest(listener, Interest::READABLE)?;
+    let listener = AsyncFd::register_with_interest(listener, Interest::READABLE)?;
     Ok(async move {
         let mut pause = PAUSE_FIRST;
         let mut burst = 0;

@@ -10,9 +10,9 @@ use tokio::time::timeout;
 
 use super::Server;
 use super::clients::{Handshake, Permit};
-use crate::nbd::Agreed;
-use crate::nbd::negotiate::{CloseReason, INPUT_MAX_LEN, Negotiation, NegotiationConfig, Next};
-use crate::session::{Budget, Connection, Lease};
+use crate::nbd::negotiate::{Agreed, CloseReason, INPUT_MAX_LEN, Negotiation, NegotiationConfig, Next};
+use crate::session::budget::Lease;
+use crate::session::{Budget, Connection};
 use crate::transport::Stream;
 
 /// What a connection may receive at a time without asking for more room: several ordinary options. Our
@@ -89,7 +89,7 @@ impl From<io::Error> for End {
 }
 
 async fn negotiate(server: &Server, stream: Stream, peer: &str) -> Result<Agreement, End> {
-    let stream = AsyncFd::new(stream)?;
+    let stream = AsyncFd::register(stream)?;
     let exports = server.exports.seen_by(peer);
     let mut negotiation = Negotiation::new(NegotiationConfig::default());
     let mut output = Vec::new();
