@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::time::sleep;
 
 use super::rare::Rare;
 use super::{Server, negotiate};
+use crate::transport::registration::watch_listener;
 use crate::transport::{Listener, Stream};
 
 /// Pauses when descriptors or memory are out: they do not come back at once, and accept would fail
@@ -24,7 +24,7 @@ const BURST: u32 = 16;
 /// The endless work of accepting on `listener`. Must be called, as the future run, within the control
 /// runtime. Dropping the future closes the listener and removes its socket file.
 pub fn prepare(listener: Listener, server: Arc<Server>) -> io::Result<impl Future<Output = ()> + Send> {
-    let listener = AsyncFd::register_with_interest(listener, Interest::READABLE)?;
+    let listener = watch_listener(listener)?;
     Ok(async move {
         let mut pause = PAUSE_FIRST;
         let mut burst = 0;

@@ -14,6 +14,7 @@ use crate::nbd::negotiate::{Agreed, CloseReason, INPUT_MAX_LEN, Negotiation, Neg
 use crate::session::budget::Lease;
 use crate::session::{Budget, Connection};
 use crate::transport::Stream;
+use crate::transport::registration::watch_stream;
 
 /// What a connection may receive at a time without asking for more room: several ordinary options. Our
 /// choice.
@@ -89,7 +90,7 @@ impl From<io::Error> for End {
 }
 
 async fn negotiate(server: &Server, stream: Stream, peer: &str) -> Result<Agreement, End> {
-    let stream = AsyncFd::register(stream)?;
+    let stream = watch_stream(stream)?;
     let exports = server.exports.seen_by(peer);
     let mut negotiation = Negotiation::new(NegotiationConfig::default());
     let mut output = Vec::new();

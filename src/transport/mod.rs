@@ -7,6 +7,7 @@
 //! |---|---|
 //! | [`address`] | `--listen ADDRESS`, parsed and resolved |
 //! | [`listener`] | a listening socket |
+//! | [`registration`] | both under tokio's event loop |
 //! | [`stream`] | one client's connection |
 //! | [`unix`] | Unix sockets as files: stale ones, live ones, removal |
 //! | [`activation`] | sockets that the starter has opened for us |
@@ -15,6 +16,7 @@
 pub mod activation;
 pub mod address;
 pub mod listener;
+pub mod registration;
 pub mod stream;
 pub mod unix;
 pub mod uri;
