@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 pub use spec::{CacheMode, DetectZeroes, ExportSpec};
 
-use crate::nbd::{ExportInfo, TransmissionFlags};
+use crate::nbd::export_info::{ExportInfo, TransmissionFlags};
 
 /// Unit to which a stated offset or size is rounded down, and in which sizes are best given to clients:
 /// the sector of every disk interface (our choice, as QEMU's).
@@ -123,7 +123,9 @@ impl Export {
 
     /// The image's range for a client's range that was checked against [`size`](Self::size).
     pub fn range(&self, offset: u64, len: u64) -> Result<GuestRange> {
-        let outside = || Error::new(ErrorKind::OutOfBounds, "the request reaches beyond the export").with_offset(offset);
+        let outside = || {
+            Error::new(ErrorKind::OutOfBounds, "the request reaches beyond the export").with_offset(offset)
+        };
         let range = GuestRange::new(offset, len).ok_or_else(outside)?;
         if range.end() > self.size {
             return Err(outside());
@@ -142,6 +144,7 @@ impl Export {
         let mut flags = TransmissionFlags::HAS_FLAGS
             | TransmissionFlags::SEND_FLUSH
             | TransmissionFlags::SEND_FUA
+            | TransmissionFlags::SEND_DF
             | TransmissionFlags::CAN_MULTI_CONN
             | TransmissionFlags::SEND_CACHE;
         if self.read_only {

@@ -74,15 +74,21 @@ pub fn push_success(out: &mut Vec<u8>, structured: bool, cookie: u64) {
     if structured { push_none(out, cookie) } else { push_simple(out, None, cookie) }
 }
 
-/// Appends an OFFSET_HOLE chunk: `hole_len` zeroes, at least one, at `offset` of the export.
+/// A whole OFFSET_HOLE chunk: `hole_len` zeroes, at least one, at `offset` of the export.
 #[inline]
-pub fn push_offset_hole(out: &mut Vec<u8>, cookie: u64, offset: u64, hole_len: u32, place: Place) {
+pub fn offset_hole(cookie: u64, offset: u64, hole_len: u32, place: Place) -> [u8; OFFSET_HOLE_LEN] {
     let chunk = OffsetHoleChunk {
         chunk: chunk_header(wire::REPLY_TYPE_OFFSET_HOLE, cookie, 12, place),
         offset: U64::new(offset),
         hole_len: U32::new(hole_len),
     };
-    out.extend_from_slice(chunk.as_bytes());
+    zerocopy::transmute!(chunk)
+}
+
+/// Appends an OFFSET_HOLE chunk.
+#[inline]
+pub fn push_offset_hole(out: &mut Vec<u8>, cookie: u64, offset: u64, hole_len: u32, place: Place) {
+    out.extend_from_slice(&offset_hole(cookie, offset, hole_len, place));
 }
 
 /// Appends a BLOCK_STATUS chunk of one context. `extents` is never empty, and at most

@@ -133,7 +133,11 @@ impl Session {
 }
 
 /// Consecutive runs of the range with their protocol flags, at most `runs_max`.
-fn allocation_runs(driver: &Arc<dyn BlockDriver>, range: GuestRange, runs_max: usize) -> Result<Vec<(u64, u32)>> {
+fn allocation_runs(
+    driver: &Arc<dyn BlockDriver>,
+    range: GuestRange,
+    runs_max: usize,
+) -> Result<Vec<(u64, u32)>> {
     let mut runs = Vec::new();
     driver.status(StatusQuery::Allocation, range, &mut |len, status| {
         let flags = match status {

@@ -14,6 +14,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::buffers::{InBuf, OutBuf};
 use super::pending::{PENDING_MAX, Pending, Work};
+use super::registration::watch_stream;
 use super::shard::{SessionCell, Shard};
 use super::shards::Connection;
 use crate::nbd::errno::NbdError;
@@ -96,7 +97,7 @@ impl Session {
             // A smaller buffer only costs speed.
             let _ = rustix::net::sockopt::set_socket_send_buffer_size(&stream, UNIX_SEND_BUFFER_LEN);
         }
-        let socket = match AsyncFd::with_interest(stream, Interest::READABLE | Interest::WRITABLE) {
+        let socket = match watch_stream(stream) {
             Ok(socket) => socket,
             Err(error) => {
                 tracing::warn!(%peer, %error, "a connection could not be served");
@@ -260,7 +261,10 @@ impl Session {
             match (error, work) {
                 (Some(error), _) => self.reply_error(&request, &error).await?,
                 (None, Work::Read { parts, .. }) => self.reply_parts(&request, &parts).await?,
-                (None, Work::Status { runs }) => self.reply_status(&request, &runs.lock()).await?,
+                (None, Work::Status { runs }) => {
+                    let runs = std::mem::take(&mut *runs.lock());
+                    self.reply_status(&request, &runs).await?;
+                }
                 (None, Work::Write { .. } | Work::Call) => self.reply_success(&request).await?,
             }
             drop(lease);
@@ -366,7 +370,7 @@ impl Session {
     }
 
     async fn park(&mut self, needs: Needs) -> Result<(), End> {
-        if self.input.len() > 0 || self.refused.is_some() {
+        if !self.input.is_empty() || self.refused.is_some() {
             return self.park_unfinished(needs).await;
         }
         self.shard.want_sweep();

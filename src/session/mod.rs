@@ -19,6 +19,7 @@ mod calls;
 pub mod engine;
 pub mod pending;
 mod read;
+mod registration;
 pub mod shard;
 pub mod shards;
 pub mod watch;

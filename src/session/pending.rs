@@ -12,7 +12,7 @@ use nbd_img_formats::{BlockDriver, Error, Pin, WritePlan};
 use smallvec::SmallVec;
 
 use super::budget::Lease;
-use crate::nbd::Request;
+use crate::nbd::request::Request;
 
 /// Most requests of one connection that wait at a time. Our choice: four times QEMU's limit, and what
 /// the deepest client in use (nbdcopy, 64 per connection) asks for.

@@ -144,7 +144,8 @@ impl Session {
         {
             return Attempt::WouldWait;
         }
-        let header = |chunk: &Chunk, out: &mut OutBuf| put_header(out, request.cookie, offset, framing, last, chunk);
+        let header =
+            |chunk: &Chunk, out: &mut OutBuf| put_header(out, request.cookie, offset, framing, last, chunk);
         for chunk in chunks(runs, framing) {
             if !header(&chunk, &mut self.out) {
                 return Attempt::Failed(no_room());
@@ -152,10 +153,10 @@ impl Session {
             if chunk.hole {
                 continue;
             }
-            for index in chunk.first_run..chunk.end_run {
-                match fill_run(&driver, plan, index, runs[index], &mut self.out) {
+            for (index, run) in runs.iter().enumerate().take(chunk.end_run).skip(chunk.first_run) {
+                match fill_run(&driver, plan, index, *run, &mut self.out) {
                     Attempt::Done => {}
-                    other => return other,
+                    ended @ (Attempt::WouldWait | Attempt::Failed(_)) => return ended,
                 }
             }
         }
@@ -163,7 +164,12 @@ impl Session {
     }
 
     /// Submits what the plan says; the reply follows when all of it is there.
-    async fn submit_read(&mut self, request: Request, range: GuestRange, framing: Framing) -> Result<(), End> {
+    async fn submit_read(
+        &mut self,
+        request: Request,
+        range: GuestRange,
+        framing: Framing,
+    ) -> Result<(), End> {
         let len = request.len as usize;
         let Some(lease) = self.admit(len).await? else {
             self.read_plan.reset();
@@ -268,7 +274,12 @@ impl Session {
 
     /// A read that does not fit into memory at once: slice by slice, in order, while the connection's
     /// other requests wait.
-    async fn stream_read(&mut self, request: Request, range: GuestRange, framing: Framing) -> Result<(), End> {
+    async fn stream_read(
+        &mut self,
+        request: Request,
+        range: GuestRange,
+        framing: Framing,
+    ) -> Result<(), End> {
         let framing = self.begin_stream(&request, framing).await?;
         let mut rest = range;
         while !rest.is_empty() {
@@ -291,8 +302,12 @@ impl Session {
             Framing::Chunks => return Ok(framing),
             Framing::Simple => self.put_all(&reply::simple_header(None, request.cookie)).await?,
             Framing::OneChunk => {
-                let header =
-                    reply::offset_data_header(request.cookie, request.offset, request.len, reply::Place::Last);
+                let header = reply::offset_data_header(
+                    request.cookie,
+                    request.offset,
+                    request.len,
+                    reply::Place::Last,
+                );
                 self.put_all(&header).await?;
             }
             Framing::Bare => {}
@@ -341,7 +356,9 @@ impl Session {
         let len = usize::try_from(slice.len()).unwrap_or(usize::MAX);
         let at = slice.offset();
         let (buf, result) = self
-            .call_and_wait(Lane::Read, IoBuf::zeroed(len), move |driver, buf| driver.pread(at, buf).map(|()| buf.len()))
+            .call_and_wait(Lane::Read, IoBuf::zeroed(len), move |driver, buf| {
+                driver.pread(at, buf).map(|()| buf.len())
+            })
             .await;
         if let Err(error) = result {
             return Ok(Err(error));
@@ -370,7 +387,13 @@ impl Session {
 }
 
 /// Reads or zeroes one run into the room of the out buffer.
-fn fill_run(driver: &Arc<dyn BlockDriver>, plan: &ReadPlan, index: usize, run: Run, out: &mut OutBuf) -> Attempt {
+fn fill_run(
+    driver: &Arc<dyn BlockDriver>,
+    plan: &ReadPlan,
+    index: usize,
+    run: Run,
+    out: &mut OutBuf,
+) -> Attempt {
     let Some(room) = out.room(run.len) else { return Attempt::Failed(no_room()) };
     match plan.pieces.get(index).map(|piece| piece.place) {
         Some(Place::Data { storage, at }) => {
@@ -435,7 +458,14 @@ fn chunks(runs: &[Run], framing: Framing) -> impl Iterator<Item = Chunk> + '_ {
 
 /// Puts what stands before a chunk's bytes (for a hole: all of it); returns whether there was room.
 /// `offset` is the client's offset of the first run; `last` whether these runs end the reply.
-fn put_header(out: &mut OutBuf, cookie: u64, offset: u64, framing: Framing, last: bool, chunk: &Chunk) -> bool {
+fn put_header(
+    out: &mut OutBuf,
+    cookie: u64,
+    offset: u64,
+    framing: Framing,
+    last: bool,
+    chunk: &Chunk,
+) -> bool {
     let place = if last && chunk.last { reply::Place::Last } else { reply::Place::More };
     let len = u32::try_from(chunk.len).unwrap_or(u32::MAX);
     match framing {
@@ -467,11 +497,10 @@ mod tests {
     fn chunks_cover_the_runs_and_only_the_last_is_last() {
         let runs = [run(512, false), run(512, true), run(8192, true), run(4096, false), run(100, false)];
         let got: Vec<Chunk> = chunks(&runs, Framing::Chunks).collect();
-        assert_eq!(got.iter().map(|c| (c.at, c.len, c.hole, c.last)).collect::<Vec<_>>(), [
-            (0, 1024, false, false),
-            (1024, 8192, true, false),
-            (9216, 4196, false, true),
-        ]);
+        assert_eq!(
+            got.iter().map(|c| (c.at, c.len, c.hole, c.last)).collect::<Vec<_>>(),
+            [(0, 1024, false, false), (1024, 8192, true, false), (9216, 4196, false, true),]
+        );
         for framing in [Framing::Simple, Framing::OneChunk, Framing::Bare] {
             let got: Vec<Chunk> = chunks(&runs, framing).collect();
             assert_eq!(got.len(), 1);

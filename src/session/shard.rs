@@ -13,12 +13,11 @@ use std::time::Duration;
 use nbd_img_formats::storage::{Completed, IoBuf, Queue};
 use nbd_img_formats::workers::Lane;
 use nbd_img_formats::{BlockDriver, Error, ErrorKind, Result};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
 use super::budget::Budget;
 use super::pending::{Pending, PendingSlots};
+use super::registration::watch_queue;
 use super::watch::WriteWatch;
 use crate::export::Export;
 
@@ -115,9 +114,10 @@ impl Shard {
     where
         F: FnOnce(&Arc<dyn BlockDriver>, &mut IoBuf) -> Result<usize> + Send + 'static,
     {
-        let mut answer = Answer { queue: Arc::clone(&self.queue), token, buf: Some(buf), result: None };
+        let answer = Answer { queue: Arc::clone(&self.queue), token, buf: Some(buf), result: None };
         let driver = Arc::clone(self.export.driver());
         let job = Box::new(move || {
+            let mut answer = answer;
             if let Some(mut buf) = answer.buf.take() {
                 let result = work(&driver, &mut buf);
                 answer.buf = Some(buf);
@@ -137,7 +137,7 @@ impl Shard {
 
     /// Brings answers from the queue to their sessions, for ever.
     pub async fn reap(self: Rc<Self>) -> io::Result<()> {
-        let fd = AsyncFd::with_interest(QueueFd(Arc::clone(&self.queue)), Interest::READABLE)?;
+        let fd = watch_queue(&self.queue)?;
         let mut completed = Vec::new();
         loop {
             fd.readable().await?.clear_ready();
@@ -172,18 +172,19 @@ impl Shard {
 
     fn route(&self, answer: Completed) {
         let Some(route) = self.routes.borrow_mut().remove(&answer.token) else {
-            tracing::error!(token = answer.token, "an answer without a request; this is a defect of the server");
+            tracing::error!(
+                token = answer.token,
+                "an answer without a request; this is a defect of the server"
+            );
             return;
         };
         let cell = route.cell;
         let done = {
             let mut pending = cell.pending.borrow_mut();
-            match pending.get_mut(route.slot) {
-                Some(request) if request.complete(route.part, answer, self.export.driver()) => {
-                    pending.remove(route.slot)
-                }
-                Some(_) | None => None,
-            }
+            let ended = pending
+                .get_mut(route.slot)
+                .is_some_and(|request| request.complete(route.part, answer, self.export.driver()));
+            if ended { pending.remove(route.slot) } else { None }
         };
         if let Some(done) = done
             && !cell.gone.get()
@@ -200,14 +201,6 @@ impl Shard {
     }
 }
 
-struct QueueFd(Arc<Queue>);
-
-impl std::os::fd::AsRawFd for QueueFd {
-    fn as_raw_fd(&self) -> std::os::fd::RawFd {
-        std::os::fd::AsFd::as_fd(&*self.0).as_raw_fd()
-    }
-}
-
 /// Answers exactly once, also when the job panics or never runs.
 struct Answer {
     queue: Arc<Queue>,
@@ -219,8 +212,15 @@ struct Answer {
 impl Drop for Answer {
     fn drop(&mut self) {
         let result = self.result.take().unwrap_or_else(|| {
-            Err(Error::new(ErrorKind::Io, "the request could not be carried out: no thread, or a defect of the server"))
+            Err(Error::new(
+                ErrorKind::Io,
+                "the request could not be carried out: no thread, or a defect of the server",
+            ))
         });
-        self.queue.complete(Completed { token: self.token, buf: self.buf.take().unwrap_or_default(), result });
+        self.queue.complete(Completed {
+            token: self.token,
+            buf: self.buf.take().unwrap_or_default(),
+            result,
+        });
     }
 }

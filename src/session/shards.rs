@@ -17,7 +17,7 @@ use super::engine::Session;
 use super::shard::Shard;
 use super::watch::WriteWatch;
 use crate::export::Export;
-use crate::nbd::Agreed;
+use crate::nbd::negotiate::Agreed;
 use crate::transport::Stream;
 
 /// A negotiated connection on its way to the shard that will serve it.
@@ -159,7 +159,8 @@ impl Shards {
 
     fn start_thread(&self, index: usize) -> io::Result<mpsc::UnboundedSender<Message>> {
         let (sender, receiver) = mpsc::unbounded_channel();
-        let (export, budget, watch) = (Arc::clone(&self.export), Arc::clone(&self.budget), Arc::clone(&self.watch));
+        let (export, budget, watch) =
+            (Arc::clone(&self.export), Arc::clone(&self.budget), Arc::clone(&self.watch));
         let name = format!("s{index}-{}", export.name()).chars().take(15).filter(|c| *c != '\0').collect();
         thread::Builder::new().name(name).spawn(move || {
             if let Err(error) = run_shard(export, budget, watch, receiver) {

@@ -175,7 +175,12 @@ impl Session {
     }
 
     /// Writes a payload that is in the input, within the floor.
-    async fn write_sliced(&mut self, request: Request, range: GuestRange, durability: Durability) -> Result<(), End> {
+    async fn write_sliced(
+        &mut self,
+        request: Request,
+        range: GuestRange,
+        durability: Durability,
+    ) -> Result<(), End> {
         let len = request.len as usize;
         let mut result = Ok(());
         let mut done = 0;
