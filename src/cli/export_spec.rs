@@ -44,7 +44,9 @@ pub fn parse(text: &OsStr) -> Result<ParsedExport, String> {
         }
     }
     if image.export_name.is_none() {
-        return Err(wrong("name= is missing; write name= with nothing after it for the default export".into()));
+        return Err(wrong(
+            "name= is missing; write name= with nothing after it for the default export".into(),
+        ));
     }
     let path = path.filter(|path| !path.as_os_str().is_empty());
     Ok(ParsedExport { path: path.ok_or_else(|| wrong("file=PATH is missing".into()))?, image })

@@ -73,7 +73,9 @@ fn addresses(args: &ListenArgs) -> Vec<Address> {
 fn exports(args: ServeArgs) -> Result<Vec<ExportSpec>, String> {
     let mut exports = Vec::new();
     match (args.images.as_slice(), args.exports.is_empty()) {
-        ([], true) => return Err("no image: write nbd-img serve IMAGE, or --export name=N,file=PATH".to_owned()),
+        ([], true) => {
+            return Err("no image: write nbd-img serve IMAGE, or --export name=N,file=PATH".to_owned());
+        }
         ([], false) => refuse_flags(&args.image)?,
         ([image], true) => exports.push(export(image.clone(), args.image)?),
         ([image], false) => {
@@ -133,7 +135,9 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
     let description = image.description.unwrap_or_default();
     for (what, text) in [("export name", &name), ("description", &description)] {
         if text.len() > PROTOCOL_STRING_MAX_LEN {
-            return Err(about(&format!("the {what} is longer than the {PROTOCOL_STRING_MAX_LEN} bytes that NBD allows")));
+            return Err(about(&format!(
+                "the {what} is longer than the {PROTOCOL_STRING_MAX_LEN} bytes that NBD allows"
+            )));
         }
         if text.contains('\0') {
             return Err(about(&format!("the {what} contains a zero byte")));
@@ -199,8 +203,22 @@ mod tests {
     #[test]
     fn one_image_with_its_flags() {
         let options = options(&[
-            "-r", "-x", "disk", "-D", "about", "--offset", "1M", "--size", "2M", "--cache", "none", "--format", "raw",
-            "--backing", "none", "a.img",
+            "-r",
+            "-x",
+            "disk",
+            "-D",
+            "about",
+            "--offset",
+            "1M",
+            "--size",
+            "2M",
+            "--cache",
+            "none",
+            "--format",
+            "raw",
+            "--backing",
+            "none",
+            "a.img",
         ])
         .unwrap();
         let [export] = options.exports.as_slice() else { panic!("one export") };
@@ -216,14 +234,16 @@ mod tests {
     #[test]
     fn several_images() {
         let options = options(&["a.img", "--export", "name=b,file=b.img,read-only,discard=ignore"]).unwrap();
-        let names: Vec<_> = options.exports.iter().map(|export| (export.name.as_str(), export.read_only)).collect();
+        let names: Vec<_> =
+            options.exports.iter().map(|export| (export.name.as_str(), export.read_only)).collect();
         assert_eq!(names, [("", false), ("b", true)]);
         assert!(!options.exports[1].open.discard);
     }
 
     #[test]
     fn a_socket_replaces_the_default_address() {
-        let options = options(&["a.img", "--socket", "s", "--listen", "unix:s", "--listen", "[::1]:0"]).unwrap();
+        let options =
+            options(&["a.img", "--socket", "s", "--listen", "unix:s", "--listen", "[::1]:0"]).unwrap();
         let tcp = Address::Tcp { host: "::1".into(), port: 0 };
         assert_eq!(options.addresses, [Address::Unix("s".into()), tcp]);
     }

@@ -91,7 +91,11 @@ impl Clients {
         };
         task.abort();
         if let Some(count) = self.rare.evicted.note(Instant::now()) {
-            tracing::warn!(count, max = self.handshakes_max, "too many connections do not negotiate: the oldest is closed");
+            tracing::warn!(
+                count,
+                max = self.handshakes_max,
+                "too many connections do not negotiate: the oldest is closed"
+            );
         }
         true
     }
@@ -136,7 +140,11 @@ impl Clients {
     pub fn note_refused(&self, peer: &str) {
         tracing::debug!(peer, "refused: all slots are taken");
         if let Some(count) = self.rare.refused.note(Instant::now()) {
-            tracing::warn!(count, max = self.sessions_max, "clients refused; raise --max-connections to let more in");
+            tracing::warn!(
+                count,
+                max = self.sessions_max,
+                "clients refused; raise --max-connections to let more in"
+            );
         }
     }
 

@@ -66,7 +66,9 @@ impl ExportDirectory for Directory<'_> {
         if clients.is_full() {
             clients.note_refused(self.peer);
             let max = clients.sessions_max();
-            return Err(Refusal::Policy(format!("the server has its {max} clients (--max-connections); try later")));
+            return Err(Refusal::Policy(format!(
+                "the server has its {max} clients (--max-connections); try later"
+            )));
         }
         Ok(export.info())
     }

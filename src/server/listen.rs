@@ -75,13 +75,18 @@ fn is_unavailable(error: &std::io::Error) -> bool {
 fn explain(error: &std::io::Error, address: SocketAddr, options: &ServeOptions) -> String {
     match error.raw_os_error() {
         Some(libc::EADDRINUSE) if options.listen_is_given => {
-            format!("another program listens on port {}; choose another port, or 0 for any free one", address.port())
+            format!(
+                "another program listens on port {}; choose another port, or 0 for any free one",
+                address.port()
+            )
         }
         Some(libc::EADDRINUSE) => format!(
             "another program listens on port {}; choose where to listen with --socket PATH or --listen ADDRESS",
             address.port()
         ),
-        Some(libc::EACCES) => format!("port {} is reserved; ports from 1024 up are free to use", address.port()),
+        Some(libc::EACCES) => {
+            format!("port {} is reserved; ports from 1024 up are free to use", address.port())
+        }
         Some(_) | None => error.to_string(),
     }
 }

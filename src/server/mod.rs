@@ -91,7 +91,8 @@ impl std::error::Error for Error {}
 /// exit.
 pub fn run(options: ServeOptions, inherited: Inherited) -> Result<Outcome, Error> {
     let handshakes_max = limits::raise(options.max_connections, options.exports.len());
-    let exports = options.exports.iter().map(Export::open).collect::<Result<Vec<_>, _>>().map_err(Error::Image)?;
+    let exports =
+        options.exports.iter().map(Export::open).collect::<Result<Vec<_>, _>>().map_err(Error::Image)?;
     let captive = inherited.is_captive();
     let listeners = listen::all(&options, inherited.listeners)?;
     let control = runtime::Builder::new_current_thread()
@@ -106,7 +107,8 @@ pub fn run(options: ServeOptions, inherited: Inherited) -> Result<Outcome, Error
         pid_file: options.pid_file.clone(),
     };
     let budget = Budget::new(BUDGET_LEN_DEFAULT);
-    let served = exports.into_iter().map(|export| (Arc::clone(&export), Shards::new(export, Arc::clone(&budget))));
+    let served =
+        exports.into_iter().map(|export| (Arc::clone(&export), Shards::new(export, Arc::clone(&budget))));
     let clients = Clients::new(options.max_connections, handshakes_max);
     let server = Arc::new(Server {
         exports: Exports::new(served.collect(), Arc::clone(&clients)),

@@ -110,7 +110,12 @@ async fn negotiate(server: &Server, stream: Stream, peer: &str) -> Result<Agreem
                 // Before the client is told that it has the export.
                 let permit = server.clients.admit(peer, &agreed.info.name).ok_or(End::Full)?;
                 send(&stream, &mut output).await?;
-                return Ok(Agreement { stream: stream.into_inner(), agreed, leftover: input.into_bytes(), permit });
+                return Ok(Agreement {
+                    stream: stream.into_inner(),
+                    agreed,
+                    leftover: input.into_bytes(),
+                    permit,
+                });
             }
             Next::Close { reason } => {
                 send(&stream, &mut output).await?;

@@ -51,7 +51,9 @@ impl Inherited {
         if let Some(fd) = ready_fd
             && listeners.iter().any(|listener| listener.as_raw_fd() == fd)
         {
-            return Err(Error::Inherited(format!("--ready-fd {fd} is a socket of LISTEN_FDS; use another descriptor")));
+            return Err(Error::Inherited(format!(
+                "--ready-fd {fd} is a socket of LISTEN_FDS; use another descriptor"
+            )));
         }
         let ready_fd = ready_fd
             .map(activation::claim)

@@ -50,7 +50,10 @@ impl Announcement {
 
 /// The URIs of all exports at all listeners that have one.
 pub fn uris(listeners: &[Listener], exports: &[Arc<Export>]) -> Vec<String> {
-    listeners.iter().flat_map(|listener| exports.iter().filter_map(|export| listener.uri(export.name()))).collect()
+    listeners
+        .iter()
+        .flat_map(|listener| exports.iter().filter_map(|export| listener.uri(export.name())))
+        .collect()
 }
 
 /// Tells the service manager that the server is on its way out.

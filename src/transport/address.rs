@@ -99,9 +99,9 @@ fn parse_tcp(text: &str) -> Result<Address, ParseAddressError> {
             "the host is missing: write 127.0.0.1:{port}, or 0.0.0.0:{port} for every IPv4 address"
         )));
     }
-    let port = port
-        .parse::<u16>()
-        .map_err(|_| ParseAddressError(format!("{port:?} is not a port (0 to 65535; 0 takes any free one)")))?;
+    let port = port.parse::<u16>().map_err(|_| {
+        ParseAddressError(format!("{port:?} is not a port (0 to 65535; 0 takes any free one)"))
+    })?;
     Ok(Address::Tcp { host: host.to_owned(), port })
 }
 
@@ -109,7 +109,9 @@ fn parse_tcp(text: &str) -> Result<Address, ParseAddressError> {
 fn split_port(text: &str) -> Result<(&str, &str), ParseAddressError> {
     if let Some(rest) = text.strip_prefix('[') {
         return rest.split_once("]:").ok_or_else(|| {
-            ParseAddressError(format!("an IPv6 address is written [ADDRESS]:PORT, as in [::1]:{DEFAULT_PORT}"))
+            ParseAddressError(format!(
+                "an IPv6 address is written [ADDRESS]:PORT, as in [::1]:{DEFAULT_PORT}"
+            ))
         });
     }
     let (host, port) = text.rsplit_once(':').ok_or_else(|| {

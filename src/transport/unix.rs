@@ -124,7 +124,8 @@ fn remove_stale(path: &Path, address: &SockAddr) -> io::Result<()> {
 /// Locks the folder of `path` against other starters. Best effort: a folder that cannot be opened or
 /// that somebody keeps locked only leaves the small window that every other server has.
 fn lock_folder(path: &Path) -> Option<rustix::fd::OwnedFd> {
-    let folder = open(path.parent()?, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+    let folder =
+        open(path.parent()?, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()?;
     for _ in 0..LOCK_TRIES {
         if flock(&folder, FlockOperation::NonBlockingLockExclusive).is_ok() {
             return Some(folder);
