@@ -5,6 +5,7 @@
 pub mod client;
 pub mod images;
 pub mod proc;
+pub mod qmp;
 pub mod rng;
 pub mod server;
 pub mod tools;
