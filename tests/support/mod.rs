@@ -6,6 +6,7 @@ pub mod client;
 pub mod images;
 pub mod in_process;
 pub mod proc;
+pub mod qmp;
 pub mod rng;
 pub mod server;
 pub mod tools;
