@@ -3,7 +3,7 @@
 //! It turns calls into system calls and knows what each file system and device cannot do. What the
 //! bytes mean is not its business, nor who may open which file.
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSliceMut};
 use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -332,7 +332,7 @@ pub(super) fn pwrite_all(file: BorrowedFd<'_>, buf: &[u8], at: HostOffset) -> io
     let mut done = 0;
     while let Some(rest) = buf.get(done..).filter(|rest| !rest.is_empty()) {
         let from = offset_behind(at, done)?;
-        match retry(|| rustix::io::pwritev(file, &[IoSlice::new(rest)], from))? {
+        match retry(|| rustix::io::pwrite(file, rest, from))? {
             // Does not happen with files; without this it would be an endless loop.
             0 => return Err(Errno::IO.into()),
             written => done += written,
