@@ -42,7 +42,8 @@ pub fn qemu_io(image: &Path, commands: &[String]) {
     // QEMU does not compress into a cluster that has data already; then that command does nothing.
     let compressed = commands.iter().any(|command| command.starts_with("write -c"));
     let output = try_qemu("qemu-io", &args);
-    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    let said =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     assert!(compressed || (output.status.success() && !said.contains("failed")), "{commands:?}: {said}");
 }
 
