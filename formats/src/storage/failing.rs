@@ -233,6 +233,10 @@ impl Storage for FailingStorage {
         self.inner.sync()
     }
 
+    fn is_failed(&self) -> bool {
+        self.sync_failed.load(Ordering::Acquire) || self.inner.is_failed()
+    }
+
     fn zero(&self, range: HostRange, provision: Provision, fast: bool) -> io::Result<()> {
         self.check(CallClass::Zero)?;
         self.inner.zero(range, provision, fast)
