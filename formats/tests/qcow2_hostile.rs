@@ -137,7 +137,7 @@ fn hostile_headers_are_refused_at_once() {
         assert!(matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported), "{name}: {error:?}");
         let theirs = try_qemu("qemu-img", ["info", path.to_str().unwrap()]).status.success();
         assert_eq!(theirs, QEMU_OPENS.contains(name), "{name}: QEMU's verdict");
-        assert_eq!(std::fs::read(&path).unwrap(), bytes, "{name}: was written to");
+        assert!(std::fs::read(&path).unwrap() == bytes, "{name}: was written to");
     }
 }
 
@@ -186,11 +186,11 @@ fn dirty_and_corrupt_images_are_readable() {
         poke(&mut bytes, 79, &[bit]);
         std::fs::write(&image, &bytes).unwrap();
         let driver = qcow2_support::open_read_only(&image).driver;
-        assert_eq!(qcow2_support::read_all(&*driver), vec![3; 1 << 20]);
+        assert!(qcow2_support::read_all(&*driver) == vec![3; 1 << 20]);
         let features = driver.info().unwrap().features;
         assert!(features.contains(&name.to_owned()), "{features:?}");
         drop(driver);
-        assert_eq!(std::fs::read(&image).unwrap(), bytes);
+        assert!(std::fs::read(&image).unwrap() == bytes);
     }
 }
 
@@ -299,7 +299,7 @@ fn chains_are_bounded_and_have_no_loops() {
     }
     let longest = (CHAIN_MAX - 1).to_string();
     let opened = open(&folder.file(&longest), &OpenOptions::default()).unwrap();
-    assert_eq!(qcow2_support::read_all(&*opened.driver), vec![0; 1 << 20]);
+    assert!(qcow2_support::read_all(&*opened.driver) == vec![0; 1 << 20]);
     refused(&CHAIN_MAX.to_string(), "longer than");
     refused("200", "longer than");
 }
