@@ -98,3 +98,25 @@ fn a_failed_operation_is_answered_with_its_errno() {
         wait_for(&queue, 3).into_iter().filter_map(|a| a.result.err().map(|e| e.errno())).collect();
     assert_eq!(failed, [libc::ENXIO]);
 }
+
+#[test]
+fn a_panic_is_an_error_of_its_operation_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    std::fs::write(&path, vec![1; 100 * BLOCK_LEN]).unwrap();
+    let options = FileOptions { writable: true, direct: false, lock: LockMode::Writer };
+    let file: Arc<dyn Storage> = FileStorage::open(&path, &options).unwrap();
+    let memory: Arc<dyn Storage> = MemoryStorage::new((100 * BLOCK_LEN) as u64).unwrap();
+    for inner in [file, memory] {
+        let faults = Faults::new();
+        let storage = faults.attach(inner);
+        faults.arm(Fault { panics: true, ..Fault::at(30) });
+        let queue = queue();
+        let mut reads = (0..100).map(|i| operation(OperationKind::Read, i, IoBuf::zeroed(512))).collect();
+        storage.submit(&mut reads, &queue);
+        let answers = wait_for(&queue, 100);
+        let failed: Vec<&Completed> = answers.iter().filter(|answer| answer.result.is_err()).collect();
+        assert_eq!(failed.len(), 1);
+        assert_eq!(failed[0].buf.len(), 512, "the buffer comes back all the same");
+    }
+}
