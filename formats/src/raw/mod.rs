@@ -16,7 +16,7 @@ use crate::plan::{MapMode, Piece, Place, ReadPlan, SlowReason, StorageId, WriteP
 use crate::storage::{Durability, Storage, StorageKind};
 use crate::sync::Arc;
 use crate::sync::Mutex;
-use crate::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use guard::MagicGuard;
 pub use guard::MagicTest;
@@ -26,10 +26,6 @@ const SECTOR_LEN: u64 = 512;
 
 /// The unit that is served best: a page of the page cache. Our choice.
 const BLOCK_PREFERRED_LEN: u32 = 4096;
-
-const LIVE: u8 = 0;
-const FAILED: u8 = 1;
-const CLOSED: u8 = 2;
 
 /// How to serve a raw disk.
 #[derive(Clone, Copy, Debug)]
@@ -62,7 +58,7 @@ pub struct RawDriver {
     growing: Mutex<()>,
     guard: Option<MagicGuard>,
     discard: bool,
-    state: AtomicU8,
+    closed: AtomicBool,
 }
 
 impl RawDriver {
@@ -93,7 +89,7 @@ impl RawDriver {
             growing: Mutex::new(()),
             guard: options.refuse_magic.filter(|_| facts.writable).map(MagicGuard::new),
             discard: options.discard,
-            state: AtomicU8::new(LIVE),
+            closed: AtomicBool::new(false),
             storages: [storage],
         }))
     }
@@ -195,10 +191,12 @@ impl BlockDriver for RawDriver {
     }
 
     fn state(&self) -> State {
-        match self.state.load(Ordering::Acquire) {
-            LIVE => State::Live,
-            FAILED => State::Failed,
-            _ => State::Closed,
+        if self.closed.load(Ordering::Acquire) {
+            State::Closed
+        } else if self.storage().is_failed() {
+            State::Failed
+        } else {
+            State::Live
         }
     }
 
@@ -317,13 +315,8 @@ impl BlockDriver for RawDriver {
         }
         check_writable(self)?;
         let storage = self.storage();
-        storage.sync().map_err(|e| {
-            if !storage.facts().direct {
-                // Closed stays closed.
-                let _ = self.state.compare_exchange(LIVE, FAILED, Ordering::AcqRel, Ordering::Acquire);
-            }
-            storage_error(storage, "cannot make the data durable", HostOffset(0), e)
-        })
+        let fail = |e| storage_error(storage, "cannot make the data durable", HostOffset(0), e);
+        storage.sync().map_err(fail)
     }
 
     fn cache(&self, range: GuestRange) -> Result<()> {
@@ -339,7 +332,7 @@ impl BlockDriver for RawDriver {
             State::Live => self.flush(),
             State::Failed => Ok(()),
         };
-        if self.state.swap(CLOSED, Ordering::AcqRel) == CLOSED {
+        if self.closed.swap(true, Ordering::AcqRel) {
             return flushed;
         }
         let storage = self.storage();

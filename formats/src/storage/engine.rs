@@ -5,6 +5,7 @@
 //! when it goes, whichever way that comes about.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::queue::{Completed, Operation, OperationKind, Queue};
 use super::{InPlace, IoBuf, Storage};
@@ -21,7 +22,7 @@ pub(super) fn submit<S: Storage + 'static>(
 ) {
     let facts = storage.facts();
     if facts.reads == InPlace::Always && facts.writes == InPlace::Always {
-        submit_inline(&**storage, operations, queue);
+        submit_inline(storage, operations, queue);
     } else {
         submit_to_workers(storage, operations, queue);
     }
@@ -47,9 +48,13 @@ fn submit_to_workers<S: Storage + 'static>(
 }
 
 /// Carries the operations out here; for storages that never wait.
-fn submit_inline<S: Storage>(storage: &S, operations: &mut Vec<Operation>, queue: &Arc<Queue>) {
+fn submit_inline<S: Storage>(storage: &Arc<S>, operations: &mut Vec<Operation>, queue: &Arc<Queue>) {
     for operation in operations.drain(..) {
-        Answer::new(operation, queue).run(storage);
+        let mut answer = Answer::new(operation, queue);
+        // As on a worker: a panic is an error of this operation, and the others go on.
+        if catch_unwind(AssertUnwindSafe(|| answer.run(&**storage))).is_err() {
+            tracing::error!(path = %storage.facts().path.display(), "a storage panicked");
+        }
     }
 }
 

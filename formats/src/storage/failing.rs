@@ -83,12 +83,14 @@ pub struct Fault {
     pub sticky: bool,
     /// Bytes that a failing write has written all the same.
     pub written_len: usize,
+    /// Panic instead of failing.
+    pub panics: bool,
 }
 
 impl Fault {
     /// The call number `call` of any class fails once, with EIO, and does nothing.
     pub fn at(call: u64) -> Self {
-        Fault { class: None, call, errno: libc::EIO, sticky: false, written_len: 0 }
+        Fault { class: None, call, errno: libc::EIO, sticky: false, written_len: 0, panics: false }
     }
 }
 
@@ -157,6 +159,7 @@ impl Faults {
         state.seen += 1;
         let fails = number == fault.call || (fault.sticky && number > fault.call);
         state.fired += u64::from(fails);
+        assert!(!(fails && fault.panics), "the panic that a test asked for");
         fails.then_some(fault)
     }
 }
@@ -231,6 +234,10 @@ impl Storage for FailingStorage {
     fn sync(&self) -> io::Result<()> {
         self.check(CallClass::Sync).map_err(|error| self.sync_failure(error))?;
         self.inner.sync()
+    }
+
+    fn is_failed(&self) -> bool {
+        self.sync_failed.load(Ordering::Acquire) || self.inner.is_failed()
     }
 
     fn zero(&self, range: HostRange, provision: Provision, fast: bool) -> io::Result<()> {

@@ -227,6 +227,10 @@ impl Storage for FileStorage {
         retry(|| rustix::fs::fdatasync(&self.file)).map_err(|e| self.sync_failure(e.into()))
     }
 
+    fn is_failed(&self) -> bool {
+        self.sync_failed.load(Ordering::Acquire)
+    }
+
     fn zero(&self, range: HostRange, provision: Provision, fast: bool) -> io::Result<()> {
         let result = self.change_room(range, |target| self.room.zero(target, range, provision, fast));
         self.known_data.forget(range);

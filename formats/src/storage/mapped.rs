@@ -218,6 +218,10 @@ impl Storage for MappedStorage {
         self.file.sync()
     }
 
+    fn is_failed(&self) -> bool {
+        self.file.is_failed()
+    }
+
     fn zero(&self, range: HostRange, provision: Provision, fast: bool) -> io::Result<()> {
         self.file.zero(range, provision, fast)
     }

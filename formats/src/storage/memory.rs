@@ -147,6 +147,10 @@ impl Storage for MemoryStorage {
         self.check_open()
     }
 
+    fn is_failed(&self) -> bool {
+        false
+    }
+
     fn zero(&self, range: HostRange, provision: Provision, fast: bool) -> io::Result<()> {
         self.check_open()?;
         let len = self.len()?;

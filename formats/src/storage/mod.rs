@@ -148,8 +148,12 @@ pub trait Storage: Send + Sync {
     fn pwrite(&self, buf: &[u8], at: HostOffset, durability: Durability) -> io::Result<()>;
 
     /// Makes everything that has returned before this call durable. A failure of buffered storage is
-    /// final: this and every later sync, FUA write and write of the storage fail with EIO.
+    /// final: this and every later sync and change of the storage fail with EIO,
+    /// and `is_failed` says so. A FUA write that fails for another reason than a lack of room counts as one.
     fn sync(&self) -> io::Result<()>;
+
+    /// Whether a sync has failed for good, as [`sync`](Self::sync) says. Only looks at memory.
+    fn is_failed(&self) -> bool;
 
     /// Makes the range read as zeroes. Never makes the storage longer, except that `Allocate` may.
     /// With `fast` it fails with `EOPNOTSUPP`, nothing changed, where it would have to write the zeroes.

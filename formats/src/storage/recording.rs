@@ -329,6 +329,10 @@ impl Storage for RecordingStorage {
         self.record(Change::Sync, || self.inner.sync())
     }
 
+    fn is_failed(&self) -> bool {
+        self.inner.is_failed()
+    }
+
     fn zero(&self, range: HostRange, provision: Provision, fast: bool) -> io::Result<()> {
         let grows = provision == Provision::Allocate && self.facts().grows;
         self.record(Change::Zero { range, grows }, || self.inner.zero(range, provision, fast))
