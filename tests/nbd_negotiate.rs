@@ -1,6 +1,8 @@
 //! Negotiation by the tables of the protocol: greeting, client flags, each option with what a client may send and
 //! what it must not, and that the stream is in step after every error (S1 to S12 of the known failures of others).
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::wildcard_enum_match_arm)] // Tests fail loudly.
+
 mod nbd_support;
 
 use nbd_img::nbd::export_info::TransmissionFlags;
@@ -431,7 +433,11 @@ fn list_meta_context_matches_names_and_wildcards() {
     assert_eq!(listed(&none), [""; 0]);
 }
 
-fn set_then_go(options: &[Vec<u8>]) -> (Vec<(u32, u32)>, Vec<(u32, String)>) {
+/// Id and name of a context.
+type Selected = (u32, String);
+
+/// The kinds of replies, and what was selected in the end.
+fn set_then_go(options: &[Vec<u8>]) -> (Vec<(u32, u32)>, Vec<Selected>) {
     let run = run(&Exports::new(), &client(MODERN, options));
     let contexts = agreed(&run).contexts.iter().map(|c| (c.id, c.name.clone())).collect();
     (kinds(&run.out), contexts)

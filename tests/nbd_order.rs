@@ -4,6 +4,8 @@
 //!
 //! 10,000 sequences; more by the environment variable PROPTEST_CASES.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::wildcard_enum_match_arm)] // Tests fail loudly.
+
 mod nbd_support;
 
 use nbd_img::nbd::negotiate::{CloseReason, Next, TlsMode};

@@ -1,6 +1,8 @@
 //! Requests by the tables of the protocol: header, commands, flags and the errors that a server owes (the rows of
 //! "what servers get wrong" that need no disk).
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::wildcard_enum_match_arm)] // Tests fail loudly.
+
 mod nbd_support;
 
 use nbd_img::nbd::errno::NbdError;

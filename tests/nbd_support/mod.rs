@@ -3,6 +3,8 @@
 
 #![allow(dead_code)] // Each test crate uses its own part of this.
 
+pub mod replies;
+
 use nbd_img::nbd::export_info::{ExportDirectory, ExportInfo, ExportSummary, Refusal, TransmissionFlags};
 use nbd_img::nbd::negotiate::{Negotiation, NegotiationConfig, Next, TlsMode};
 
@@ -239,7 +241,7 @@ pub fn be64(bytes: &[u8]) -> u64 {
     u64::from_be_bytes(bytes[..8].try_into().unwrap())
 }
 
-/// What a client may count on in one option of each kind, for tests that try all options.
+/// A compact request header.
 pub fn request(flags: u16, command: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
     let mut bytes = 0x2560_9513_u32.to_be_bytes().to_vec();
     bytes.extend(flags.to_be_bytes());
