@@ -303,6 +303,10 @@ proptest! {
             (next, end) => prop_assert!(false, "{:?} where the model says {:?}", next, end),
         }
     }
+}
+
+proptest! {
+    #![proptest_config(Config { cases: sequences() / 4, failure_persistence: None, ..Config::default() })]
 
     /// Bytes without any sense, and valid options with a few bytes changed: no panic, and whole replies.
     #[test]

@@ -6,7 +6,7 @@
 pub mod replies;
 
 use nbd_img::nbd::export_info::{ExportDirectory, ExportInfo, ExportSummary, Refusal, TransmissionFlags};
-use nbd_img::nbd::negotiate::{Negotiation, NegotiationConfig, Next, TlsMode};
+use nbd_img::nbd::negotiate::{Agreed, CloseReason, Negotiation, NegotiationConfig, Next, TlsMode};
 
 pub const IHAVEOPT: u64 = 0x4948_4156_454F_5054;
 pub const ACK: u32 = 1;
@@ -164,6 +164,20 @@ pub fn run_pieces<'a>(tls: TlsMode, exports: &Exports, pieces: impl IntoIterator
 
 pub fn run(exports: &Exports, input: &[u8]) -> Run {
     run_pieces(TlsMode::Off, exports, [input])
+}
+
+pub fn agreed(run: &Run) -> &Agreed {
+    match &run.next {
+        Next::Transmission(agreed) => agreed,
+        other => panic!("no transmission but {other:?}"),
+    }
+}
+
+pub fn closed(run: &Run) -> &CloseReason {
+    match &run.next {
+        Next::Close { reason } => reason,
+        other => panic!("not closed but {other:?}"),
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
