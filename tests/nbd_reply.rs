@@ -212,6 +212,8 @@ fn error_named(value: u32) -> Option<NbdError> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
     /// Replies of all kinds, one behind the other, are read back as they were meant.
     #[test]
     fn streams_are_read_back(items in prop::collection::vec(item(), 0..20)) {

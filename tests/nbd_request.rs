@@ -396,6 +396,8 @@ fn overflow_and_not_supported_only_leave_where_they_may() {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
     /// Whatever the header: no panic, and what is let through lies in the export and is known.
     #[test]
     fn what_is_let_through_is_in_range(
