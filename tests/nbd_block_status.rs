@@ -103,6 +103,22 @@ fn cut_hole_behind_data_still_fits() {
     assert!((512 + u64::from(extents[1].0)).is_multiple_of(65_536));
 }
 
+/// What was cut off has to be asked for again; the run behind it must not take its place.
+#[test]
+fn nothing_follows_a_cut_extent() {
+    let mut builder = Builder::new(&request(0, u32::MAX, false), &rules(8 * TIB, 1));
+    assert_eq!(builder.push(1 << 32, HOLE), Progress::Full);
+    assert_eq!(build(builder, &[(4096, DATA)]), [(0xffff_0000, HOLE)]);
+}
+
+#[test]
+fn unaligned_end_of_a_request_is_told_with_the_runs_up_to_it() {
+    let mut builder = Builder::new(&request(0, 1000, false), &rules(1 << 20, 1));
+    assert_eq!(builder.push(512, DATA), Progress::More);
+    assert_eq!(builder.push(488, HOLE), Progress::Full);
+    assert_eq!(build(builder, &[]), [(512, DATA), (488, HOLE)]);
+}
+
 /// S18: block sizes and offsets that do not go together.
 #[test]
 fn unaligned_requests_with_large_blocks_make_progress() {

@@ -241,6 +241,12 @@ fn flags_that_were_not_offered_are_invalid() {
     let simple = SessionRules::new(&agreed(false));
     assert_eq!(verdict(&simple, DF, READ, 0, 512), Err(NbdError::Einval));
     assert_eq!(verdict(&simple, 0, READ, 0, 512), Ok(()));
+    let careless = SessionRules { structured: false, ..rules() };
+    assert_eq!(
+        verdict(&careless, DF, READ, 0, 512),
+        Err(NbdError::Einval),
+        "DF says nothing of simple replies"
+    );
 }
 
 #[test]
