@@ -222,7 +222,10 @@ fn sparse_source(path: &Path) -> Vec<u8> {
 #[test]
 fn qemu_img_convert_into_an_export_stays_sparse() {
     let convert: &dyn Fn(&Path, &Server) = &|source, server| {
-        run(tool("qemu-img").args(["convert", "-n", "-f", "raw", "-O", "raw"]).arg(source).arg(server.uri("")));
+        run(tool("qemu-img")
+            .args(["convert", "-n", "-f", "raw", "-O", "raw"])
+            .arg(source)
+            .arg(server.uri("")));
     };
     copies_stay_sparse("convert-fresh", false, convert);
     copies_stay_sparse("convert-over", true, convert);
@@ -242,8 +245,8 @@ fn copies_stay_sparse(test: &str, over_old_data: bool, copy: &dyn Fn(&Path, &Ser
     let folder = support::scratch(test);
     let source = folder.path().join("source");
     let expected = sparse_source(&source);
-    let used = |format: &str, peer: Peer| {
-        let target = folder.path().join(format!("{format}-{peer:?}"));
+    let used = |target: &str, format: &str, peer: Peer| {
+        let target = folder.path().join(target);
         if over_old_data {
             fs::write(&target, vec![0xee; expected.len()]).unwrap();
         } else {
@@ -258,12 +261,15 @@ fn copies_stay_sparse(test: &str, over_old_data: bool, copy: &dyn Fn(&Path, &Ser
         eprintln!("{test} {format} {peer:?}: {blocks} bytes on disk");
         blocks
     };
-    let theirs = used("raw", Peer::QemuNbd);
+    let theirs = used("yardstick", "raw", Peer::QemuNbd);
     assert!(theirs < 16 << 20, "the yardstick itself is not sparse: {theirs}");
     for format in ["raw", "mmap-raw"] {
-        let ours = used(format, Peer::of_this_run());
+        let ours = used(format, format, Peer::of_this_run());
         // A file system may round a fragment more or less.
-        assert!(ours <= theirs + (128 << 10), "{test} {format}: {ours} bytes on disk, with qemu-nbd {theirs}");
+        assert!(
+            ours <= theirs + (128 << 10),
+            "{test} {format}: {ours} bytes on disk, with qemu-nbd {theirs}"
+        );
     }
 }
 
@@ -276,9 +282,12 @@ fn a_read_only_export_refuses_every_change() {
     let server = Serve::image(&disk).format("raw").read_only().start();
     let mut client = Client::unix(server.socket(), "", Wishes::STRUCTURED);
     assert_ne!(client.flags & transmission::READ_ONLY, 0);
-    for (command, payload) in [(command::WRITE, &[1; 512][..]), (command::TRIM, &[]), (command::WRITE_ZEROES, &[])] {
+    for (command, payload) in
+        [(command::WRITE, &[1; 512][..]), (command::TRIM, &[]), (command::WRITE_ZEROES, &[])]
+    {
         let reply = client.ask(Request::new(command, 0, 512), payload);
-        let expected = if support::is_nbd_img() { support::wire::errno::EPERM } else { support::wire::errno::EINVAL };
+        let expected =
+            if support::is_nbd_img() { support::wire::errno::EPERM } else { support::wire::errno::EINVAL };
         assert_eq!(reply.error, expected, "command {command}: {reply:?}");
     }
     assert_same("the export", &client.read_all(), &content);
@@ -289,7 +298,8 @@ fn a_read_only_export_refuses_every_change() {
                 .lines()
                 .any(|line| line.starts_with("flags:") && line.ends_with('0'))
     };
-    let fds: Vec<_> = fs::read_dir(format!("/proc/{}/fd", server.pid())).unwrap().map(Result::unwrap).collect();
+    let fds: Vec<_> =
+        fs::read_dir(format!("/proc/{}/fd", server.pid())).unwrap().map(Result::unwrap).collect();
     assert!(fds.iter().any(|fd| fs::read_link(fd.path()).is_ok_and(|target| target == disk)));
     assert!(!fds.iter().any(writable), "a read-only export with a writable descriptor");
     server.stop();

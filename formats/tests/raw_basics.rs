@@ -1,5 +1,7 @@
 //! The raw driver over real files: sizes, tails, growth, zeroing, holes, closing.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests are not told apart from a program's code.
+
 use std::fs;
 use std::path::Path;
 

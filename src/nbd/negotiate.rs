@@ -11,7 +11,6 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::export_info::{ExportDirectory, ExportInfo};
 use super::options::{self, Context, Outcome};
-use super::text::quoted;
 use super::wire;
 
 /// Longest data of an option. Our choice: nothing legal needs more (names end at 4096 bytes).
@@ -96,7 +95,8 @@ pub enum CloseReason {
         /// `OPT_*`.
         option: u32,
     },
-    /// EXPORT_NAME failed, and has no other way to say so.
+    /// EXPORT_NAME failed, and has no other way to say so. The text is fit for a log: names in it are escaped and
+    /// cut.
     ExportNameRefused(String),
     /// [`Negotiation::step`] was called after its end.
     AlreadyOver,
@@ -314,7 +314,7 @@ impl fmt::Display for CloseReason {
             Self::NotFixedNewstyle { option } => {
                 write!(f, "option {option} from a client that does not speak fixed newstyle")
             }
-            Self::ExportNameRefused(why) => write!(f, "EXPORT_NAME refused: {}", quoted(why)),
+            Self::ExportNameRefused(why) => write!(f, "EXPORT_NAME refused: {why}"),
             Self::AlreadyOver => f.write_str("the negotiation was over already"),
         }
     }

@@ -213,7 +213,14 @@ fn verdict(request: &Request, rules: &SessionRules) -> Verdict {
         Command::BlockStatus if request.len == 0 => {
             Err((NbdError::Einval, "block status of no bytes at all"))
         }
-        _ => check_range(request, rules),
+        Command::Read
+        | Command::Write
+        | Command::Disconnect
+        | Command::Trim
+        | Command::Cache
+        | Command::WriteZeroes
+        | Command::BlockStatus
+        | Command::Unknown(_) => check_range(request, rules),
     }
 }
 

@@ -4,7 +4,9 @@
 
 pub mod client;
 pub mod images;
+pub mod in_process;
 pub mod proc;
+pub mod qmp;
 pub mod rng;
 pub mod server;
 pub mod tools;

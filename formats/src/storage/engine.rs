@@ -7,15 +7,29 @@
 use std::io;
 
 use super::queue::{Completed, Operation, OperationKind, Queue};
-use super::{IoBuf, Storage};
+use super::{InPlace, IoBuf, Storage};
 use crate::address::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::Arc;
 use crate::workers::Lane;
 
+/// Carries the operations out: here where nothing ever waits, else on the queue's workers.
+pub(super) fn submit<S: Storage + 'static>(
+    storage: &Arc<S>,
+    operations: &mut Vec<Operation>,
+    queue: &Arc<Queue>,
+) {
+    let facts = storage.facts();
+    if facts.reads == InPlace::Always && facts.writes == InPlace::Always {
+        submit_inline(&**storage, operations, queue);
+    } else {
+        submit_to_workers(storage, operations, queue);
+    }
+}
+
 /// Gives each operation to a thread of the queue's workers. One that no thread can be had for is
 /// answered with an error: the submitter must not wait, so it cannot be run here.
-pub(super) fn submit_to_workers<S: Storage + ?Sized + 'static>(
+fn submit_to_workers<S: Storage + 'static>(
     storage: &Arc<S>,
     operations: &mut Vec<Operation>,
     queue: &Arc<Queue>,
@@ -33,11 +47,7 @@ pub(super) fn submit_to_workers<S: Storage + ?Sized + 'static>(
 }
 
 /// Carries the operations out here; for storages that never wait.
-pub(super) fn submit_inline<S: Storage + ?Sized>(
-    storage: &S,
-    operations: &mut Vec<Operation>,
-    queue: &Arc<Queue>,
-) {
+fn submit_inline<S: Storage>(storage: &S, operations: &mut Vec<Operation>, queue: &Arc<Queue>) {
     for operation in operations.drain(..) {
         Answer::new(operation, queue).run(storage);
     }
@@ -60,7 +70,7 @@ impl Answer {
         Answer { queue: Arc::clone(queue), kind, at, token, buf, result: None }
     }
 
-    fn run<S: Storage + ?Sized>(&mut self, storage: &S) {
+    fn run<S: Storage>(&mut self, storage: &S) {
         let (what, result) = match self.kind {
             OperationKind::Read => ("cannot read", storage.pread(&mut self.buf, self.at)),
             OperationKind::Write(durability) => {

@@ -215,7 +215,7 @@ impl Storage for FileStorage {
     }
 
     fn submit(self: Arc<Self>, operations: &mut Vec<Operation>, queue: &Arc<Queue>) {
-        engine::submit_to_workers(&self, operations, queue);
+        engine::submit(&self, operations, queue);
     }
 
     fn close(&self) -> io::Result<()> {

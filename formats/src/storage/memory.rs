@@ -183,7 +183,7 @@ impl Storage for MemoryStorage {
     }
 
     fn submit(self: Arc<Self>, operations: &mut Vec<Operation>, queue: &Arc<Queue>) {
-        engine::submit_inline(&*self, operations, queue);
+        engine::submit(&self, operations, queue);
     }
 
     fn close(&self) -> io::Result<()> {

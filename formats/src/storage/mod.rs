@@ -6,21 +6,30 @@
 mod blkdev;
 mod buffer;
 mod engine;
+pub mod failing;
 mod file;
 mod lock;
+mod mapped;
 mod memory;
 mod place;
 pub mod queue;
+pub mod recording;
 mod room;
+mod sigbus;
+mod sparse;
 
 use std::io;
 use std::path::PathBuf;
 
 pub use buffer::IoBuf;
+pub use failing::{CallClass, FailingStorage, Fault, Faults};
 pub use file::{FileOptions, FileStorage};
 pub use lock::LockMode;
+pub use mapped::MappedStorage;
 pub use memory::{MemoryOptions, MemoryStorage, POISON};
 pub use queue::{Completed, Operation, OperationKind, Queue};
+pub use recording::{Change, Fate, FileId, Log, Record, RecordingStorage};
+pub use sparse::SparseBytes;
 
 use crate::address::{HostOffset, HostRange};
 use crate::driver::Provision;

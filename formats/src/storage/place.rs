@@ -3,7 +3,7 @@
 //! Only questions are asked here; nothing is changed.
 
 use std::io::{self, IoSliceMut};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use rustix::fs::SeekFrom;
 use rustix::io::{Errno, ReadWriteFlags};
@@ -52,6 +52,14 @@ pub(super) fn ask_to_read(file: BorrowedFd<'_>) -> InPlace {
         Ok(_) | Err(Errno::AGAIN) => InPlace::Ask,
         Err(_) => InPlace::Never,
     }
+}
+
+/// Whether mincore(2) tells us which pages of the file are in memory. To those who could not write the
+/// file it says that all of them are (mm/mincore.c).
+pub(super) fn can_ask_residence(file: BorrowedFd<'_>) -> bool {
+    let owned = rustix::fs::fstat(file).is_ok_and(|stat| stat.st_uid == rustix::process::geteuid().as_raw());
+    let name = format!("/proc/self/fd/{}", file.as_raw_fd());
+    owned || rustix::fs::access(name, rustix::fs::Access::WRITE_OK).is_ok()
 }
 
 /// The bytes that a file occupies.
