@@ -231,6 +231,54 @@ fn more_than_max_connections_are_refused_with_a_text() {
     server.stop();
 }
 
+/// The limit on open files is set for a shell, which becomes the server.
+fn with_file_limit(name: &str, ulimit: &str) -> (tempfile::TempDir, Server) {
+    let folder = scratch(name);
+    let path = folder.path().join("disk.img");
+    fs::write(&path, vec![5; DISK_LEN]).unwrap();
+    let script = format!("ulimit {ulimit}; exec \"$@\"");
+    let server = Serve::image(&path).format("raw").wrapper(&["sh", "-c", &script, "sh"]).start();
+    (folder, server)
+}
+
+#[test]
+fn the_limit_on_open_files_is_raised_to_the_need() {
+    let (_folder, server) = with_file_limit("soft-limit", "-Sn 32");
+    let clients: Vec<_> = (0..100).map(|_| Client::unix(server.socket(), "", PLAIN)).collect();
+    drop(clients);
+    server.stop();
+}
+
+#[test]
+fn without_descriptors_a_good_client_still_gets_through() {
+    let (_folder, mut server) = with_file_limit("hard-limit", "-n 40");
+    let silent: Vec<_> = (0..200).map(|_| UnixStream::connect(server.socket()).unwrap()).collect();
+    for _ in 0..3 {
+        let mut client = Client::unix(server.socket(), "", PLAIN);
+        assert_eq!(client.read(0, 512), [5; 512]);
+        client.disconnect();
+    }
+    logged(&server, "ulimit -Hn");
+    server.assert_alive();
+    drop(silent);
+    // So many sessions that descriptors run out: the server must not spin, and serve again when they are gone.
+    let sessions: Vec<_> =
+        (0..60).map_while(|_| keep_if_served(UnixStream::connect(server.socket()).unwrap())).collect();
+    assert!(sessions.len() > 5 && sessions.len() < 40, "{} sessions with 40 descriptors", sessions.len());
+    drop(sessions);
+    let mut client = Client::unix(server.socket(), "", PLAIN);
+    assert_eq!(client.read(0, 512), [5; 512]);
+    client.disconnect();
+    server.stop();
+}
+
+/// Negotiates unless the server does not answer.
+fn keep_if_served(mut stream: UnixStream) -> Option<UnixStream> {
+    stream.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    stream.read_exact(&mut [0; 18]).ok()?;
+    (go(&mut stream).0 == option_reply::INFO).then_some(stream)
+}
+
 #[test]
 fn slots_come_back_however_a_client_goes() {
     let (_folder, server, address) = start("slots", &["--max-connections", "1"]);

@@ -117,7 +117,7 @@ impl Clients {
             }
             state.sessions += 1;
         }
-        tracing::info!(peer, export = %export.escape_debug(), "connection opened");
+        tracing::info!(%peer, export = %export.escape_debug(), "connection opened");
         Some(Permit(Arc::clone(self)))
     }
 
@@ -133,7 +133,7 @@ impl Clients {
 
     /// Counts a client that was refused because all slots are taken.
     pub fn note_refused(&self, peer: &str) {
-        tracing::debug!(peer, "refused: all slots are taken");
+        tracing::debug!(%peer, "refused: all slots are taken");
         if let Some(count) = self.rare.refused.note(Instant::now()) {
             tracing::warn!(
                 count,
@@ -146,9 +146,9 @@ impl Clients {
     /// Counts a connection that ended before it had an export: a port scan, a health check, a client
     /// that only lists.
     pub fn note_no_export(&self, peer: &str, why: &str) {
-        tracing::debug!(peer, why, "connection ended before it chose an export");
+        tracing::debug!(%peer, why, "connection ended before it chose an export");
         if let Some(count) = self.rare.no_export.note(Instant::now()) {
-            tracing::info!(count, peer, why, "connections ended before they chose an export");
+            tracing::info!(count, %peer, why, "connections ended before they chose an export");
         }
     }
 }
