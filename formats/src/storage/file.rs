@@ -11,8 +11,10 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Advice, FileType, Mode, OFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
+use super::direct::{Direct, Files};
 use super::lock::{self, LockMode};
-use super::room::Room;
+use super::range_lock::Hold;
+use super::room::{Room, Target};
 use super::{
     Durability, InPlace, Operation, Queue, Run, Storage, StorageFacts, StorageKind, TryRead, engine,
 };
@@ -42,6 +44,7 @@ pub struct FileStorage {
     /// is told of a writeback error once: a failed FUA write must not use up what the next sync of `file`
     /// has to see. `None` when it cannot be had; then a FUA write is a write and a sync.
     durable: Option<OwnedFd>,
+    direct: Option<Direct>,
     room: Room,
     sync_failed: AtomicBool,
     closed: AtomicBool,
@@ -84,13 +87,19 @@ impl FileStorage {
         let flags = if options.direct { OFlags::DIRECT } else { OFlags::empty() };
         rustix::fs::fcntl_setfl(&file, flags).map_err(|e| no_direct(e, path))?;
         lock::acquire(file.as_fd(), path, options.lock)?;
-        let facts = facts_of(&file, path, kind, options).map_err(|e| fail("cannot look at the file", e))?;
+        let direct = options.direct.then(|| Direct::new(file.as_fd(), kind));
+        let mut facts =
+            facts_of(&file, path, kind, options).map_err(|e| fail("cannot look at the file", e))?;
+        if let Some(direct) = &direct {
+            facts.block_len = u32::try_from(direct.block_len()).unwrap_or(facts.block_len);
+        }
         let durable = options.writable.then(|| open_durable(&file, flags)).flatten();
         Ok(Arc::new(FileStorage {
             room: Room::new(kind),
             facts,
             file,
             durable,
+            direct,
             sync_failed: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         }))
@@ -119,8 +128,37 @@ impl FileStorage {
         error
     }
 
+    /// Writes by way of one of the two descriptions.
+    fn write_to(&self, file: &OwnedFd, buf: &[u8], at: HostOffset) -> io::Result<()> {
+        match &self.direct {
+            None => pwrite_all(file.as_fd(), buf, at),
+            Some(direct) => direct.pwrite(self.files(file), buf, at),
+        }
+    }
+
+    fn files<'a>(&'a self, write: &'a OwnedFd) -> Files<'a> {
+        Files { read: self.file.as_fd(), write: write.as_fd() }
+    }
+
+    /// Gives a change of room what it needs: the length, how to write, and under O_DIRECT the range.
+    fn change_room(
+        &self,
+        range: HostRange,
+        change: impl FnOnce(Target<'_>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        self.check_writable()?;
+        let file = self.file.as_fd();
+        let Some(direct) = &self.direct else {
+            let write = |bytes: &[u8], at| pwrite_all(file, bytes, at);
+            return change(Target { file, len: self.len()?, write: &write });
+        };
+        let _guard = direct.lock_change(file, range.at().0, range.end().0, Hold::Exclusive)?;
+        let write = |bytes: &[u8], at: HostOffset| direct.write_held(self.files(&self.file), bytes, at.0);
+        change(Target { file, len: self.len()?, write: &write })
+    }
+
     fn write_durable(&self, durable: &OwnedFd, buf: &[u8], at: HostOffset) -> io::Result<()> {
-        pwrite_all(durable.as_fd(), buf, at).map_err(|error| match error.raw_os_error() {
+        self.write_to(durable, buf, at).map_err(|error| match error.raw_os_error() {
             // Nothing was written for lack of room. If pages were lost for it, the next sync says so.
             Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG | libc::EINVAL) => error,
             _ => self.sync_failure(error),
@@ -152,7 +190,10 @@ impl Storage for FileStorage {
     }
 
     fn pread(&self, buf: &mut [u8], at: HostOffset) -> io::Result<usize> {
-        pread_full(self.file.as_fd(), buf, at)
+        match &self.direct {
+            None => pread_full(self.file.as_fd(), buf, at),
+            Some(direct) => direct.pread(self.file.as_fd(), buf, at),
+        }
     }
 
     fn try_pread(&self, buf: &mut [u8], at: HostOffset) -> io::Result<TryRead> {
@@ -166,10 +207,10 @@ impl Storage for FileStorage {
     fn pwrite(&self, buf: &[u8], at: HostOffset, durability: Durability) -> io::Result<()> {
         self.check_writable()?;
         match (durability, &self.durable) {
-            (Durability::Later, _) => pwrite_all(self.file.as_fd(), buf, at),
+            (Durability::Later, _) => self.write_to(&self.file, buf, at),
             (Durability::Fua, Some(durable)) => self.write_durable(durable, buf, at),
             (Durability::Fua, None) => {
-                pwrite_all(self.file.as_fd(), buf, at)?;
+                self.write_to(&self.file, buf, at)?;
                 self.sync()
             }
         }
@@ -184,19 +225,20 @@ impl Storage for FileStorage {
     }
 
     fn zero(&self, range: HostRange, provision: Provision, fast: bool) -> io::Result<()> {
-        self.check_writable()?;
-        self.room.zero(self.file.as_fd(), range, self.len()?, provision, fast)
+        self.change_room(range, |target| self.room.zero(target, range, provision, fast))
     }
 
     fn discard(&self, range: HostRange) -> io::Result<()> {
-        self.check_writable()?;
-        self.room.discard(self.file.as_fd(), range, self.len()?)
+        self.change_room(range, |target| self.room.discard(target.file, range, target.len))
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.check_writable()?;
         match self.facts.kind {
-            StorageKind::File | StorageKind::Memory => Ok(retry(|| rustix::fs::ftruncate(&self.file, len))?),
+            StorageKind::File | StorageKind::Memory => {
+                let _guard = self.direct.as_ref().map(Direct::lock_len);
+                Ok(retry(|| rustix::fs::ftruncate(&self.file, len))?)
+            }
             StorageKind::BlockDevice if self.len()? == len => Ok(()),
             StorageKind::BlockDevice => Err(Errno::OPNOTSUPP.into()),
         }

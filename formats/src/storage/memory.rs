@@ -11,7 +11,7 @@ use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
 
 use super::file::{pread_full, pwrite_all, retry};
-use super::room::Room;
+use super::room::{Room, Target};
 use super::{Durability, InPlace, Operation, Queue, Run, Storage, StorageFacts, StorageKind, TryRead};
 use super::{engine, place};
 use crate::address::{HostOffset, HostRange};
@@ -153,7 +153,9 @@ impl Storage for MemoryStorage {
         if !self.facts.grows && range.end().0 > len && provision == Provision::Allocate {
             return Err(Errno::NOSPC.into());
         }
-        self.room.zero(self.file.as_fd(), range, len, provision, fast)
+        let file = self.file.as_fd();
+        let write = |bytes: &[u8], at| pwrite_all(file, bytes, at);
+        self.room.zero(Target { file, len, write: &write }, range, provision, fast)
     }
 
     fn discard(&self, range: HostRange) -> io::Result<()> {

@@ -5,6 +5,7 @@
 
 mod blkdev;
 mod buffer;
+mod direct;
 mod engine;
 pub mod failing;
 mod file;
@@ -13,6 +14,7 @@ mod mapped;
 mod memory;
 mod place;
 pub mod queue;
+mod range_lock;
 pub mod recording;
 mod room;
 mod sigbus;

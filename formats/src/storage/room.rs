@@ -10,7 +10,7 @@ use std::os::fd::BorrowedFd;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use super::file::{pwrite_all, retry};
+use super::file::retry;
 use super::{StorageKind, blkdev};
 use crate::address::{HostOffset, HostRange};
 use crate::driver::Provision;
@@ -18,7 +18,11 @@ use crate::sync::atomic::{AtomicU8, Ordering};
 
 /// Most zeroes written by one call. Our choice: large enough for a disk's full speed.
 const ZEROES_LEN: usize = 1 << 20;
-static ZEROES: [u8; ZEROES_LEN] = [0; ZEROES_LEN];
+
+/// Aligned, so that O_DIRECT can write them as they are.
+#[repr(align(4096))]
+struct Zeroes([u8; ZEROES_LEN]);
+static ZEROES: Zeroes = Zeroes([0; ZEROES_LEN]);
 
 const PUNCH: u8 = 1;
 const ZERO_RANGE: u8 = 2;
@@ -32,6 +36,18 @@ pub(super) struct Room {
     unsupported: AtomicU8,
 }
 
+/// How zeroes are written where nothing better is to be had.
+pub(super) type Write<'a> = &'a dyn Fn(&[u8], HostOffset) -> io::Result<()>;
+
+/// A file, as it is changed here.
+#[derive(Clone, Copy)]
+pub(super) struct Target<'a> {
+    pub(super) file: BorrowedFd<'a>,
+    /// Its length.
+    pub(super) len: u64,
+    pub(super) write: Write<'a>,
+}
+
 /// What became of a call that may not be supported.
 enum Outcome {
     Done,
@@ -43,25 +59,24 @@ impl Room {
         Room { kind, unsupported: AtomicU8::new(0) }
     }
 
-    /// See [`Storage::zero`](super::Storage::zero); `len` is the file's length.
+    /// See [`Storage::zero`](super::Storage::zero).
     pub(super) fn zero(
         &self,
-        file: BorrowedFd<'_>,
+        target: Target<'_>,
         range: HostRange,
-        len: u64,
         provision: Provision,
         fast: bool,
     ) -> io::Result<()> {
         let range = match provision {
             Provision::Allocate if self.kind != StorageKind::BlockDevice => range,
-            Provision::Allocate | Provision::Unmap | Provision::Keep => clip(range, len),
+            Provision::Allocate | Provision::Unmap | Provision::Keep => clip(range, target.len),
         };
         if range.is_empty() {
             return Ok(());
         }
         match self.kind {
-            StorageKind::BlockDevice => self.zero_device(file, range, provision, fast),
-            StorageKind::File | StorageKind::Memory => self.zero_file(file, range, provision, fast),
+            StorageKind::BlockDevice => self.zero_device(target, range, provision, fast),
+            StorageKind::File | StorageKind::Memory => self.zero_file(target, range, provision, fast),
         }
     }
 
@@ -82,13 +97,13 @@ impl Room {
 
     fn zero_file(
         &self,
-        file: BorrowedFd<'_>,
+        target: Target<'_>,
         range: HostRange,
         provision: Provision,
         fast: bool,
     ) -> io::Result<()> {
         if provision == Provision::Unmap
-            && let Outcome::Done = self.punch(file, range)?
+            && let Outcome::Done = self.punch(target.file, range)?
         {
             return Ok(());
         }
@@ -96,16 +111,16 @@ impl Room {
             Provision::Unmap | Provision::Keep => FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE,
             Provision::Allocate => FallocateFlags::ZERO_RANGE,
         };
-        if let Outcome::Done = self.fallocate(ZERO_RANGE, file, flags, range)? {
+        if let Outcome::Done = self.fallocate(ZERO_RANGE, target.file, flags, range)? {
             return Ok(());
         }
-        if let Outcome::Done = self.zero_by_exchange(file, range, provision)? {
+        if let Outcome::Done = self.zero_by_exchange(target.file, range, provision)? {
             return Ok(());
         }
         if fast {
             return Err(Errno::OPNOTSUPP.into());
         }
-        write_zeroes(file, range)
+        write_zeroes(target, range)
     }
 
     /// Zeroes by giving the room back and taking it again (tmpfs has nothing better). It is taken once
@@ -135,13 +150,14 @@ impl Room {
     /// Zeroes whole blocks by the device and the edges by writing them.
     fn zero_device(
         &self,
-        device: BorrowedFd<'_>,
+        target: Target<'_>,
         range: HostRange,
         provision: Provision,
         fast: bool,
     ) -> io::Result<()> {
+        let device = target.file;
         let Some(inside) = aligned_inside(range, blkdev::logical_block_len(device)) else {
-            return write_zeroes(device, range);
+            return write_zeroes(target, range);
         };
         let mut outcome = Outcome::Unsupported;
         if provision == Provision::Unmap {
@@ -153,12 +169,12 @@ impl Room {
                 return Err(Errno::OPNOTSUPP.into());
             }
             if let Outcome::Unsupported = self.attempt(ZERO_OUT, || blkdev::zero(device, inside))? {
-                write_zeroes(device, inside)?;
+                write_zeroes(target, inside)?;
             }
         }
         let behind = inside.end();
-        write_zeroes(device, between(range.at(), inside.at()))?;
-        write_zeroes(device, between(behind, range.end()))
+        write_zeroes(target, between(range.at(), inside.at()))?;
+        write_zeroes(target, between(behind, range.end()))
     }
 
     fn punch(&self, file: BorrowedFd<'_>, range: HostRange) -> io::Result<Outcome> {
@@ -197,11 +213,11 @@ impl Room {
 }
 
 /// Zeroes the range by writing.
-fn write_zeroes(file: BorrowedFd<'_>, range: HostRange) -> io::Result<()> {
+fn write_zeroes(target: Target<'_>, range: HostRange) -> io::Result<()> {
     let mut at = range.at().0;
     while at < range.end().0 {
         let len = usize::try_from(range.end().0 - at).unwrap_or(ZEROES_LEN).min(ZEROES_LEN);
-        pwrite_all(file, ZEROES.get(..len).unwrap_or(&ZEROES), HostOffset(at))?;
+        (target.write)(ZEROES.0.get(..len).unwrap_or_default(), HostOffset(at))?;
         at += len as u64;
     }
     Ok(())
