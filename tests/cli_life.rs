@@ -16,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
-use support::client::{Client, Request, Wishes};
+use support::client::{Client, Request, Wishes, is_hangup};
 use support::server::{Serve, Server};
 use support::tools::{output, run, tool};
 use support::wire::command;
@@ -105,6 +105,8 @@ fn one_uri_for_each_listener_and_all_of_them_serve() {
         let shown = String::from_utf8(run(tool("nbdinfo").arg("--list").arg(uri.trim()))).unwrap();
         assert!(shown.contains("disk one?") && shown.contains("about it"), "{shown}");
     }
+    // The only export is also the default one.
+    Client::unix(&odd, "", PLAIN).disconnect();
     server.signal(Signal::TERM);
     assert_eq!(server.wait(PATIENCE).code(), Some(0));
     assert!(!odd.exists());
@@ -333,6 +335,56 @@ fn client_that_does_not_read(socket: &Path) -> Client {
     }
     thread::sleep(Duration::from_millis(200));
     client
+}
+
+#[test]
+fn idle_clients_do_not_delay_the_end() {
+    let folder = scratch("idle");
+    let (path, _) = image(folder.path());
+    let mut server = Serve::image(&path).format("raw").args(&["--drain-timeout", "30"]).start();
+    let mut idle: Vec<_> = (0..20).map(|_| Client::unix(server.socket(), "", PLAIN)).collect();
+    idle.iter_mut().for_each(|client| assert_eq!(client.read(0, 512).len(), 512));
+    let begin = Instant::now();
+    server.signal(Signal::TERM);
+    assert_eq!(server.wait(PATIENCE).code(), Some(0));
+    assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+    assert!(is_hangup(&idle[0].reply().unwrap_err()));
+}
+
+#[test]
+fn what_was_answered_before_the_end_is_in_the_file() {
+    const WRITE_LEN: usize = 16 << 10;
+    let folder = scratch("in-flight");
+    let (path, content) = image(folder.path());
+    let mut server = Serve::image(&path).format("raw").start();
+    let mut client = Client::unix(server.socket(), "", PLAIN);
+    let send = |i: usize| {
+        let request = Request::new(command::WRITE, (i * WRITE_LEN) as u64, WRITE_LEN);
+        client.send(request, &[0xa5; WRITE_LEN]).unwrap()
+    };
+    let cookies: Vec<u64> = (0..DISK_LEN / WRITE_LEN).map(send).collect();
+    let first = client.reply().unwrap();
+    server.signal(Signal::TERM);
+    let mut answered = vec![first];
+    let end = loop {
+        match client.reply() {
+            Ok(reply) => answered.push(reply),
+            Err(error) => break error,
+        }
+    };
+    assert!(is_hangup(&end), "{end}");
+    assert_eq!(server.wait(PATIENCE).code(), Some(0), "{}", server.stderr());
+    let found = fs::read(&path).unwrap();
+    assert!(answered.iter().all(|reply| reply.error == 0), "{answered:?}");
+    for (i, cookie) in cookies.into_iter().enumerate() {
+        let part = i * WRITE_LEN..(i + 1) * WRITE_LEN;
+        let written = found[part.clone()] == [0xa5; WRITE_LEN];
+        assert!(written || found[part.clone()] == content[part], "half of write {i}");
+        assert!(
+            written || answered.iter().all(|reply| reply.cookie != cookie),
+            "write {i} was answered and is lost"
+        );
+    }
 }
 
 #[test]
