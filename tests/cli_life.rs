@@ -6,7 +6,7 @@
 mod support;
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
@@ -16,10 +16,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
-use support::client::{Client, Request, Wishes, is_hangup};
+use support::client::{Client, Request, Wishes, go_data, greet, is_hangup, option_bytes, read_option_reply};
 use support::server::{Serve, Server};
 use support::tools::{output, run, tool};
-use support::wire::command;
+use support::wire::{command, option, option_reply};
 use support::{assert_same, scratch};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -264,6 +264,28 @@ fn sighup_is_ignored_and_a_second_sigterm_ends_it_at_once() {
 }
 
 #[test]
+fn a_storm_of_signals_disturbs_nobody() {
+    let folder = scratch("storm");
+    let (path, content) = image(folder.path());
+    let mut server = Serve::image(&path).format("raw").start();
+    let mut client = Client::unix(server.socket(), "", PLAIN);
+    for _ in 0..100 {
+        for _ in 0..100 {
+            server.signal(Signal::HUP);
+            server.signal(Signal::CHILD);
+        }
+        assert_eq!(client.read(512, 512), content[512..1024]);
+    }
+    client.disconnect();
+    logged(&server, "SIGHUP ignored");
+    assert!(server.stderr().lines().count() < 10, "the signals filled the log: {}", server.stderr());
+    let begin = Instant::now();
+    server.signal(Signal::TERM);
+    assert_eq!(server.wait(PATIENCE).code(), Some(0));
+    assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+}
+
+#[test]
 fn a_client_that_does_not_read_cannot_hold_up_the_end() {
     let folder = scratch("drain");
     let (path, _) = image(folder.path());
@@ -406,7 +428,7 @@ fn exit_last_ends_after_the_last_real_client() {
     let (path, _) = image(folder.path());
     let mut server = Serve::image(&path).format("raw").args(&["--exit-last"]).start();
     drop(UnixStream::connect(server.socket()).unwrap());
-    drop(support::client::greet(server.socket()));
+    drop(greet(server.socket()));
     run(tool("nbdinfo").arg("--list").arg(server.uri("")));
     thread::sleep(Duration::from_millis(100));
     // nbdinfo --list asks for each export, which makes it a client of none.
@@ -438,6 +460,11 @@ fn several_exports_are_told_apart() {
     server.stdout_line();
     assert_same("one", &Client::unix(&socket, "one", PLAIN).read_all(), &content[1024..3072]);
     assert_same("two", &Client::unix(&socket, "two", PLAIN).read_all(), &[9; 4096]);
+    let mut unnamed = greet(&socket);
+    unnamed.write_all(&[0, 0, 0, 3]).unwrap();
+    unnamed.write_all(&option_bytes(option::GO, &go_data(""))).unwrap();
+    let (answer, _) = read_option_reply(&mut unnamed, option::GO).unwrap();
+    assert_eq!(answer, option_reply::ERR_UNKNOWN, "no export of several is the default one");
     let uri = format!("nbd+unix:///?socket={}", socket.display());
     let shown = String::from_utf8(run(tool("nbdinfo").args(["--list", &uri]))).unwrap();
     assert!(shown.contains("\"one\"") && shown.contains("the second"), "{shown}");
