@@ -55,7 +55,7 @@ struct LaneQueue {
 impl Workers {
     /// Workers without threads yet; `name` is what their threads will be called.
     pub fn new(name: &str) -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let cores = thread::available_parallelism().map_or(1, usize::from);
         Workers {
             lanes: [("r", IO_THREADS_MAX), ("w", IO_THREADS_MAX), ("c", cores)]
                 .map(|(lane, threads_max)| Arc::new(LaneState::new(format!("{lane}-{name}"), threads_max))),

@@ -86,6 +86,10 @@ impl Storage for Disk {
         self.inner.discard(range)
     }
 
+    fn is_failed(&self) -> bool {
+        self.inner.is_failed()
+    }
+
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.inner.set_len(len)
     }
