@@ -241,7 +241,8 @@ fn flags_that_were_not_offered_are_invalid() {
     let simple = SessionRules::new(&agreed(false));
     assert_eq!(verdict(&simple, DF, READ, 0, 512), Err(NbdError::Einval));
     assert_eq!(verdict(&simple, 0, READ, 0, 512), Ok(()));
-    let careless = SessionRules { structured: false, ..rules() };
+    let offering_df = SessionRules::new(&agreed(true));
+    let careless = SessionRules { structured: false, ..offering_df };
     assert_eq!(
         verdict(&careless, DF, READ, 0, 512),
         Err(NbdError::Einval),
