@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-use crate::sync::{Arc, Condvar, Mutex, thread};
+use crate::sync::{Arc, Condvar, Mutex, available_parallelism, thread};
 
 /// Most threads that wait for reads, and as many for writes: what a disk of today needs to be busy
 /// (16 gave the best cold reads in the prototype). Our choice.
@@ -55,7 +55,7 @@ struct LaneQueue {
 impl Workers {
     /// Workers without threads yet; `name` is what their threads will be called.
     pub fn new(name: &str) -> Self {
-        let cores = thread::available_parallelism().map_or(1, usize::from);
+        let cores = available_parallelism().map_or(1, usize::from);
         Workers {
             lanes: [("r", IO_THREADS_MAX), ("w", IO_THREADS_MAX), ("c", cores)]
                 .map(|(lane, threads_max)| Arc::new(LaneState::new(format!("{lane}-{name}"), threads_max))),
