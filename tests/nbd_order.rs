@@ -4,6 +4,8 @@
 //!
 //! 10,000 sequences; more by the environment variable PROPTEST_CASES.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::wildcard_enum_match_arm)] // Tests fail loudly.
+
 mod nbd_support;
 
 use nbd_img::nbd::negotiate::{CloseReason, Next, TlsMode};
@@ -301,6 +303,10 @@ proptest! {
             (next, end) => prop_assert!(false, "{:?} where the model says {:?}", next, end),
         }
     }
+}
+
+proptest! {
+    #![proptest_config(Config { cases: sequences() / 4, failure_persistence: None, ..Config::default() })]
 
     /// Bytes without any sense, and valid options with a few bytes changed: no panic, and whole replies.
     #[test]

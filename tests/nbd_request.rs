@@ -1,6 +1,8 @@
 //! Requests by the tables of the protocol: header, commands, flags and the errors that a server owes (the rows of
 //! "what servers get wrong" that need no disk).
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::wildcard_enum_match_arm)] // Tests fail loudly.
+
 mod nbd_support;
 
 use nbd_img::nbd::errno::NbdError;
@@ -239,6 +241,13 @@ fn flags_that_were_not_offered_are_invalid() {
     let simple = SessionRules::new(&agreed(false));
     assert_eq!(verdict(&simple, DF, READ, 0, 512), Err(NbdError::Einval));
     assert_eq!(verdict(&simple, 0, READ, 0, 512), Ok(()));
+    let offering_df = SessionRules::new(&agreed(true));
+    let careless = SessionRules { structured: false, ..offering_df };
+    assert_eq!(
+        verdict(&careless, DF, READ, 0, 512),
+        Err(NbdError::Einval),
+        "DF says nothing of simple replies"
+    );
 }
 
 #[test]
@@ -394,6 +403,8 @@ fn overflow_and_not_supported_only_leave_where_they_may() {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
     /// Whatever the header: no panic, and what is let through lies in the export and is known.
     #[test]
     fn what_is_let_through_is_in_range(

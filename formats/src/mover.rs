@@ -16,8 +16,8 @@ use crate::sync::Arc;
 const STATUS_STEP_LEN: u64 = 1 << 22;
 
 /// Most bytes that one plan of a status enumeration covers: bounds the pieces held at a time when the
-/// image is fragmented. Our choice.
-const STATUS_STEP_LEN_MAX: u64 = 1 << 30;
+/// image is fragmented (10 MiB where every cluster of 512 bytes is one). Our choice.
+const STATUS_STEP_LEN_MAX: u64 = 128 << 20;
 
 /// The part of a range at `offset` with `len` bytes, checked against the size of the disk.
 pub fn checked_range<D: BlockDriver + ?Sized>(driver: &D, offset: u64, len: u64) -> Result<GuestRange> {

@@ -44,10 +44,11 @@ pub struct ServeArgs {
     #[command(flatten)]
     pub image: ImageArgs,
 
-    /// One of several images: name=N,file=PATH[,read-only][,format=F][,description=D][,offset=S][,size=S]
+    /// One of several images: name=N,file=PATH and further keys, separated by commas (repeatable)
     ///
-    /// Repeat it for each image. The keys are the long names of the flags for one image (allow-dir may
-    /// come several times); a comma inside of a value is written twice.
+    /// The keys are the long names of the flags for one image: read-only, format=F, description=D,
+    /// offset=S, size=S, exact-size, cache=M, discard=M, detect-zeroes=M, load-snapshot=S, backing=P,
+    /// allow-dir=P (several times if need be), force-share. A comma inside of a value is written twice.
     #[arg(long = "export", value_name = "SPEC", help_heading = "Several images")]
     pub exports: Vec<OsString>,
 
@@ -130,8 +131,8 @@ pub struct ListenArgs {
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
 
-    /// Listen here: HOST:PORT, [IPV6]:PORT or unix:PATH (repeatable; port 0: any free one)
-    /// [default: 127.0.0.1:10809]
+    /// Listen here: HOST:PORT or unix:PATH; IPv6 addresses go in brackets, port 0 is any free one
+    /// (repeatable) [default: 127.0.0.1:10809]
     #[arg(long, value_name = "ADDRESS")]
     pub listen: Vec<Address>,
 

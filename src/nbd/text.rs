@@ -6,7 +6,7 @@ use super::wire;
 /// so a message must never carry a name in full.
 const SHOWN_CHARS: usize = 80;
 
-/// A client's string for a message: in quotes, control characters escaped, cut after [`SHOWN_CHARS`] characters.
+/// A client's string for a message: in quotes, control characters escaped, cut after 80 characters.
 pub fn quoted(text: &str) -> String {
     let mut shown = String::from("\"");
     for (index, character) in text.chars().enumerate() {

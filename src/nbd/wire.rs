@@ -4,6 +4,9 @@
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+/// TCP port that IANA gave to NBD.
+pub const DEFAULT_PORT: u16 = 10_809;
+
 /// First eight bytes of the greeting.
 pub const NBDMAGIC: u64 = 0x4e42_444d_4147_4943;
 /// Second magic of the newstyle greeting, and first field of each option.
@@ -16,6 +19,10 @@ pub const REQUEST_MAGIC: u32 = 0x2560_9513;
 pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 /// First field of a structured reply chunk.
 pub const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
+/// First field of an extended request; out of step on a connection that did not agree on extended headers.
+pub const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+/// First field of an extended reply.
+pub const EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 
 /// Handshake flag: options other than EXPORT_NAME, and replies to them.
 pub const FLAG_FIXED_NEWSTYLE: u16 = 1 << 0;
@@ -69,12 +76,20 @@ pub const REP_ERR_UNSUP: u32 = REP_FLAG_ERROR | 1;
 pub const REP_ERR_POLICY: u32 = REP_FLAG_ERROR | 2;
 /// The option's data, or its moment, is wrong.
 pub const REP_ERR_INVALID: u32 = REP_FLAG_ERROR | 3;
+/// The option is not supported on this platform, or in this build.
+pub const REP_ERR_PLATFORM: u32 = REP_FLAG_ERROR | 4;
 /// The option needs TLS first.
 pub const REP_ERR_TLS_REQD: u32 = REP_FLAG_ERROR | 5;
 /// There is no such export.
 pub const REP_ERR_UNKNOWN: u32 = REP_FLAG_ERROR | 6;
 /// The server is going down.
 pub const REP_ERR_SHUTDOWN: u32 = REP_FLAG_ERROR | 7;
+/// The client has to ask for block sizes.
+pub const REP_ERR_BLOCK_SIZE_REQD: u32 = REP_FLAG_ERROR | 8;
+/// The option asks for more than the server gives.
+pub const REP_ERR_TOO_BIG: u32 = REP_FLAG_ERROR | 9;
+/// The option does not go with extended headers.
+pub const REP_ERR_EXT_HEADER_REQD: u32 = REP_FLAG_ERROR | 10;
 
 /// Info: size and transmission flags.
 pub const INFO_EXPORT: u16 = 0;

@@ -27,7 +27,7 @@ pub fn prepare(listener: Listener, server: Arc<Server>) -> io::Result<impl Futur
     let listener = watch_listener(listener)?;
     Ok(async move {
         let mut pause = PAUSE_FIRST;
-        let mut burst = 0;
+        let mut burst = 0_u32;
         let failures = Rare::default();
         loop {
             match listener.async_io(Interest::READABLE, Listener::accept).await {
@@ -35,7 +35,8 @@ pub fn prepare(listener: Listener, server: Arc<Server>) -> io::Result<impl Futur
                     pause = PAUSE_FIRST;
                     start(&server, stream, peer);
                     burst += 1;
-                    if burst % BURST == 0 {
+                    if burst == BURST {
+                        burst = 0;
                         tokio::task::yield_now().await;
                     }
                 }

@@ -107,8 +107,8 @@ impl Clients {
         }
     }
 
-    /// Takes a slot for a session, if one is free, and logs it. The slot is free again when the permit
-    /// is dropped, on whatever thread.
+    /// Takes a slot for a session, if one is free, and logs it (the session logs its end). The slot is free
+    /// again when the permit is dropped, on whatever thread.
     pub fn admit(self: &Arc<Self>, peer: &str, export: &str) -> Option<Permit> {
         {
             let mut state = self.state.lock();
@@ -117,13 +117,8 @@ impl Clients {
             }
             state.sessions += 1;
         }
-        tracing::info!(peer, export = %export.escape_debug(), "connection opened");
-        Some(Permit {
-            clients: Arc::clone(self),
-            peer: peer.to_owned(),
-            export: export.to_owned(),
-            since: Instant::now(),
-        })
+        tracing::info!(%peer, export = %export.escape_debug(), "connection opened");
+        Some(Permit(Arc::clone(self)))
     }
 
     /// Waits until a session ends and leaves none.
@@ -138,7 +133,7 @@ impl Clients {
 
     /// Counts a client that was refused because all slots are taken.
     pub fn note_refused(&self, peer: &str) {
-        tracing::debug!(peer, "refused: all slots are taken");
+        tracing::debug!(%peer, "refused: all slots are taken");
         if let Some(count) = self.rare.refused.note(Instant::now()) {
             tracing::warn!(
                 count,
@@ -151,9 +146,9 @@ impl Clients {
     /// Counts a connection that ended before it had an export: a port scan, a health check, a client
     /// that only lists.
     pub fn note_no_export(&self, peer: &str, why: &str) {
-        tracing::debug!(peer, why, "connection ended before it chose an export");
+        tracing::debug!(%peer, why, "connection ended before it chose an export");
         if let Some(count) = self.rare.no_export.note(Instant::now()) {
-            tracing::info!(count, peer, why, "connections ended before they chose an export");
+            tracing::info!(count, %peer, why, "connections ended before they chose an export");
         }
     }
 }
@@ -178,26 +173,15 @@ impl Drop for Handshake {
 }
 
 /// A session's slot.
-pub struct Permit {
-    clients: Arc<Clients>,
-    peer: String,
-    export: String,
-    since: Instant,
-}
+pub struct Permit(Arc<Clients>);
 
 impl Drop for Permit {
     fn drop(&mut self) {
         {
-            let mut state = self.clients.state.lock();
+            let mut state = self.0.state.lock();
             state.sessions = state.sessions.saturating_sub(1);
         }
-        self.clients.gone.notify_one();
-        tracing::info!(
-            peer = self.peer,
-            export = %self.export.escape_debug(),
-            seconds = self.since.elapsed().as_secs(),
-            "connection closed"
-        );
+        self.0.gone.notify_one();
     }
 }
 

@@ -11,6 +11,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::Outcome;
 use super::clients::Clients;
+use super::rare::Rare;
 use crate::session::Shards;
 
 /// The part of the drain time that sessions get, in quarters; the rest is for flushing. Our choice: a
@@ -22,6 +23,7 @@ pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hang_up: Signal,
+    hang_ups: Rare,
 }
 
 /// Why the server ends.
@@ -52,6 +54,7 @@ impl Signals {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
             hang_up: signal(SignalKind::hangup())?,
+            hang_ups: Rare::default(),
         })
     }
 
@@ -61,7 +64,11 @@ impl Signals {
             tokio::select! {
                 _ = self.terminate.recv() => return Reason::Terminate,
                 _ = self.interrupt.recv() => return Reason::Interrupt,
-                _ = self.hang_up.recv() => tracing::info!("SIGHUP ignored: there is nothing to reload"),
+                _ = self.hang_up.recv() => {
+                    if let Some(count) = self.hang_ups.note(std::time::Instant::now()) {
+                        tracing::info!(count, "SIGHUP ignored: there is nothing to reload");
+                    }
+                }
             }
         }
     }

@@ -14,7 +14,7 @@
 //! | `clients` | who is connected, and how many may be |
 //! | `ready` | telling the starter that the server listens |
 //! | `end` | signals, draining, flushing, closing |
-//! | `rare` | log lines that strangers can cause |
+//! | `rare` | log lines that others can cause as often as they like |
 
 mod accept;
 mod clients;

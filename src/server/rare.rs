@@ -1,4 +1,5 @@
-//! Log lines that strangers can cause: a port scan or a health check must not fill the log.
+//! Log lines that others can cause as often as they like: a port scan, a health check or a script that
+//! sends signals must not fill the log.
 
 use std::time::{Duration, Instant};
 

@@ -3,8 +3,10 @@
 
 #![allow(dead_code)] // Each test crate uses its own part of this.
 
+pub mod replies;
+
 use nbd_img::nbd::export_info::{ExportDirectory, ExportInfo, ExportSummary, Refusal, TransmissionFlags};
-use nbd_img::nbd::negotiate::{Negotiation, NegotiationConfig, Next, TlsMode};
+use nbd_img::nbd::negotiate::{Agreed, CloseReason, Negotiation, NegotiationConfig, Next, TlsMode};
 
 pub const IHAVEOPT: u64 = 0x4948_4156_454F_5054;
 pub const ACK: u32 = 1;
@@ -164,6 +166,20 @@ pub fn run(exports: &Exports, input: &[u8]) -> Run {
     run_pieces(TlsMode::Off, exports, [input])
 }
 
+pub fn agreed(run: &Run) -> &Agreed {
+    match &run.next {
+        Next::Transmission(agreed) => agreed,
+        other => panic!("no transmission but {other:?}"),
+    }
+}
+
+pub fn closed(run: &Run) -> &CloseReason {
+    match &run.next {
+        Next::Close { reason } => reason,
+        other => panic!("not closed but {other:?}"),
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OptionReply {
     pub option: u32,
@@ -239,7 +255,7 @@ pub fn be64(bytes: &[u8]) -> u64 {
     u64::from_be_bytes(bytes[..8].try_into().unwrap())
 }
 
-/// What a client may count on in one option of each kind, for tests that try all options.
+/// A compact request header.
 pub fn request(flags: u16, command: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
     let mut bytes = 0x2560_9513_u32.to_be_bytes().to_vec();
     bytes.extend(flags.to_be_bytes());

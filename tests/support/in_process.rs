@@ -86,6 +86,10 @@ impl Storage for Disk {
         self.inner.discard(range)
     }
 
+    fn is_failed(&self) -> bool {
+        self.inner.is_failed()
+    }
+
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.inner.set_len(len)
     }
@@ -202,7 +206,7 @@ fn negotiate(stream: &mut (impl Read + Write), exports: &One) -> Option<(Agreed,
         stream.write_all(&out).ok()?;
         out.clear();
         match step.next {
-            Next::Transmission(agreed) => return Some((agreed.into(), input)),
+            Next::Transmission(agreed) => return Some((agreed, input)),
             Next::NeedMore => {
                 let mut more = [0; 4096];
                 match stream.read(&mut more).ok()? {

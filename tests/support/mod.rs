@@ -3,6 +3,7 @@
 //! of nbd-img: it is seen from outside, as its users see it.
 
 pub mod client;
+pub mod fuse;
 pub mod images;
 pub mod in_process;
 pub mod proc;

@@ -149,6 +149,7 @@ impl Serve {
         let mut command = self.command(&socket);
         let mut child = command
             .current_dir(self.folder.as_deref().unwrap_or(Path::new(".")))
+            .env_remove("LD_LIBRARY_PATH") // cargo's, of no use to what a user runs
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

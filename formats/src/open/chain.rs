@@ -12,7 +12,7 @@ use crate::driver::{BlockDriver, Format};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::{Caches, DataFile, Header, ImageNumber, Parts, Qcow2Driver};
 use crate::raw::{RawDriver, RawOptions};
-use crate::storage::{FileOptions, FileStorage, LockMode, Storage};
+use crate::storage::{FileOptions, FileStorage, LockMode, MappedStorage, Storage};
 use crate::sync::Arc;
 
 /// Most images in a chain. Our choice: operators who make a snapshot a day and consolidate monthly have
@@ -29,7 +29,11 @@ pub fn open_raw(
     check_raw_options(path, options)?;
     let lock = if options.writable { LockMode::Writer } else { reader_lock(options) };
     let file_options = FileOptions { writable: options.writable, direct: options.direct, lock };
-    let storage: Arc<dyn Storage> = FileStorage::open(path, &file_options)?;
+    let file = FileStorage::open(path, &file_options)?;
+    let storage: Arc<dyn Storage> = match format {
+        Format::MmapRaw => MappedStorage::new(file)?,
+        Format::Raw | Format::Qcow2 => file,
+    };
     // It was probed before it was locked and may be another file by now.
     if probed && probe(&storage)? != Format::Raw {
         return Err(Error::new(ErrorKind::InvalidInput, "the file was replaced while it was being opened")

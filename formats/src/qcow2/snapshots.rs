@@ -6,7 +6,7 @@ use super::extensions::{be_u32, be_u64};
 use super::header::{Header, L1_LEN_MAX, TableLocation, check_place};
 use crate::address::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
-use crate::mover::read_exact;
+use crate::mover::storage_error;
 use crate::open::SnapshotInfo;
 use crate::storage::Storage;
 use crate::sync::Arc;
@@ -17,14 +17,16 @@ const RECORD_LEN: usize = 40;
 const EXTRA_LEN_MAX: usize = 1024;
 /// Largest snapshot table (QEMU's limit).
 const TABLE_LEN_MAX: u64 = 64 << 20;
+/// Most snapshots that an error names. Our choice: a line that can be read.
+const NAMED_MAX: usize = 16;
 
 /// An internal snapshot.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
     /// Unique in the image.
-    pub id: String,
+    id: Box<[u8]>,
     /// For people; need not be unique.
-    pub name: String,
+    name: Box<[u8]>,
     /// Its L1 table; unchecked until [`checked_l1`](Self::checked_l1).
     l1: TableLocation,
     /// Size of the guest's disk then, if it was recorded.
@@ -46,7 +48,7 @@ impl Snapshot {
         if len > L1_LEN_MAX || u64::from(self.l1.entries) < needed {
             return Err(corrupt(format!(
                 "the L1 table of snapshot '{}' has an impossible length of {len} bytes",
-                self.name.escape_debug()
+                text(&self.name).escape_debug()
             )));
         }
         check_place("snapshot's L1 table", self.l1.at.0, len, header.geometry)?;
@@ -56,8 +58,8 @@ impl Snapshot {
     /// What people want to know of it.
     pub fn info(&self, header: &Header) -> SnapshotInfo {
         SnapshotInfo {
-            id: self.id.clone(),
-            name: self.name.clone(),
+            id: text(&self.id),
+            name: text(&self.name),
             virtual_size: self.virtual_size(header),
             vm_state_len: self.vm_state_len,
             date_seconds: self.date_seconds,
@@ -71,8 +73,8 @@ pub fn load(storage: &Arc<dyn Storage>, header: &Header) -> Result<Vec<Snapshot>
     let mut snapshots = Vec::new();
     let mut table_len = 0u64;
     for _ in 0..header.snapshots.entries {
-        let (snapshot, record_len) = read_record(storage, at, header)
-            .map_err(|e| e.with_path(&storage.facts().path).with_offset(at.0))?;
+        let (snapshot, record_len) =
+            read_record(storage, at).map_err(|e| e.with_path(&storage.facts().path).with_offset(at.0))?;
         snapshots.push(snapshot);
         table_len += record_len;
         at = at.checked_add(record_len).ok_or_else(|| corrupt("the snapshot table has no end".to_owned()))?;
@@ -85,12 +87,12 @@ pub fn load(storage: &Arc<dyn Storage>, header: &Header) -> Result<Vec<Snapshot>
 
 /// The snapshot that `wanted` names: by its id first, then by its name, as QEMU does.
 pub fn find<'a>(snapshots: &'a [Snapshot], wanted: &str) -> Result<&'a Snapshot> {
-    let by_id = snapshots.iter().find(|snapshot| snapshot.id == wanted);
-    by_id.or_else(|| snapshots.iter().find(|snapshot| snapshot.name == wanted)).ok_or_else(|| {
-        let names: Vec<String> = snapshots
-            .iter()
-            .map(|s| format!("{} '{}'", s.id.escape_debug(), s.name.escape_debug()))
-            .collect();
+    let by_id = snapshots.iter().find(|snapshot| *snapshot.id == *wanted.as_bytes());
+    let by_name = || snapshots.iter().find(|snapshot| *snapshot.name == *wanted.as_bytes());
+    by_id.or_else(by_name).ok_or_else(|| {
+        let named =
+            |s: &Snapshot| format!("{} '{}'", text(&s.id).escape_debug(), text(&s.name).escape_debug());
+        let names: Vec<String> = snapshots.iter().take(NAMED_MAX).map(named).collect();
         let there = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
         Error::new(
             ErrorKind::InvalidInput,
@@ -99,9 +101,9 @@ pub fn find<'a>(snapshots: &'a [Snapshot], wanted: &str) -> Result<&'a Snapshot>
     })
 }
 
-fn read_record(storage: &Arc<dyn Storage>, at: HostOffset, header: &Header) -> Result<(Snapshot, u64)> {
+fn read_record(storage: &Arc<dyn Storage>, at: HostOffset) -> Result<(Snapshot, u64)> {
     let mut head = [0u8; RECORD_LEN];
-    read_exact(storage, at, &mut head)?;
+    read_table(storage, at, &mut head)?;
     let record = Record::parse(&head).ok_or_else(|| corrupt("a snapshot record is too short".to_owned()))?;
     if record.extra_len > EXTRA_LEN_MAX {
         return Err(corrupt(format!("a snapshot has {} bytes of extra data", record.extra_len)));
@@ -109,21 +111,27 @@ fn read_record(storage: &Arc<dyn Storage>, at: HostOffset, header: &Header) -> R
     let mut tail = vec![0u8; record.extra_len + record.id_len + record.name_len];
     let tail_at =
         at.checked_add(RECORD_LEN as u64).ok_or_else(|| corrupt("a snapshot lies too far".to_owned()))?;
-    read_exact(storage, tail_at, &mut tail)?;
+    read_table(storage, tail_at, &mut tail)?;
     let (extra, strings) = tail.split_at(record.extra_len);
     let (id, name) = strings.split_at(record.id_len);
-    if header.version >= 3 && extra.len() < 16 {
-        return Err(corrupt("a snapshot lacks the extra data of version 3".to_owned()));
-    }
     let snapshot = Snapshot {
-        id: String::from_utf8_lossy(id).into_owned(),
-        name: String::from_utf8_lossy(name).into_owned(),
+        id: id.into(),
+        name: name.into(),
         l1: record.l1,
+        // Version 3 demands both, but QEMU opens images without them.
         disk_size: be_u64(extra, 8),
         vm_state_len: be_u64(extra, 0).unwrap_or(u64::from(record.vm_state_len)),
         date_seconds: record.date_seconds,
     };
     Ok((snapshot, (RECORD_LEN + tail.len()).next_multiple_of(8) as u64))
+}
+
+fn read_table(storage: &Arc<dyn Storage>, at: HostOffset, buf: &mut [u8]) -> Result<()> {
+    let fail = |e| storage_error(storage, "cannot read the snapshot table", at, e);
+    if storage.pread(buf, at).map_err(fail)? < buf.len() {
+        return Err(corrupt("the file ends inside of the snapshot table".to_owned()));
+    }
+    Ok(())
 }
 
 /// The fields of a record that have a fixed place.
@@ -147,6 +155,11 @@ impl Record {
             extra_len: usize::try_from(be_u32(head, 36)?).ok()?,
         })
     }
+}
+
+/// For people; what is not UTF-8 is replaced.
+fn text(name: &[u8]) -> String {
+    String::from_utf8_lossy(name).into_owned()
 }
 
 fn corrupt(what: String) -> Error {

@@ -1,0 +1,284 @@
+//! One disk that stalls, one client that vanishes: neither may be felt by anyone else, nor leave anything behind.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[allow(dead_code)]
+mod support;
+
+use std::fs;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use support::client::{Client, Request, Wishes, is_hangup};
+use support::fuse::SlowFile;
+use support::rng::Rng;
+use support::server::{Export, Serve, Server};
+use support::wire::command;
+use support::{assert_same, proc};
+
+const READ_DELAY: Duration = Duration::from_secs(2);
+const SLOW_LEN: u64 = 1 << 30;
+
+/// Slow exports `slow0` and `slow1` of the same file, and a quick one.
+fn exports(slow: &SlowFile, quick: &std::path::Path) -> Vec<Export> {
+    let export = |name: &str, file: &std::path::Path| Export {
+        file: file.into(),
+        name: name.into(),
+        format: Some("raw".into()),
+        read_only: true,
+    };
+    vec![export("slow0", &slow.path()), export("slow1", &slow.path()), export("quick", quick)]
+}
+
+#[test]
+fn a_stalled_disk_delays_nobody_else() {
+    let folder = support::scratch("stall");
+    let quick = folder.path().join("quick");
+    let content = Rng::fixed(3).bytes(16 << 20);
+    fs::write(&quick, &content).unwrap();
+    let slow = SlowFile::mount(SLOW_LEN, READ_DELAY);
+    let mut server = Serve::exports(exports(&slow, &quick)).args(&["--drain-timeout", "1"]).start();
+
+    let (stop, answered) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let elapsed = thread::scope(|scope| {
+        for i in 0..4 {
+            let (server, stop, answered) = (&server, &stop, &answered);
+            scope.spawn(move || stalled_client(server, &format!("slow{}", i % 2), i, stop, answered));
+        }
+        thread::sleep(Duration::from_millis(500)); // the reads are under way now
+        quick_reads_are_quick(&server, &content);
+        assert!(
+            answered.load(Ordering::Relaxed) > 0,
+            "no slow read was answered: the slow file did not answer at all"
+        );
+        stop.store(true, Ordering::Relaxed);
+        let begin = Instant::now();
+        server.signal(Signal::TERM);
+        // Not wait(): the clients borrow the server.
+        while fs::read_to_string(format!("/proc/{}/stat", server.pid()))
+            .is_ok_and(|stat| !stat.contains(") Z "))
+        {
+            assert!(begin.elapsed() < Duration::from_secs(20), "SIGTERM did not end the server");
+            thread::sleep(Duration::from_millis(2));
+        }
+        begin.elapsed()
+    });
+    let status = server.wait(Duration::from_secs(1));
+    if support::is_nbd_img() {
+        assert!(elapsed <= Duration::from_secs(2), "the drain time is 1 s, and it took {elapsed:?} to end");
+        assert!(status.success(), "{status}");
+    }
+    eprintln!("ended {elapsed:?} after SIGTERM with {status}");
+}
+
+/// Keeps 8 reads in flight, far apart, until the server hangs up.
+fn stalled_client(server: &Server, export: &str, seed: u64, stop: &AtomicBool, answered: &AtomicUsize) {
+    let mut client = Client::unix(server.socket(), export, Wishes::SIMPLE);
+    let mut rng = Rng::fixed(seed);
+    let mut submit = |client: &mut Client| {
+        let offset = rng.below(SLOW_LEN >> 12) << 12;
+        client.send(Request::new(command::READ, offset, 4096), &[]).map(drop)
+    };
+    for _ in 0..8 {
+        submit(&mut client).unwrap();
+    }
+    loop {
+        match client.reply() {
+            Ok(reply) => {
+                assert!(reply.error == 0 || stop.load(Ordering::Relaxed), "{reply:?}");
+                answered.fetch_add(1, Ordering::Relaxed);
+            }
+            Err(e) if is_hangup(&e) && stop.load(Ordering::Relaxed) => return,
+            Err(e) => panic!("{export}: {e}"),
+        }
+        if !stop.load(Ordering::Relaxed) {
+            submit(&mut client).unwrap();
+        } else if client.in_flight() == 0 {
+            return;
+        }
+    }
+}
+
+/// 4 KiB reads at depth 1 over more than two of the slow reads' times, old and new connections.
+fn quick_reads_are_quick(server: &Server, content: &[u8]) {
+    let begin = Instant::now();
+    let mut client = Client::unix(server.socket(), "quick", Wishes::STRUCTURED);
+    let connected = begin.elapsed();
+    let mut rng = Rng::fixed(9);
+    let mut times = Vec::new();
+    while begin.elapsed() < READ_DELAY * 5 / 2 || times.len() < 1000 {
+        let at = usize::try_from(rng.below((content.len() >> 12) as u64)).unwrap() << 12;
+        let asked = Instant::now();
+        let data = client.read(at as u64, 4096);
+        times.push(asked.elapsed());
+        assert_same("a quick read", &data, &content[at..at + 4096]);
+        if times.len() % 64 == 0 {
+            thread::sleep(Duration::from_millis(1)); // so that the path through a parked session is measured, too
+        }
+    }
+    client.disconnect();
+    times.sort();
+    let p99 = times[times.len() * 99 / 100];
+    eprintln!(
+        "{} quick reads: median {:?}, p99 {p99:?}, max {:?}",
+        times.len(),
+        times[times.len() / 2],
+        times.last().unwrap()
+    );
+    assert!(p99 < Duration::from_millis(5), "p99 {p99:?}");
+    assert!(connected < Duration::from_millis(500), "a new connection took {connected:?}");
+}
+
+#[test]
+fn what_is_in_flight_is_finished_on_sigterm() {
+    let folder = support::scratch("drain");
+    let quick = folder.path().join("quick");
+    fs::write(&quick, vec![1; 4096]).unwrap();
+    let slow = SlowFile::mount(SLOW_LEN, READ_DELAY);
+    let mut server = Serve::exports(exports(&slow, &quick)).args(&["--drain-timeout", "20"]).start();
+    let mut client = Client::unix(server.socket(), "slow0", Wishes::STRUCTURED);
+    let idle = Client::unix(server.socket(), "quick", Wishes::STRUCTURED);
+    let offsets: Vec<u64> = (1..=4).map(|i| i * (100 << 20)).collect();
+    for &offset in &offsets {
+        client.send(Request::new(command::READ, offset, 4096), &[]).unwrap();
+    }
+    thread::sleep(Duration::from_millis(300));
+    let begin = Instant::now();
+    server.signal(Signal::TERM);
+    let mut found = Vec::new();
+    while client.in_flight() > 0 {
+        let reply = client.reply().unwrap_or_else(|e| panic!("an answer was lost on SIGTERM: {e}"));
+        assert_eq!(reply.error, 0, "{reply:?}");
+        found.push(u64::from_be_bytes(reply.data[..8].try_into().unwrap()));
+    }
+    found.sort_unstable();
+    assert_eq!(found, offsets);
+    let status = server.wait(Duration::from_secs(10));
+    assert!(status.success(), "{status}");
+    assert!(begin.elapsed() < READ_DELAY + Duration::from_secs(2), "an idle client held up the end");
+    drop(idle);
+}
+
+/// Half of the disk is written to by clients that vanish; the other half must stay as it is.
+const RESET_DISK_LEN: usize = 16 << 20;
+
+#[test]
+fn vanishing_clients_leave_nothing_behind() {
+    let socket = |server: &Server| server.socket().to_owned();
+    resets("resets-unix", &[], |server, rng| {
+        let mut client = Client::unix(&socket(server), "", Wishes::STRUCTURED);
+        vanish_in_mid_request(&mut client, rng);
+    });
+}
+
+#[test]
+fn resetting_tcp_clients_leave_nothing_behind() {
+    // A port that was free a moment ago.
+    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let listen = format!("tcp:{address}");
+    if !support::is_nbd_img() {
+        eprintln!("qemu-nbd does not listen on a Unix socket and TCP at once");
+        return;
+    }
+    resets("resets-tcp", &["--listen", &listen], |_, rng| {
+        let stream = TcpStream::connect(address).unwrap();
+        // Closing sends RST and throws away what is queued.
+        socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+        vanish_in_mid_request(&mut Client::tcp(stream, "", Wishes::SIMPLE), rng);
+    });
+}
+
+/// `--cache none`, so that every read and write is submitted, and is under way when its client vanishes.
+fn resets(test: &str, args: &[&str], reset: impl Fn(&Server, &mut Rng) + Sync) {
+    const WORKERS: usize = 4;
+    let rounds = support::count("NBD_IMG_RESETS", 2000);
+    let folder = support::scratch(test);
+    let disk = folder.path().join("disk");
+    let mut rng = Rng::new(test);
+    let content = rng.bytes(RESET_DISK_LEN);
+    fs::write(&disk, &content).unwrap();
+    let mut server = Serve::image(&disk)
+        .format("raw")
+        .args(&["--cache", "none", "--max-connections", "32"])
+        .args(args)
+        .qemu_args(&["--cache=none", "--aio=io_uring", "--shared=32"])
+        .start();
+    let mut round = |rounds: usize| {
+        thread::scope(|scope| {
+            for _ in 0..WORKERS {
+                let (mut rng, server, reset) = (rng.fork(), &server, &reset);
+                scope.spawn(move || (0..rounds / WORKERS).for_each(|_| reset(server, &mut rng)));
+            }
+        });
+    };
+    round(rounds.min(400)); // whatever is made once and kept
+    let before = settled(&server, usize::MAX);
+    round(rounds);
+    server.assert_alive();
+    let after = settled(&server, before.0);
+    eprintln!("{test}: (descriptors, resident, threads) {before:?}, after {rounds} resets {after:?}");
+    assert!(after.0 <= before.0, "descriptors: {before:?} before, {after:?} after");
+    assert!(after.1 <= before.1 + (24 << 20), "resident memory: {before:?} before, {after:?} after");
+    assert!(after.2 <= before.2 + 8, "threads: {before:?} before, {after:?} after");
+    // Every slot of the 32 is free again.
+    let clients: Vec<_> = (0..30).map(|_| Client::unix(server.socket(), "", Wishes::STRUCTURED)).collect();
+    for mut client in clients {
+        let half = RESET_DISK_LEN / 2;
+        assert_same(
+            "the untouched half",
+            &client.read(half as u64, 1 << 20),
+            &content[half..half + (1 << 20)],
+        );
+        client.disconnect();
+    }
+    server.stop();
+    assert_same(
+        "the untouched half",
+        &fs::read(&disk).unwrap()[RESET_DISK_LEN / 2..],
+        &content[RESET_DISK_LEN / 2..],
+    );
+}
+
+/// Descriptors, resident bytes and threads once the descriptors are down to `limit`, or have not changed for a second.
+fn settled(server: &Server, limit: usize) -> (usize, u64, u64) {
+    let (mut last, mut since) = (0, Instant::now());
+    loop {
+        let descriptors = proc::descriptors(server.pid());
+        if descriptors != last {
+            (last, since) = (descriptors, Instant::now());
+        }
+        let patience = Duration::from_secs(if descriptors <= limit { 1 } else { 10 });
+        if since.elapsed() > patience {
+            return (descriptors, proc::resident_len(server.pid()), proc::threads(server.pid()));
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Sends some requests and a part of one more, and is gone without reading an answer.
+fn vanish_in_mid_request(client: &mut Client, rng: &mut Rng) {
+    let half = (RESET_DISK_LEN / 2) as u64;
+    let mut bytes = Vec::new();
+    for _ in 0..rng.in_range(1..16) {
+        let len = usize::try_from(rng.in_range(1..64) * 512).unwrap();
+        let offset = rng.below((half - (64 << 10)) / 512) * 512;
+        let write = rng.one_in(3);
+        let request = Request::new(if write { command::WRITE } else { command::READ }, offset, len);
+        bytes.extend(request.bytes(client.register(request)));
+        if write {
+            bytes.extend(rng.bytes(len));
+        }
+    }
+    let cut = usize::try_from(rng.below(bytes.len().min(4096) as u64)).unwrap();
+    bytes.truncate(bytes.len() - cut);
+    // The server may have closed already; that is its right.
+    let _ = client.stream().write_all(&bytes);
+    if rng.one_in(3) {
+        // A part of the first reply, if there is one.
+        client.stream().set_patience(Some(Duration::from_millis(20))).unwrap();
+        let _ = client.stream().read(&mut [0; 100]);
+    }
+}
