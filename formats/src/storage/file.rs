@@ -259,9 +259,10 @@ impl Storage for FileStorage {
         if let Some(len) = self.known_data.len_at(at) {
             return Ok(Run { len, hole: false });
         }
+        let moment = self.known_data.moment();
         let run = place::run_at(self.file.as_fd(), at, self.len()?)?;
         if !run.hole {
-            self.known_data.remember(at, run.len);
+            self.known_data.remember(at, run.len, moment);
         }
         Ok(run)
     }

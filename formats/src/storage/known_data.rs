@@ -12,6 +12,8 @@ use crate::sync::atomic::{AtomicU64, Ordering};
 pub struct KnownData {
     begin: AtomicU64,
     end: AtomicU64,
+    /// How often anything had to be forgotten.
+    forgotten: AtomicU64,
 }
 
 impl KnownData {
@@ -21,14 +23,24 @@ impl KnownData {
         (begin <= at.0 && at.0 < end).then(|| end - at.0)
     }
 
-    /// Data begins at `at` and goes on for `len` bytes.
-    pub fn remember(&self, at: HostOffset, len: u64) {
+    /// To be taken before the file is asked, for [`remember`](Self::remember).
+    pub fn moment(&self) -> u64 {
+        self.forgotten.load(Ordering::Acquire)
+    }
+
+    /// Data began at `at` and went on for `len` bytes when the file was asked, after `moment`. What was
+    /// zeroed since then would stay data for ever, so it is not remembered.
+    pub fn remember(&self, at: HostOffset, len: u64, moment: u64) {
+        if self.moment() != moment {
+            return;
+        }
         self.begin.store(at.0, Ordering::Relaxed);
         self.end.store(at.0.saturating_add(len), Ordering::Relaxed);
     }
 
     /// The range may have become a hole.
     pub fn forget(&self, range: HostRange) {
+        self.forgotten.fetch_add(1, Ordering::AcqRel);
         let (begin, end) = (self.begin.load(Ordering::Relaxed), self.end.load(Ordering::Relaxed));
         if range.at().0 < end && begin < range.end().0 {
             self.end.store(0, Ordering::Relaxed);
@@ -44,7 +56,7 @@ mod tests {
     fn data_is_known_until_a_part_of_it_may_be_a_hole() {
         let known = KnownData::default();
         assert_eq!(known.len_at(HostOffset(0)), None);
-        known.remember(HostOffset(100), 50);
+        known.remember(HostOffset(100), 50, known.moment());
         assert_eq!(known.len_at(HostOffset(99)), None);
         assert_eq!(known.len_at(HostOffset(100)), Some(50));
         assert_eq!(known.len_at(HostOffset(149)), Some(1));
@@ -52,7 +64,10 @@ mod tests {
         known.forget(HostRange::new(HostOffset(0), 100).unwrap());
         known.forget(HostRange::new(HostOffset(150), 100).unwrap());
         assert_eq!(known.len_at(HostOffset(120)), Some(30));
+        let moment = known.moment();
         known.forget(HostRange::new(HostOffset(149), 1).unwrap());
         assert_eq!(known.len_at(HostOffset(120)), None);
+        known.remember(HostOffset(100), 50, moment);
+        assert_eq!(known.len_at(HostOffset(120)), None, "it was asked before it was zeroed");
     }
 }
