@@ -164,8 +164,8 @@ impl Chain<'_> {
 
     /// Puts the drivers on each other.
     fn assemble(self, bottom: Option<Arc<dyn BlockDriver>>) -> Result<Arc<dyn BlockDriver>> {
-        let geometries = self.layers.iter().map(|layer| layer.header.geometry);
-        let caches = Caches::new(self.options.table_cache_len, geometries);
+        let headers = self.layers.iter().map(|layer| &layer.header);
+        let caches = Caches::new(self.options.table_cache_len, headers)?;
         let mut backing = bottom;
         for (depth, layer) in self.layers.into_iter().enumerate().rev() {
             let number = ImageNumber(u16::try_from(depth).unwrap_or(u16::MAX));
