@@ -189,7 +189,13 @@ fn backing_format(stated: Option<&str>, below: &Link) -> Result<Format> {
     match stated {
         Some("raw") => Ok(Format::Raw),
         Some("qcow2") => Ok(Format::Qcow2),
-        None => probe(&below.storage),
+        None => {
+            tracing::warn!(
+                path = %below.path.display(),
+                "the overlay does not state the format of this backing file: it is probed"
+            );
+            probe(&below.storage)
+        }
         Some(other) => Err(Error::new(
             ErrorKind::Unsupported,
             format!("the format '{}' of this backing file is not supported", other.escape_debug()),
