@@ -3,12 +3,16 @@
 #![allow(clippy::unwrap_used)] // Helpers of tests are not told apart from a program's code.
 
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::Path;
 
+use nbd_img_formats::driver::Status;
 use nbd_img_formats::raw::{RawDriver, RawOptions};
 use nbd_img_formats::storage::{FileOptions, FileStorage, LockMode};
 use nbd_img_formats::sync::Arc;
-use nbd_img_formats::{BlockDriver, Durability, ErrorKind, GuestRange, Provision, State, ZeroRequest};
+use nbd_img_formats::{
+    BlockDriver, Durability, ErrorKind, GuestRange, Provision, State, StatusQuery, ZeroRequest,
+};
 
 fn open_with(path: &Path, options: RawOptions) -> Arc<RawDriver> {
     let file = FileOptions { writable: true, direct: false, lock: LockMode::Writer };
@@ -83,4 +87,55 @@ fn closing_refuses_everything_after_and_lets_the_lock_go() {
     assert!(disk.pwrite(0, &[0; 1], Durability::Later).is_err());
     assert!(disk.flush().is_err());
     FileStorage::open(&path, &options).unwrap();
+}
+
+#[test]
+fn info_tells_what_the_file_occupies() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    fs::File::create(&path).unwrap().set_len(1_000_001).unwrap();
+    let disk = open(&path);
+    let info = disk.info().unwrap();
+    assert_eq!((info.path, info.format.as_str()), (path, "raw"));
+    assert_eq!((info.virtual_size, info.file_len, info.allocated_len), (1_000_448, 1_000_001, 0));
+    disk.pwrite(0, &[1; 65536], Durability::Fua).unwrap();
+    assert_eq!(disk.info().unwrap().allocated_len, 65536);
+}
+
+#[test]
+fn holes_of_the_file_are_holes_of_the_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    fs::File::create(&path).unwrap().set_len((1 << 20) + 100).unwrap();
+    let disk = open(&path);
+    disk.pwrite(65536, &[1; 65536], Durability::Later).unwrap();
+    let runs = || {
+        let mut runs = Vec::new();
+        let all = range(0, disk.size());
+        disk.status(StatusQuery::Allocation, all, &mut |len, status| {
+            runs.push((len, status));
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        runs
+    };
+    let hole = Status::Allocation { hole: true, zero: true };
+    let data = Status::Allocation { hole: false, zero: false };
+    let rest = (1 << 20) + 512 - 131_072;
+    assert_eq!(runs(), [(65536, hole), (65536, data), (rest, hole)]);
+    disk.discard(range(65536, 65536), Durability::Later).unwrap();
+    assert_eq!(runs(), [((1 << 20) + 512, hole)]);
+    let mut first = Vec::new();
+    disk.pwrite(0, &[1; 4096], Durability::Later).unwrap();
+    disk.status(StatusQuery::Allocation, range(0, 1 << 20), &mut |len, status| {
+        first.push((len, status));
+        ControlFlow::Break(())
+    })
+    .unwrap();
+    assert_eq!(first, [(4096, data)]);
+    disk.status(StatusQuery::Depth, range(0, 4096), &mut |_, status| {
+        assert_eq!(status, Status::Depth(1));
+        ControlFlow::Continue(())
+    })
+    .unwrap();
 }

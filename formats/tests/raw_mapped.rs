@@ -145,3 +145,34 @@ fn truncating_and_growing_under_eight_readers_gives_errors_and_no_death() {
     disk.pread(0, &mut buf).unwrap();
     assert!(buf.iter().zip(0..).all(|(byte, at)| *byte == pattern(at)));
 }
+
+/// Set in the process that has to die.
+const CHILD: &str = "NBD_IMG_TEST_SIGBUS_CHILD";
+
+#[test]
+fn a_sigbus_of_somebody_else_still_ends_the_process() {
+    if std::env::var_os(CHILD).is_some() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+        file.set_len(8192).unwrap();
+        let disk = open(&path);
+        // SAFETY: it is the point of this test that the mapping loses its file.
+        let map = unsafe { memmap2::Mmap::map(&file) }.unwrap();
+        file.set_len(0).unwrap();
+        assert_eq!(disk.pread(0, &mut [0; 100]).unwrap_err().errno(), libc::EIO);
+        eprintln!("alive");
+        std::hint::black_box(map[5000]);
+        eprintln!("not reached");
+        return;
+    }
+    use std::os::unix::process::ExitStatusExt;
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "--nocapture", "a_sigbus_of_somebody_else_still_ends_the_process"])
+        .env(CHILD, "1")
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(errors.contains("alive") && !errors.contains("not reached"), "{errors}");
+    assert_eq!(output.status.signal(), Some(libc::SIGBUS), "{errors}");
+}

@@ -5,7 +5,7 @@
 mod support;
 
 use nbd_img_formats::raw::{RawDriver, RawOptions};
-use nbd_img_formats::storage::{CallClass, Fault, Faults, MemoryStorage};
+use nbd_img_formats::storage::{CallClass, Fault, Faults, FileOptions, FileStorage, LockMode, MemoryStorage};
 use nbd_img_formats::sync::Arc;
 use nbd_img_formats::{
     BlockDriver, Durability, ErrorKind, GuestRange, Provision, Result, State, ZeroRequest,
@@ -172,6 +172,22 @@ fn a_failed_sync_is_final_and_reading_goes_on() {
     let mut buf = [0; 10];
     disk.pread(0, &mut buf).unwrap();
     assert_eq!(buf, [9; 10]);
+}
+
+#[test]
+fn without_a_page_cache_the_next_sync_counts() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    std::fs::write(&path, vec![1; SIZE]).unwrap();
+    let options = FileOptions { writable: true, direct: true, lock: LockMode::Writer };
+    let faults = Faults::new();
+    let storage = faults.attach(FileStorage::open(&path, &options).unwrap());
+    let disk = RawDriver::open(storage, RawOptions::default()).unwrap();
+    faults.arm(Fault { class: Some(CallClass::Sync), ..Fault::at(0) });
+    assert_eq!(disk.flush().unwrap_err().errno(), libc::EIO);
+    assert_eq!(disk.state(), State::Live);
+    disk.pwrite(0, &[1], Durability::Fua).unwrap();
+    disk.flush().unwrap();
 }
 
 #[test]

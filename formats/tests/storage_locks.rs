@@ -148,3 +148,14 @@ fn a_refusal_names_the_holder_and_the_way_out() {
     let text = open(&path, LockMode::Writer).err().unwrap().to_string();
     assert!(text.contains("Failed to get \"write\" lock") && !text.contains("--force-share"), "{text}");
 }
+
+#[test]
+fn a_lock_of_the_whole_file_is_in_the_way_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = image(folder.path(), "raw");
+    let other = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+    rustix::fs::fcntl_lock(&other, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+    // A plain record lock goes when its process closes any descriptor of the file: only one try.
+    let error = open(&path, LockMode::Reader).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Locked, "{error}");
+}

@@ -8,7 +8,7 @@ mod guard;
 use std::path::Path;
 
 use crate::address::{GuestRange, HostOffset, HostRange};
-use crate::driver::{BlockDriver, Facts, Format, State, ZeroRequest};
+use crate::driver::{BlockDriver, Facts, Format, Provision, State, ZeroRequest};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{check_writable, checked_range, storage_error};
 use crate::open::ImageInfo;
@@ -116,11 +116,15 @@ impl RawDriver {
         if self.data_end() >= self.size {
             return Ok(());
         }
-        if self.checked_len(self.data_end())? < self.size {
+        let len = self.checked_len(self.data_end())?;
+        if len < self.size {
             let storage = self.storage();
-            storage.set_len(self.size).map_err(|e| {
-                storage_error(storage, "cannot make the file longer", HostOffset(self.size), e)
-            })?;
+            let fail = |e| storage_error(storage, "cannot make the file longer", HostOffset(len), e);
+            storage.set_len(self.size).map_err(fail)?;
+            if !storage.facts().new_space_is_zero {
+                let new = HostRange::new(HostOffset(len), self.size - len).unwrap_or_default();
+                storage.zero(new, Provision::Keep, false).map_err(fail)?;
+            }
         }
         self.data_end.store(self.size, Ordering::Release);
         Ok(())
@@ -281,7 +285,7 @@ impl BlockDriver for RawDriver {
         let range = checked_range(self, range.offset(), range.len())?;
         let zero = || {
             // Behind the storage's end there are zeroes already, but no room.
-            if request.provision == crate::driver::Provision::Allocate && range.end() > self.data_end() {
+            if request.provision == Provision::Allocate && range.end() > self.data_end() {
                 self.extend()?;
             }
             self.zero_stored(self.stored_part(range), request)

@@ -3,7 +3,7 @@
 //! It turns calls into system calls and knows what each file system and device cannot do. What the
 //! bytes mean is not its business, nor who may open which file.
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSliceMut};
 use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -12,6 +12,7 @@ use rustix::fs::{Advice, FileType, Mode, OFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::direct::{Direct, Files};
+use super::known_data::KnownData;
 use super::lock::{self, LockMode};
 use super::range_lock::Hold;
 use super::room::{Room, Target};
@@ -46,6 +47,7 @@ pub struct FileStorage {
     durable: Option<OwnedFd>,
     direct: Option<Direct>,
     room: Room,
+    known_data: KnownData,
     sync_failed: AtomicBool,
     closed: AtomicBool,
 }
@@ -100,6 +102,7 @@ impl FileStorage {
             file,
             durable,
             direct,
+            known_data: KnownData::default(),
             sync_failed: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         }))
@@ -229,11 +232,15 @@ impl Storage for FileStorage {
     }
 
     fn zero(&self, range: HostRange, provision: Provision, fast: bool) -> io::Result<()> {
-        self.change_room(range, |target| self.room.zero(target, range, provision, fast))
+        let result = self.change_room(range, |target| self.room.zero(target, range, provision, fast));
+        self.known_data.forget(range);
+        result
     }
 
     fn discard(&self, range: HostRange) -> io::Result<()> {
-        self.change_room(range, |target| self.room.discard(target.file, range, target.len))
+        let result = self.change_room(range, |target| self.room.discard(target.file, range, target.len));
+        self.known_data.forget(range);
+        result
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
@@ -249,7 +256,14 @@ impl Storage for FileStorage {
     }
 
     fn run_at(&self, at: HostOffset) -> io::Result<Run> {
-        place::run_at(self.file.as_fd(), at, self.len()?)
+        if let Some(len) = self.known_data.len_at(at) {
+            return Ok(Run { len, hole: false });
+        }
+        let run = place::run_at(self.file.as_fd(), at, self.len()?)?;
+        if !run.hole {
+            self.known_data.remember(at, run.len);
+        }
+        Ok(run)
     }
 
     fn prefetch(&self, range: HostRange) -> io::Result<()> {
@@ -318,7 +332,7 @@ pub(super) fn pwrite_all(file: BorrowedFd<'_>, buf: &[u8], at: HostOffset) -> io
     let mut done = 0;
     while let Some(rest) = buf.get(done..).filter(|rest| !rest.is_empty()) {
         let from = offset_behind(at, done)?;
-        match retry(|| rustix::io::pwritev(file, &[IoSlice::new(rest)], from))? {
+        match retry(|| rustix::io::pwrite(file, rest, from))? {
             // Does not happen with files; without this it would be an endless loop.
             0 => return Err(Errno::IO.into()),
             written => done += written,

@@ -87,27 +87,28 @@ pub(super) fn release(file: BorrowedFd<'_>) {
 
 /// Takes the bytes of `mode`, then gives the permission over which somebody is in the way.
 fn take_and_test(file: BorrowedFd<'_>, mode: LockMode) -> io::Result<Option<i64>> {
-    for permission in mode.used() {
-        ofd_lock(file, libc::F_OFD_SETLK, libc::F_RDLCK, USED_BASE + permission, 1)?;
-    }
-    for permission in mode.unshared() {
-        ofd_lock(file, libc::F_OFD_SETLK, libc::F_RDLCK, UNSHARED_BASE + permission, 1)?;
-    }
-    for permission in mode.used() {
-        if ofd_lock(file, libc::F_OFD_GETLK, libc::F_WRLCK, UNSHARED_BASE + permission, 1)? {
-            return Ok(Some(*permission));
+    let used = mode.used().iter().map(|permission| (*permission, USED_BASE, UNSHARED_BASE));
+    let unshared = mode.unshared().iter().map(|permission| (*permission, UNSHARED_BASE, USED_BASE));
+    for (permission, own, _) in used.clone().chain(unshared.clone()) {
+        match ofd_lock(file, libc::F_OFD_SETLK, libc::F_RDLCK, own + permission, 1) {
+            Ok(_) => {}
+            // Not QEMU, but somebody who locks the whole file, as cloud-hypervisor does.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+                return Ok(Some(permission));
+            }
+            Err(error) => return Err(error),
         }
     }
-    for permission in mode.unshared() {
-        if ofd_lock(file, libc::F_OFD_GETLK, libc::F_WRLCK, USED_BASE + permission, 1)? {
-            return Ok(Some(*permission));
+    for (permission, _, opposite) in used.chain(unshared) {
+        if ofd_lock(file, libc::F_OFD_GETLK, libc::F_WRLCK, opposite + permission, 1)? {
+            return Ok(Some(permission));
         }
     }
     Ok(None)
 }
 
 /// One lock call on `len` bytes from `start` (0: to the end of all offsets). For `F_OFD_GETLK`, whether
-/// somebody is in the way. A shared lock that meets an exclusive one counts as a conflict of `write`.
+/// somebody is in the way.
 fn ofd_lock(
     file: BorrowedFd<'_>,
     command: libc::c_int,

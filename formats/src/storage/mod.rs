@@ -9,6 +9,7 @@ mod direct;
 mod engine;
 pub mod failing;
 mod file;
+mod known_data;
 mod lock;
 mod mapped;
 mod memory;

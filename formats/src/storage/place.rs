@@ -33,11 +33,17 @@ const LOCAL: [u64; 12] = [
     0x482b,
 ];
 
+/// FUSE (linux/magic.h). Every call may wait for a process that can do anything, so it is not even asked.
+const FUSE: u64 = 0x6573_5546;
+
 /// How files of the file system with this magic number are best read and written without waiting.
 pub(super) fn of_file_system(file: BorrowedFd<'_>, magic: impl TryInto<u64>) -> (InPlace, InPlace) {
     let magic = magic.try_into().unwrap_or_default();
     if IN_MEMORY.contains(&magic) {
         return (InPlace::Always, InPlace::Always);
+    }
+    if magic == FUSE {
+        return (InPlace::Never, InPlace::Never);
     }
     let writes = if LOCAL.contains(&magic) { InPlace::Ask } else { InPlace::Never };
     (ask_to_read(file), writes)

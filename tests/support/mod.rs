@@ -1,0 +1,54 @@
+//! What the end-to-end tests share: a server that is started and stopped, the programs they need, images made by QEMU,
+//! an NBD client of our own that may misbehave, and random numbers with a printed seed. Nothing in here knows the code
+//! of nbd-img: it is seen from outside, as its users see it.
+
+pub mod client;
+pub mod images;
+pub mod in_process;
+pub mod proc;
+pub mod qmp;
+pub mod rng;
+pub mod server;
+pub mod tools;
+pub mod wire;
+
+use std::path::{Path, PathBuf};
+
+/// A new folder on the file system of the build, which is a disk (unlike /tmp on many machines): O_DIRECT and holes
+/// work there. It goes away when it is dropped.
+pub fn scratch(name: &str) -> tempfile::TempDir {
+    tempfile::Builder::new().prefix(name).tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+/// A file of `testdata/`.
+pub fn testdata(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata").join(name)
+}
+
+/// Whether this run has the rigs drive QEMU's servers instead of nbd-img (see [`server::Peer`]): then a test leaves out
+/// what only nbd-img promises, and says so.
+pub fn is_nbd_img() -> bool {
+    server::Peer::of_this_run() == server::Peer::NbdImg
+}
+
+/// How often a test repeats something: `default` in CI, or what the environment variable `name` says.
+pub fn count(name: &str, default: usize) -> usize {
+    std::env::var(name).map_or(default, |n| n.parse().unwrap_or_else(|_| panic!("{name} is no number: {n}")))
+}
+
+/// Fails at the first byte that differs, and says where, instead of printing two disks.
+#[track_caller]
+pub fn assert_same(what: &str, found: &[u8], expected: &[u8]) {
+    assert_eq!(found.len(), expected.len(), "{what}: the length differs");
+    if found == expected {
+        return;
+    }
+    let differs = |(a, b): (&u8, &u8)| a != b;
+    let first = found.iter().zip(expected).position(differs).unwrap();
+    let count = found.iter().zip(expected).filter(|&(a, b)| a != b).count();
+    panic!(
+        "{what}: {count} bytes differ, the first at {first:#x}: found {:02x?}, expected {:02x?}",
+        &found[first..(first + 16).min(found.len())],
+        &expected[first..(first + 16).min(expected.len())]
+    );
+}
