@@ -175,6 +175,61 @@ fn nothing_outside_is_opened_whatever_it_is_called() {
     assert!(watch.saw_something());
 }
 
+/// Set for the half of [`no_system_call_opens_what_is_outside`] that runs under strace.
+const TRACED: &str = "NBD_IMG_TEST_TRACED";
+
+/// The same asked of strace, for everything that could be opened or connected to. The test runs itself:
+/// the traced half does nothing but open images.
+#[test]
+fn no_system_call_opens_what_is_outside() {
+    if let Some(folder) = std::env::var_os(TRACED) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|extension| extension == "qcow2") {
+                assert_eq!(refusal(&path, &OpenOptions::default()).kind(), ErrorKind::Denied);
+            }
+        }
+        return;
+    }
+    let scene = Scene::new();
+    furnish(&scene);
+    for (number, name) in evil_names(&scene).into_iter().enumerate() {
+        for image in [scene.overlay(&name), scene.with_data_file(&name)] {
+            let stem = image.file_stem().unwrap().to_str().unwrap();
+            std::fs::rename(&image, image.with_file_name(format!("{stem}-{number}.qcow2"))).unwrap();
+        }
+    }
+    let log = scene.folder.file("strace.log");
+    let output = std::process::Command::new("strace")
+        .args(["-f", "-y", "-e", "trace=open,openat,openat2,connect", "-o", log.to_str().unwrap()])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "no_system_call_opens_what_is_outside"])
+        .env(TRACED, scene.folder.file("in"))
+        .output()
+        .unwrap_or_else(|e| panic!("strace cannot be run ({e}); it is in the Debian package strace"));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    check_trace(&std::fs::read_to_string(log).unwrap(), &scene);
+}
+
+/// What was opened, O_PATH apart, is an image in `in` or belongs to the system's way of running programs.
+fn check_trace(log: &str, scene: &Scene) {
+    let images = scene.folder.file("in");
+    let mut opened_images = 0;
+    for line in log.lines() {
+        // With -y the result is the descriptor and what it stands for: `= 3</path>`.
+        let Some((call, result)) = line.rsplit_once(" = ") else { continue };
+        assert!(!call.contains("connect("), "{line}");
+        let opened = result.split_once('<').map(|(_, path)| Path::new(path.trim_end_matches('>')));
+        let Some(opened) = opened.filter(|_| !call.contains("O_PATH")) else { continue };
+        let system = ["/lib", "/usr/lib", "/etc/ld.so", "/proc/", "/sys/fs/cgroup"];
+        let ours = opened.starts_with(&images);
+        opened_images += u32::from(ours && opened.extension().is_some_and(|extension| extension == "qcow2"));
+        assert!(ours || system.iter().any(|prefix| opened.to_str().unwrap().starts_with(prefix)), "{line}");
+        assert!(!opened.ends_with("mem") && !opened.ends_with("pipe"), "{line}");
+    }
+    assert!(opened_images >= 68, "the trace has only {opened_images} images");
+}
+
 #[test]
 fn odd_names_inside_are_plain_names() {
     let scene = Scene::new();

@@ -7,6 +7,7 @@ mod allocations;
 mod qcow2_support;
 
 use std::path::Path;
+use std::time::Duration;
 
 use nbd_img_formats::plan::{MapMode, Place, ReadPlan, SlowReason};
 use nbd_img_formats::qcow2::{Caches, Header, ImageNumber, Parts, Qcow2Driver};
@@ -45,7 +46,7 @@ fn open_in_memory(bytes: &[u8], table_cache_len: u64) -> Opened {
 
 fn open_on(image: Arc<dyn Storage>, table_cache_len: u64) -> Result<(Arc<Qcow2Driver>, Arc<Caches>)> {
     let header = Header::load(&image)?;
-    let caches = Caches::new(table_cache_len, [header.geometry]);
+    let caches = Caches::new(table_cache_len, [&header])?;
     let parts = Parts {
         image,
         header,
@@ -194,9 +195,9 @@ fn hostile_blobs_are_bounded() {
         let folder = Folder::new();
         let options = format!("cluster_size=64k,compression_type={compression}");
         let (image, disk) = sample(&folder, MIB, &options, true);
-        let start = std::time::Instant::now();
+        let start = processor_time();
         assert!(read_all(&*open_in_memory(&image, 0).driver) == disk);
-        let good = start.elapsed().max(std::time::Duration::from_millis(20));
+        let good = (processor_time() - start).max(Duration::from_millis(20));
         let mut random = Random::new(5);
         // Behind the metadata that qemu-img writes first there are blobs, up to the end.
         let blobs = blobs_from(&image)..image.len();
@@ -207,17 +208,23 @@ fn hostile_blobs_are_bounded() {
                 bytes[at] = random.byte();
             }
             let opened = open_in_memory(&bytes, 0);
-            let start = std::time::Instant::now();
+            let start = processor_time();
             let mut cluster = vec![0; 65536];
             let (_, used) = allocations::count(|| {
                 for number in 0..16 {
                     let _ = opened.driver.pread(number * 65536, &mut cluster);
                 }
             });
-            assert!(start.elapsed() < good * 10, "round {round}: {:?} against {good:?}", start.elapsed());
+            let took = processor_time() - start;
+            assert!(took < good * 4, "round {round}: {took:?} against {good:?}");
             assert!(used.largest <= 1 << 20, "round {round}: {used:?}");
         }
     }
+}
+
+fn processor_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(u64::try_from(time.tv_sec).unwrap(), u32::try_from(time.tv_nsec).unwrap())
 }
 
 /// The offset of the first compressed cluster: behind every table that the header leads to.

@@ -164,8 +164,8 @@ impl Chain<'_> {
 
     /// Puts the drivers on each other.
     fn assemble(self, bottom: Option<Arc<dyn BlockDriver>>) -> Result<Arc<dyn BlockDriver>> {
-        let geometries = self.layers.iter().map(|layer| layer.header.geometry);
-        let caches = Caches::new(self.options.table_cache_len, geometries);
+        let headers = self.layers.iter().map(|layer| &layer.header);
+        let caches = Caches::new(self.options.table_cache_len, headers)?;
         let mut backing = bottom;
         for (depth, layer) in self.layers.into_iter().enumerate().rev() {
             let number = ImageNumber(u16::try_from(depth).unwrap_or(u16::MAX));
@@ -189,7 +189,13 @@ fn backing_format(stated: Option<&str>, below: &Link) -> Result<Format> {
     match stated {
         Some("raw") => Ok(Format::Raw),
         Some("qcow2") => Ok(Format::Qcow2),
-        None => probe(&below.storage),
+        None => {
+            tracing::warn!(
+                path = %below.path.display(),
+                "the overlay does not state the format of this backing file: it is probed"
+            );
+            probe(&below.storage)
+        }
         Some(other) => Err(Error::new(
             ErrorKind::Unsupported,
             format!("the format '{}' of this backing file is not supported", other.escape_debug()),

@@ -90,7 +90,7 @@ pub struct Opened {
 pub fn open(path: &Path, options: &OpenOptions) -> Result<Opened> {
     let (format, probed) = match options.format {
         Some(format) => (format, false),
-        None => (probe_path(path, options)?, true),
+        None => (probe_path(path)?, true),
     };
     let driver = match format {
         Format::Raw | Format::MmapRaw => chain::open_raw(path, options, format, probed)?,
@@ -103,8 +103,8 @@ pub fn open(path: &Path, options: &OpenOptions) -> Result<Opened> {
 }
 
 /// Looks at the file without locking it: who may not open it is not to be in anybody's way.
-fn probe_path(path: &Path, options: &OpenOptions) -> Result<Format> {
-    let file_options = FileOptions { writable: false, direct: options.direct, lock: LockMode::Off };
+fn probe_path(path: &Path) -> Result<Format> {
+    let file_options = FileOptions { writable: false, direct: false, lock: LockMode::Off };
     let storage: Arc<dyn Storage> = FileStorage::open(path, &file_options)?;
     probe::probe(&storage)
 }

@@ -34,36 +34,34 @@ const DATA_FILE_STORAGE: StorageId = StorageId(1);
 pub struct Caches {
     tables: TableCache,
     clusters: ClusterCache,
-    l1_len: AtomicU64,
 }
 
 impl Caches {
-    /// Empty caches for the images with these geometries. L2 tables take at most `table_cache_len`
-    /// bytes, but two parts of tables (of up to 64 KiB each) always have room.
-    pub fn new(table_cache_len: u64, images: impl IntoIterator<Item = Geometry>) -> Arc<Self> {
+    /// Empty caches for the images with these headers. L2 tables take at most `table_cache_len` bytes,
+    /// but two parts of tables (of up to 64 KiB each) always have room. Fails with `Unsupported` when the
+    /// L1 tables of all of them, which are not cached but held, are too large together.
+    pub fn new<'a>(
+        table_cache_len: u64,
+        images: impl IntoIterator<Item = &'a Header, IntoIter: Clone>,
+    ) -> Result<Arc<Self>> {
+        let images = images.into_iter();
         // Where cluster lengths differ, the smaller parts are counted as large ones: within the budget.
-        let slice_len = images.into_iter().map(Geometry::slice_len).max().unwrap_or(1);
-        Arc::new(Caches {
+        let slice_len = images.clone().map(|header| header.geometry.slice_len()).max().unwrap_or(1);
+        let l1_len: u64 = images.map(|header| 8 * header.geometry.l1_entries_for(header.virtual_size)).sum();
+        if l1_len > CHAIN_L1_LEN_MAX {
+            let what =
+                format!("the L1 tables of the chain need {l1_len} bytes ({CHAIN_L1_LEN_MAX} are the most)");
+            return Err(Error::new(ErrorKind::Unsupported, what));
+        }
+        Ok(Arc::new(Caches {
             tables: TableCache::new(table_cache_len, slice_len),
             clusters: ClusterCache::new(),
-            l1_len: AtomicU64::new(0),
-        })
+        }))
     }
 
     /// How many parts of L2 tables have been read from files so far.
     pub fn table_loads(&self) -> usize {
         self.tables.loads()
-    }
-
-    fn reserve_l1(&self, len: u64) -> Result<()> {
-        let before = self.l1_len.fetch_add(len, Ordering::Relaxed);
-        if before.saturating_add(len) <= CHAIN_L1_LEN_MAX {
-            return Ok(());
-        }
-        Err(Error::new(
-            ErrorKind::Unsupported,
-            format!("the L1 tables of the chain need more than {CHAIN_L1_LEN_MAX} bytes"),
-        ))
     }
 }
 
@@ -378,7 +376,6 @@ fn open_parts(parts: Parts) -> Result<Qcow2Driver> {
         }
         None => (header.l1, header.virtual_size),
     };
-    caches.reserve_l1(u64::from(l1_at.entries).min(header.geometry.l1_entries_for(virtual_size)) * 8)?;
     let l1 = L1Table::load(&image, l1_at, header.geometry, virtual_size)?;
     let bitmaps = bitmaps::list(&image, &header);
     let data_len = len_of(data_file.as_ref().unwrap_or(&image))?;

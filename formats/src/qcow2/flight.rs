@@ -89,7 +89,7 @@ fn copy_of<V: Clone>(outcome: &Result<V>) -> Result<V> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
     use crate::sync::atomic::{AtomicU32, Ordering};
@@ -129,5 +129,42 @@ mod tests {
         let run = std::panic::AssertUnwindSafe(|| flights.join(1, || panic!("as the test wants")));
         assert!(std::panic::catch_unwind(run).is_err());
         assert_eq!(flights.join(1, || Ok(5)).unwrap(), 5);
+    }
+}
+
+#[cfg(all(test, shuttle))]
+mod interleavings {
+    use super::*;
+    use crate::sync::atomic::{AtomicU32, Ordering};
+    use crate::sync::thread;
+
+    /// Run with `RUSTFLAGS="--cfg shuttle" cargo test -p nbd-img-formats --lib interleavings`.
+    #[test]
+    fn whoever_joins_gets_what_was_made_or_its_failure() {
+        shuttle::check_pct(
+            || {
+                let flights = Arc::new(Flights::<u32, u32>::new());
+                let calls = Arc::new(AtomicU32::new(0));
+                let join = |key: u32| {
+                    let (flights, calls) = (Arc::clone(&flights), Arc::clone(&calls));
+                    thread::spawn(move || {
+                        flights.join(key, || match calls.fetch_add(1, Ordering::SeqCst) {
+                            0 => Err(Error::new(ErrorKind::Io, "the first call fails")),
+                            _ => Ok(key),
+                        })
+                    })
+                };
+                let threads = [join(1), join(1), join(2), join(1)];
+                let results = threads.map(|thread| thread.join().unwrap());
+                let keys = [1, 1, 2, 1];
+                assert!(
+                    results.iter().zip(keys).all(|(result, key)| result.as_ref().map_or(true, |v| *v == key))
+                );
+                assert!(results.iter().any(Result::is_err));
+                assert!(flights.under_way.lock().is_empty());
+            },
+            2000,
+            3,
+        );
     }
 }

@@ -226,7 +226,7 @@ fn words_of(bytes: &[u8]) -> impl Iterator<Item = u64> {
     bytes.as_chunks().0.iter().map(|word| u64::from_be_bytes(*word))
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::super::types::DataFile;
     use super::*;
@@ -273,5 +273,40 @@ mod tests {
         assert!(failed.is_err());
         assert!(cache.get(key(0)).is_none());
         assert!(cache.get_or_load(key(0), || Ok(slice(geometry, 0))).is_ok());
+    }
+}
+
+#[cfg(all(test, shuttle))]
+mod interleavings {
+    use super::super::types::DataFile;
+    use super::*;
+    use crate::sync::thread;
+
+    /// Two slots, three slices, three threads: whoever asks for a slice gets that one.
+    #[test]
+    fn a_slice_is_never_another_one() {
+        shuttle::check_pct(
+            || {
+                let cache = Arc::new(TableCache::new(0, 512));
+                let geometry = Geometry::new(9, false, 3, DataFile::Internal);
+                let ask = |first: u64| {
+                    let cache = Arc::clone(&cache);
+                    thread::spawn(move || {
+                        for number in [first, first + 1, 0] {
+                            let word = number % 3;
+                            let key = SliceKey { image: ImageNumber(0), slice: SliceNumber(word) };
+                            let load = || Ok(TableSlice { words: vec![word; 64].into(), geometry });
+                            assert_eq!(cache.get_or_load(key, load).unwrap().words[0], word);
+                        }
+                    })
+                };
+                for thread in [ask(0), ask(1), ask(2)] {
+                    thread.join().unwrap();
+                }
+                assert!(cache.sets.iter().map(|set| set.read().slots.len()).sum::<usize>() <= 2);
+            },
+            2000,
+            3,
+        );
     }
 }

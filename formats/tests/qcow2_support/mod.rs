@@ -166,6 +166,19 @@ pub fn status_runs(driver: &dyn BlockDriver) -> Vec<(u64, bool, bool)> {
     runs
 }
 
+/// How deep in the chain each byte lies.
+fn depths(driver: &dyn BlockDriver) -> Vec<u32> {
+    let mut depths = Vec::new();
+    let range = GuestRange::new(0, driver.size()).unwrap();
+    let visit = &mut |len, status| {
+        let nbd_img_formats::driver::Status::Depth(depth) = status else { panic!("{status:?}") };
+        depths.extend(std::iter::repeat_n(depth, usize::try_from(len).unwrap()));
+        ControlFlow::Continue(())
+    };
+    driver.status(StatusQuery::Depth, range, visit).unwrap_or_else(|e| panic!("{e}"));
+    depths
+}
+
 /// Fails if the driver calls something zero that is not, or not what QEMU calls zero.
 pub fn assert_status(driver: &dyn BlockDriver, image: &Path, expected: &[u8]) {
     let mut ours = vec![false; expected.len()];
@@ -180,6 +193,7 @@ pub fn assert_status(driver: &dyn BlockDriver, image: &Path, expected: &[u8]) {
         at = end;
     }
     assert_eq!(at, expected.len());
+    let depths = depths(driver);
     let map = qemu("qemu-img", ["map", "--output=json", "-f", "qcow2", image.to_str().unwrap()]);
     let map: serde_json::Value = serde_json::from_slice(&map.stdout).unwrap();
     for extent in map.as_array().unwrap() {
@@ -188,6 +202,12 @@ pub fn assert_status(driver: &dyn BlockDriver, image: &Path, expected: &[u8]) {
             let to = from + usize::try_from(extent["length"].as_u64().unwrap()).unwrap();
             let missed = ours[from..to].iter().position(|zero| !zero);
             assert_eq!(missed, None, "{}: QEMU says zero from {from} to {to}", image.display());
+        }
+        if extent["data"].as_bool().unwrap() {
+            let from = usize::try_from(extent["start"].as_u64().unwrap()).unwrap();
+            // QEMU counts from 0 here.
+            let depth = u32::try_from(extent["depth"].as_u64().unwrap()).unwrap() + 1;
+            assert_eq!(depths[from], depth, "{}: the depth at {from}", image.display());
         }
     }
 }
