@@ -1,2 +1,7 @@
-//! The program `nbd-img`.
-fn main() {}
+//! The program `nbd-img`: everything is in the library.
+
+use nbd_img::cli::{self, ExitStatus};
+
+fn main() -> ExitStatus {
+    cli::run()
+}

@@ -12,11 +12,11 @@ pub struct GuestRange {
 }
 
 /// A byte offset in a [`Storage`](crate::Storage): the address space of a file or device.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug)]
 pub struct HostOffset(pub u64);
 
 /// A byte range of a [`Storage`](crate::Storage). `at + len` never overflows.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct HostRange {
     at: HostOffset,
     len: u64,

@@ -10,6 +10,7 @@
 //! | [`mover`] | the one implementation of pread, pwrite and status, over plans |
 //! | [`storage`] | [`Storage`]: the file below a driver, and its implementations |
 //! | [`workers`] | the threads that may wait, so that nobody else has to |
+//! | [`raw`], [`qcow2`] | the formats |
 //! | [`open`] | from a path to a driver: probing, policy, locks |
 //! | [`error`], [`address`], [`sync`] | what all of them share |
 
@@ -19,6 +20,7 @@ pub mod error;
 pub mod mover;
 pub mod open;
 pub mod plan;
+pub mod qcow2;
 pub mod raw;
 pub mod storage;
 pub mod sync;

@@ -11,9 +11,13 @@ use crate::plan::{MapMode, Piece, Place, ReadPlan, SlowReason, StorageId, WriteP
 use crate::storage::{Durability, Storage};
 use crate::sync::Arc;
 
+/// Bytes that the first plan of a status enumeration covers; each one covers twice as many as the one
+/// before, so that a visitor who soon has enough does not pay for a whole disk. Our choice.
+const STATUS_STEP_LEN: u64 = 1 << 22;
+
 /// Most bytes that one plan of a status enumeration covers: bounds the pieces held at a time when the
-/// image is fragmented. Our choice.
-const STATUS_STEP_LEN: u64 = 1 << 30;
+/// image is fragmented (10 MiB where every cluster of 512 bytes is one). Our choice.
+const STATUS_STEP_LEN_MAX: u64 = 128 << 20;
 
 /// The part of a range at `offset` with `len` bytes, checked against the size of the disk.
 pub fn checked_range<D: BlockDriver + ?Sized>(driver: &D, offset: u64, len: u64) -> Result<GuestRange> {
@@ -160,9 +164,11 @@ pub fn status<D: BlockDriver + ?Sized>(
     checked_range(driver, range.offset(), range.len())?;
     let mut plan = ReadPlan::default();
     let mut rest = range;
+    let mut step_len = STATUS_STEP_LEN;
     let mut pending: Option<(u64, Status)> = None;
     while !rest.is_empty() {
-        let step = rest.prefix(STATUS_STEP_LEN);
+        let step = rest.prefix(step_len);
+        step_len = (step_len * 2).min(STATUS_STEP_LEN_MAX);
         driver.map_read(step, MapMode::Holes, &mut plan)?;
         for piece in plan.pieces.iter() {
             let status = status_of(piece, query)?;

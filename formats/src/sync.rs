@@ -3,6 +3,8 @@
 //! In a normal build these are parking_lot's locks and std's atomics; under `--cfg shuttle` they are
 //! shuttle's, so that its scheduler owns every interleaving. Nothing else may name `std::sync`'s locks.
 
+pub use std::thread::available_parallelism;
+
 #[cfg(not(shuttle))]
 pub use parking_lot::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 #[cfg(not(shuttle))]

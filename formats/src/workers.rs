@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-use crate::sync::{Arc, Condvar, Mutex, thread};
+use crate::sync::{Arc, Condvar, Mutex, available_parallelism, thread};
 
 /// Most threads that wait for reads, and as many for writes: what a disk of today needs to be busy
 /// (16 gave the best cold reads in the prototype). Our choice.
@@ -55,15 +55,16 @@ struct LaneQueue {
 impl Workers {
     /// Workers without threads yet; `name` is what their threads will be called.
     pub fn new(name: &str) -> Self {
-        let cores = thread::available_parallelism().map_or(1, usize::from);
+        let cores = available_parallelism().map_or(1, usize::from);
         Workers {
             lanes: [("r", IO_THREADS_MAX), ("w", IO_THREADS_MAX), ("c", cores)]
                 .map(|(lane, threads_max)| Arc::new(LaneState::new(format!("{lane}-{name}"), threads_max))),
         }
     }
 
-    /// Runs `job` on a thread of `lane`, as soon as one is free. Returns the job when no thread can be
-    /// had at all, so that the caller can run it or fail it.
+    /// Runs `job` on a thread of `lane`, as soon as one is free. When no thread can be had at all it
+    /// returns a job that has not been run (not always the same one, if others come at the same time);
+    /// it must be run or dropped. A job that is dropped instead of being run has to answer on its drop.
     pub fn spawn(&self, lane: Lane, job: Job) -> Result<(), Job> {
         let state = match lane {
             Lane::Read => &self.lanes[0],
@@ -110,8 +111,11 @@ impl LaneState {
         if queue.threads > 0 {
             return Ok(());
         }
-        // Nobody is there to run it; with the lock let go in between it may have been run already.
-        queue.jobs.pop_back().map_or(Ok(()), Err)
+        // Nobody is there to run it; with the lock let go in between it may have been run already. Jobs
+        // that counted on this thread would wait for ever.
+        let mut stranded = std::mem::take(&mut queue.jobs);
+        drop(queue);
+        stranded.pop_back().map_or(Ok(()), Err)
     }
 
     fn work(&self) {

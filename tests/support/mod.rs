@@ -5,6 +5,7 @@
 pub mod client;
 pub mod fuse;
 pub mod images;
+pub mod in_process;
 pub mod proc;
 pub mod qmp;
 pub mod rng;

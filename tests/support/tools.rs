@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// Program and Debian package.
-const PACKAGES: [(&str, &str); 16] = [
+const PACKAGES: [(&str, &str); 17] = [
     ("qemu-img", "qemu-utils"),
     ("qemu-io", "qemu-utils"),
     ("qemu-nbd", "qemu-utils"),
@@ -16,6 +16,7 @@ const PACKAGES: [(&str, &str); 16] = [
     ("nbdfuse", "libnbd-bin"),
     ("nbdkit", "nbdkit"),
     ("fio", "fio"),
+    ("sh", "dash"),
     ("strace", "strace"),
     ("guestfish", "guestfish"),
     ("fusermount3", "fuse3"),

@@ -3,14 +3,36 @@
 //!
 //! Nothing above may assume a local file, a descriptor, or that what lies here can be overwritten.
 
+mod blkdev;
 mod buffer;
+mod direct;
+mod engine;
+pub mod failing;
+mod file;
+mod known_data;
+mod lock;
+mod mapped;
+mod memory;
+mod place;
 pub mod queue;
+mod range_lock;
+pub mod recording;
+mod room;
+mod sigbus;
+mod sparse;
 
 use std::io;
 use std::path::PathBuf;
 
 pub use buffer::IoBuf;
+pub use failing::{CallClass, FailingStorage, Fault, Faults};
+pub use file::{FileOptions, FileStorage};
+pub use lock::LockMode;
+pub use mapped::MappedStorage;
+pub use memory::{MemoryOptions, MemoryStorage, POISON};
 pub use queue::{Completed, Operation, OperationKind, Queue};
+pub use recording::{Change, Fate, FileId, Log, Record, RecordingStorage};
+pub use sparse::SparseBytes;
 
 use crate::address::{HostOffset, HostRange};
 use crate::driver::Provision;
@@ -69,6 +91,9 @@ pub struct StorageFacts {
     pub new_space_is_zero: bool,
     /// Whether the page cache is bypassed (O_DIRECT). Alignment is solved below this trait all the same.
     pub direct: bool,
+    /// Smallest unit that is read and written without read-modify-write, as an alignment too: 1 unless
+    /// the page cache is bypassed. A power of two.
+    pub block_len: u32,
     /// How to read without waiting.
     pub reads: InPlace,
     /// How to write without waiting. `Ask` means: in place, but watch the clock.
@@ -107,6 +132,11 @@ pub trait Storage: Send + Sync {
         self.len().map(|len| len == 0)
     }
 
+    /// The bytes that it occupies, as far as that can be told.
+    fn allocated_len(&self) -> io::Result<u64> {
+        self.len()
+    }
+
     /// Reads into `buf` from `at`. Returns fewer bytes than asked for only where the storage ends.
     fn pread(&self, buf: &mut [u8], at: HostOffset) -> io::Result<usize>;
 
@@ -118,8 +148,12 @@ pub trait Storage: Send + Sync {
     fn pwrite(&self, buf: &[u8], at: HostOffset, durability: Durability) -> io::Result<()>;
 
     /// Makes everything that has returned before this call durable. A failure of buffered storage is
-    /// final: this and every later sync, FUA write and write of the storage fail with EIO.
+    /// final: this and every later sync and change of the storage fail with EIO,
+    /// and `is_failed` says so. A FUA write that fails for another reason than a lack of room counts as one.
     fn sync(&self) -> io::Result<()>;
+
+    /// Whether a sync has failed for good, as [`sync`](Self::sync) says. Only looks at memory.
+    fn is_failed(&self) -> bool;
 
     /// Makes the range read as zeroes. Never makes the storage longer, except that `Allocate` may.
     /// With `fast` it fails with `EOPNOTSUPP`, nothing changed, where it would have to write the zeroes.

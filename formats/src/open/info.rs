@@ -1,81 +1,9 @@
-//! From a path to a driver: the options of an open, and what is known of an image.
-//!
-//! Probing, the policy for names inside of images and the locks live in its submodules.
+//! What is known of an image, for people and for `nbd-img info --json`. Only the shape of it: drivers
+//! fill it in.
 
 use std::path::PathBuf;
 
 use serde::Serialize;
-
-use crate::driver::{BlockDriver, Format};
-use crate::error::{Error, ErrorKind, Result};
-use crate::sync::Arc;
-
-/// How to open an image.
-#[derive(Clone, Debug)]
-pub struct OpenOptions {
-    /// The format, or `None` to find it by its magic.
-    pub format: Option<Format>,
-    /// Whether it will be written.
-    pub writable: bool,
-    /// Bypass the page cache (O_DIRECT).
-    pub direct: bool,
-    /// Serve a raw file to the byte instead of rounding its size up to 512.
-    pub exact_size: bool,
-    /// What becomes of the backing file that an image names.
-    pub backing: Backing,
-    /// Folders, besides the image's own, below which backing and data files may lie.
-    pub allow_dirs: Vec<PathBuf>,
-    /// Serve this internal snapshot (name or id) instead of the active state; read-only.
-    pub snapshot: Option<String>,
-    /// Whether a discard gives room back (`unmap`) or does nothing (`ignore`).
-    pub discard: bool,
-    /// Open read-only although somebody writes: what is read may be inconsistent.
-    pub force_share: bool,
-    /// Most bytes of metadata tables held in memory.
-    pub table_cache_len: u64,
-}
-
-impl Default for OpenOptions {
-    fn default() -> Self {
-        OpenOptions {
-            format: None,
-            writable: false,
-            direct: false,
-            exact_size: false,
-            backing: Backing::Follow,
-            allow_dirs: Vec::new(),
-            snapshot: None,
-            discard: true,
-            force_share: false,
-            // As QEMU's default for L2 tables: covers 256 GiB at 64 KiB clusters.
-            table_cache_len: 32 << 20,
-        }
-    }
-}
-
-/// What becomes of the backing file that an image names.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Backing {
-    /// Open it, if the policy allows its name.
-    Follow,
-    /// Treat the image as if it had none.
-    None,
-    /// Use this file instead, whatever the image says.
-    Path(PathBuf),
-}
-
-/// An open image.
-pub struct Opened {
-    /// What serves it.
-    pub driver: Arc<dyn BlockDriver>,
-    /// Whether the format was found by probing rather than stated.
-    pub probed: bool,
-}
-
-/// Opens the image at `path`.
-pub fn open(_path: &std::path::Path, _options: &OpenOptions) -> Result<Opened> {
-    Err(Error::new(ErrorKind::Unsupported, "no driver yet"))
-}
 
 /// What is known of an image, for people and for `nbd-img info --json`.
 #[derive(Clone, Debug, Default, Serialize)]

@@ -1,0 +1,213 @@
+//! From a file to a driver: the image, and the chain of files below it.
+//!
+//! The chain is walked from the top in a loop, every file through the policy, and the drivers are then
+//! put on each other from the bottom. Nothing below the top is ever opened for writing.
+
+use std::path::{Path, PathBuf};
+
+use super::policy::{FileIdentity, Gate, Role};
+use super::probe::{magic_name, probe};
+use super::{Backing, OpenOptions};
+use crate::driver::{BlockDriver, Format};
+use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::{Caches, DataFile, Header, ImageNumber, Parts, Qcow2Driver};
+use crate::raw::{RawDriver, RawOptions};
+use crate::storage::{FileOptions, FileStorage, LockMode, MappedStorage, Storage};
+use crate::sync::Arc;
+
+/// Most images in a chain. Our choice: operators who make a snapshot a day and consolidate monthly have
+/// 30; each image costs a stack frame for a read and a file descriptor or two.
+pub const CHAIN_MAX: usize = 64;
+
+/// Opens the raw disk at `path`.
+pub fn open_raw(
+    path: &Path,
+    options: &OpenOptions,
+    format: Format,
+    probed: bool,
+) -> Result<Arc<dyn BlockDriver>> {
+    check_raw_options(path, options)?;
+    let lock = if options.writable { LockMode::Writer } else { reader_lock(options) };
+    let file_options = FileOptions { writable: options.writable, direct: options.direct, lock };
+    let file = FileStorage::open(path, &file_options)?;
+    let storage: Arc<dyn Storage> = match format {
+        Format::MmapRaw => MappedStorage::new(file)?,
+        Format::Raw | Format::Qcow2 => file,
+    };
+    // It was probed before it was locked and may be another file by now.
+    if probed && probe(&storage)? != Format::Raw {
+        return Err(Error::new(ErrorKind::InvalidInput, "the file was replaced while it was being opened")
+            .with_path(path));
+    }
+    let raw_options = RawOptions {
+        exact_size: options.exact_size,
+        discard: options.discard,
+        format,
+        refuse_magic: probed.then_some(magic_name),
+    };
+    Ok(RawDriver::open(storage, raw_options)?)
+}
+
+/// Opens the qcow2 image at `path` and what is below it, all of it read-only.
+pub fn open_qcow2(path: &Path, options: &OpenOptions) -> Result<Arc<dyn BlockDriver>> {
+    let mut chain = Chain { options, layers: Vec::new(), seen: Vec::new() };
+    let top = chain.open_named_by_operator(path)?;
+    let bottom = chain.descend(top)?;
+    chain.assemble(bottom)
+}
+
+/// A qcow2 image of the chain, before there is a driver for it.
+struct Layer {
+    image: Arc<dyn Storage>,
+    header: Header,
+    data_file: Option<Arc<dyn Storage>>,
+}
+
+/// A file of the chain whose format is not looked at yet.
+struct Link {
+    storage: Arc<dyn Storage>,
+    /// What names in it are relative to.
+    path: PathBuf,
+    /// Which files may be named in it.
+    gate: Arc<Gate>,
+}
+
+struct Chain<'a> {
+    options: &'a OpenOptions,
+    layers: Vec<Layer>,
+    seen: Vec<FileIdentity>,
+}
+
+impl Chain<'_> {
+    fn open_named_by_operator(&mut self, path: &Path) -> Result<Link> {
+        let file = FileStorage::open(path, &self.file_options())?;
+        self.note(FileIdentity::of(&*file)?, path, path)?;
+        let gate = Arc::new(Gate::new(path, &self.options.allow_dirs)?);
+        Ok(Link { storage: file, path: path.to_owned(), gate })
+    }
+
+    fn open_named_by_image(
+        &mut self,
+        image: &Path,
+        gate: &Arc<Gate>,
+        name: &[u8],
+        role: Role,
+    ) -> Result<Link> {
+        let named = gate.open(image, name, role)?;
+        self.note(named.identity, image, &named.path)?;
+        let storage = FileStorage::from_fd(named.file, &named.path, &self.file_options())?;
+        Ok(Link { storage, path: named.path, gate: Arc::clone(gate) })
+    }
+
+    /// Walks down from a qcow2 image; returns the raw disk at the bottom, if there is one.
+    fn descend(&mut self, top: Link) -> Result<Option<Arc<dyn BlockDriver>>> {
+        let mut link = top;
+        loop {
+            if self.layers.len() >= CHAIN_MAX {
+                return Err(Error::new(
+                    ErrorKind::Denied,
+                    format!("the chain of backing files is longer than {CHAIN_MAX} images"),
+                )
+                .with_path(&link.path));
+            }
+            let header = Header::load(&link.storage)?;
+            let data_file = self.open_data_file(&link, &header)?;
+            let below = self.open_backing(&link, &header)?;
+            let stated = header.extensions.backing_format.clone();
+            self.layers.push(Layer { image: link.storage, header, data_file });
+            let Some(below) = below else { return Ok(None) };
+            match backing_format(stated.as_deref(), &below)? {
+                Format::Qcow2 => link = below,
+                Format::Raw | Format::MmapRaw => {
+                    return Ok(Some(RawDriver::open(below.storage, RawOptions::default())?));
+                }
+            }
+        }
+    }
+
+    fn open_data_file(&mut self, link: &Link, header: &Header) -> Result<Option<Arc<dyn Storage>>> {
+        if header.geometry.data_file() == DataFile::Internal {
+            return Ok(None);
+        }
+        let name = header.extensions.data_file_name.as_deref().ok_or_else(|| {
+            Error::new(ErrorKind::Unsupported, "the image needs an external data file and does not name it")
+                .with_path(&link.path)
+        })?;
+        let data_file = self.open_named_by_image(&link.path, &link.gate, name, Role::DataFile)?;
+        Ok(Some(data_file.storage))
+    }
+
+    fn open_backing(&mut self, link: &Link, header: &Header) -> Result<Option<Link>> {
+        // What the operator says about the backing file is about the image that he named.
+        let wanted = if self.layers.is_empty() { &self.options.backing } else { &Backing::Follow };
+        match (wanted, &header.backing_name) {
+            (Backing::None, _) | (Backing::Follow, None) => Ok(None),
+            (Backing::Path(path), _) => self.open_named_by_operator(path).map(Some),
+            (Backing::Follow, Some(name)) => {
+                self.open_named_by_image(&link.path, &link.gate, name, Role::Backing).map(Some)
+            }
+        }
+    }
+
+    /// Refuses a file that is in the chain already.
+    fn note(&mut self, identity: FileIdentity, image: &Path, named: &Path) -> Result<()> {
+        if self.seen.contains(&identity) {
+            return Err(Error::new(
+                ErrorKind::Denied,
+                format!("its chain of files comes back to {} (--backing none cuts it)", named.display()),
+            )
+            .with_path(image));
+        }
+        self.seen.push(identity);
+        Ok(())
+    }
+
+    /// Puts the drivers on each other.
+    fn assemble(self, bottom: Option<Arc<dyn BlockDriver>>) -> Result<Arc<dyn BlockDriver>> {
+        let geometries = self.layers.iter().map(|layer| layer.header.geometry);
+        let caches = Caches::new(self.options.table_cache_len, geometries);
+        let mut backing = bottom;
+        for (depth, layer) in self.layers.into_iter().enumerate().rev() {
+            let number = ImageNumber(u16::try_from(depth).unwrap_or(u16::MAX));
+            let snapshot = if depth == 0 { self.options.snapshot.clone() } else { None };
+            let Layer { image, header, data_file } = layer;
+            let caches = Arc::clone(&caches);
+            let parts = Parts { image, header, data_file, backing, number, caches, snapshot };
+            backing = Some(Qcow2Driver::open(parts)?);
+        }
+        backing.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "the chain has no image"))
+    }
+
+    fn file_options(&self) -> FileOptions {
+        FileOptions { writable: false, direct: self.options.direct, lock: reader_lock(self.options) }
+    }
+}
+
+/// The format of a backing file: what its overlay states, else what it looks like. A file that is stated
+/// to be raw stays raw whatever its guest has written into it.
+fn backing_format(stated: Option<&str>, below: &Link) -> Result<Format> {
+    match stated {
+        Some("raw") => Ok(Format::Raw),
+        Some("qcow2") => Ok(Format::Qcow2),
+        None => probe(&below.storage),
+        Some(other) => Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("the format '{}' of this backing file is not supported", other.escape_debug()),
+        )
+        .with_path(&below.path)),
+    }
+}
+
+fn reader_lock(options: &OpenOptions) -> LockMode {
+    if options.force_share { LockMode::ForceShare } else { LockMode::Reader }
+}
+
+fn check_raw_options(path: &Path, options: &OpenOptions) -> Result<()> {
+    let what = match options {
+        OpenOptions { snapshot: Some(_), .. } => "a raw disk has no snapshots (--load-snapshot)",
+        OpenOptions { backing: Backing::Path(_), .. } => "a raw disk has no backing file (--backing)",
+        OpenOptions { force_share: true, writable: true, .. } => "--force-share is for reading (--read-only)",
+        _ => return Ok(()),
+    };
+    Err(Error::new(ErrorKind::InvalidInput, what).with_path(path))
+}

@@ -1,0 +1,118 @@
+//! From a path to a driver: the one door through which images are opened.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | `probe` | which format a file has |
+//! | `policy` | which files an image may name |
+//! | `chain` | the image and what lies below it |
+//! | `info` | what is known of an image, for people |
+
+mod chain;
+mod info;
+mod policy;
+mod probe;
+
+use std::path::{Path, PathBuf};
+
+pub use chain::CHAIN_MAX;
+pub use info::{BitmapInfo, ImageInfo, SnapshotInfo};
+
+use crate::driver::{BlockDriver, Format};
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::{FileOptions, FileStorage, LockMode, Storage};
+use crate::sync::Arc;
+
+/// How to open an image.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// The format, or `None` to find it by its magic.
+    pub format: Option<Format>,
+    /// Whether it will be written.
+    pub writable: bool,
+    /// Bypass the page cache (O_DIRECT).
+    pub direct: bool,
+    /// Serve a raw file to the byte instead of rounding its size up to 512.
+    pub exact_size: bool,
+    /// What becomes of the backing file that an image names.
+    pub backing: Backing,
+    /// Folders, besides the image's own, below which backing and data files may lie.
+    pub allow_dirs: Vec<PathBuf>,
+    /// Serve this internal snapshot (name or id) instead of the active state; read-only.
+    pub snapshot: Option<String>,
+    /// Whether a discard gives room back (`unmap`) or does nothing (`ignore`).
+    pub discard: bool,
+    /// Open read-only although somebody writes: what is read may be inconsistent.
+    pub force_share: bool,
+    /// Most bytes of metadata tables held in memory.
+    pub table_cache_len: u64,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        OpenOptions {
+            format: None,
+            writable: false,
+            direct: false,
+            exact_size: false,
+            backing: Backing::Follow,
+            allow_dirs: Vec::new(),
+            snapshot: None,
+            discard: true,
+            force_share: false,
+            // As QEMU's default for L2 tables: covers 256 GiB at 64 KiB clusters.
+            table_cache_len: 32 << 20,
+        }
+    }
+}
+
+/// What becomes of the backing file that an image names.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Backing {
+    /// Open it, if the policy allows its name.
+    Follow,
+    /// Treat the image as if it had none.
+    None,
+    /// Use this file instead, whatever the image says.
+    Path(PathBuf),
+}
+
+/// An open image.
+pub struct Opened {
+    /// What serves it.
+    pub driver: Arc<dyn BlockDriver>,
+    /// Whether the format was found by probing rather than stated.
+    pub probed: bool,
+}
+
+/// Opens the image at `path`. The file, and every file of its chain, is locked as QEMU locks it; files
+/// that the image names are opened for reading only, and only if they lie in its folder or in
+/// [`OpenOptions::allow_dirs`]. Where no format is stated, the file is looked at first, read-only.
+pub fn open(path: &Path, options: &OpenOptions) -> Result<Opened> {
+    let (format, probed) = match options.format {
+        Some(format) => (format, false),
+        None => (probe_path(path, options)?, true),
+    };
+    let driver = match format {
+        Format::Raw | Format::MmapRaw => chain::open_raw(path, options, format, probed)?,
+        Format::Qcow2 => {
+            check_read_only(path, options)?;
+            chain::open_qcow2(path, options)?
+        }
+    };
+    Ok(Opened { driver, probed })
+}
+
+/// Looks at the file without locking it: who may not open it is not to be in anybody's way.
+fn probe_path(path: &Path, options: &OpenOptions) -> Result<Format> {
+    let file_options = FileOptions { writable: false, direct: options.direct, lock: LockMode::Off };
+    let storage: Arc<dyn Storage> = FileStorage::open(path, &file_options)?;
+    probe::probe(&storage)
+}
+
+fn check_read_only(path: &Path, options: &OpenOptions) -> Result<()> {
+    if !options.writable {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Unsupported, "writing qcow2 images is not there yet; use --read-only")
+        .with_path(path))
+}

@@ -1,0 +1,437 @@
+//! [`Qcow2Driver`]: a qcow2 image as its guest sees it, read-only.
+//!
+//! It joins tables, translation and decompression. It opens nothing itself: files come in [`Parts`].
+
+use super::compressed::{self, ClusterCache};
+use super::header::{Autoclear, Compatible, Header, Incompatible};
+use super::map::{self, Layer, LayerRun, LayerRuns};
+use super::snapshots::{self, Snapshot};
+use super::tables::{ImageNumber, L1Table, TableCache};
+use super::types::{Blob, DataFile, Geometry, GuestCluster};
+use super::{bitmaps, header};
+use crate::address::{GuestRange, HostOffset, HostRange};
+use crate::driver::{BlockDriver, Facts, Format, State, ZeroRequest};
+use crate::error::{Error, ErrorKind, Result};
+use crate::mover::{check_writable, checked_range, read_exact, storage_error};
+use crate::open::{BitmapInfo, ImageInfo};
+use crate::plan::{MapMode, Place, ReadPlan, StorageId, WritePlan};
+use crate::storage::{Durability, Storage};
+use crate::sync::Arc;
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+/// Least and most that is announced as the preferred unit. Our choice: less than a page is never
+/// better; more than 64 KiB would make clients read much more than they want.
+const BLOCK_PREFERRED_LEN: std::ops::RangeInclusive<u64> = 4096..=65536;
+/// Most bytes of L1 tables, over a chain of images: four of the largest ones that QEMU opens. Our
+/// choice: a hostile chain of small sparse files cannot take more.
+const CHAIN_L1_LEN_MAX: u64 = 4 * header::L1_LEN_MAX;
+/// The storage of the image file.
+const IMAGE_STORAGE: StorageId = StorageId(0);
+/// The storage of an external data file.
+const DATA_FILE_STORAGE: StorageId = StorageId(1);
+
+/// What the images of a chain share, so that budgets hold for all of them together.
+pub struct Caches {
+    tables: TableCache,
+    clusters: ClusterCache,
+    l1_len: AtomicU64,
+}
+
+impl Caches {
+    /// Empty caches for the images with these geometries. L2 tables take at most `table_cache_len`
+    /// bytes, but two parts of tables (of up to 64 KiB each) always have room.
+    pub fn new(table_cache_len: u64, images: impl IntoIterator<Item = Geometry>) -> Arc<Self> {
+        // Where cluster lengths differ, the smaller parts are counted as large ones: within the budget.
+        let slice_len = images.into_iter().map(Geometry::slice_len).max().unwrap_or(1);
+        Arc::new(Caches {
+            tables: TableCache::new(table_cache_len, slice_len),
+            clusters: ClusterCache::new(),
+            l1_len: AtomicU64::new(0),
+        })
+    }
+
+    /// How many parts of L2 tables have been read from files so far.
+    pub fn table_loads(&self) -> usize {
+        self.tables.loads()
+    }
+
+    fn reserve_l1(&self, len: u64) -> Result<()> {
+        let before = self.l1_len.fetch_add(len, Ordering::Relaxed);
+        if before.saturating_add(len) <= CHAIN_L1_LEN_MAX {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("the L1 tables of the chain need more than {CHAIN_L1_LEN_MAX} bytes"),
+        ))
+    }
+}
+
+/// What a driver is made of.
+pub struct Parts {
+    /// The image file.
+    pub image: Arc<dyn Storage>,
+    /// Its header.
+    pub header: Header,
+    /// The external data file; there exactly if the header wants one.
+    pub data_file: Option<Arc<dyn Storage>>,
+    /// What lies below, if anything does.
+    pub backing: Option<Arc<dyn BlockDriver>>,
+    /// The place in the chain, 0 at the top; no two images that share `caches` have the same.
+    pub number: ImageNumber,
+    /// Shared by the images of a chain.
+    pub caches: Arc<Caches>,
+    /// Serve this internal snapshot (id or name) instead of the active state.
+    pub snapshot: Option<String>,
+}
+
+/// A qcow2 image, read-only.
+pub struct Qcow2Driver {
+    facts: Facts,
+    header: Header,
+    snapshots: Vec<Snapshot>,
+    bitmaps: Vec<BitmapInfo>,
+    virtual_size: u64,
+    l1: L1Table,
+    storages: Vec<Arc<dyn Storage>>,
+    /// How far the file with the data reached when it was last asked; it can only be longer.
+    data_len: AtomicU64,
+    backing: Option<Arc<dyn BlockDriver>>,
+    number: ImageNumber,
+    caches: Arc<Caches>,
+    closed: AtomicBool,
+}
+
+impl Qcow2Driver {
+    /// A driver of the image in `parts.image`. Reads the L1 table and the lists of snapshots and
+    /// bitmaps. Writes nothing, and never will.
+    pub fn open(parts: Parts) -> Result<Arc<Self>> {
+        let path = parts.image.facts().path.clone();
+        open_parts(parts).map(Arc::new).map_err(|e| e.with_path(path))
+    }
+
+    pub(super) fn geometry(&self) -> Geometry {
+        self.header.geometry
+    }
+
+    pub(super) fn l1(&self) -> &L1Table {
+        &self.l1
+    }
+
+    pub(super) fn tables(&self) -> &TableCache {
+        &self.caches.tables
+    }
+
+    pub(super) fn number(&self) -> ImageNumber {
+        self.number
+    }
+
+    pub(super) fn image(&self) -> &Arc<dyn Storage> {
+        &self.storages[usize::from(IMAGE_STORAGE.0)]
+    }
+
+    pub(super) fn data_storage_id(&self) -> StorageId {
+        match self.header.geometry.data_file() {
+            DataFile::Internal => IMAGE_STORAGE,
+            DataFile::External | DataFile::ExternalRaw => DATA_FILE_STORAGE,
+        }
+    }
+
+    pub(super) fn data_storage(&self) -> &Arc<dyn Storage> {
+        &self.storages[usize::from(self.data_storage_id().0)]
+    }
+
+    /// How many of the `len` bytes at `at` in the data storage the file has. What it does not have reads
+    /// as zeroes. `None` when that takes a look at the file and `mode` does not allow one.
+    pub(super) fn data_present(&self, at: HostOffset, len: u64, mode: MapMode) -> Result<Option<u64>> {
+        let known = self.data_len.load(Ordering::Relaxed);
+        if at.0.checked_add(len).is_some_and(|end| end <= known) {
+            return Ok(Some(len));
+        }
+        if mode == MapMode::Try {
+            return Ok(None);
+        }
+        // It may have grown since, if whoever writes it was not locked out.
+        let now = len_of(self.data_storage())?;
+        self.data_len.fetch_max(now, Ordering::Relaxed);
+        Ok(Some(now.saturating_sub(at.0).min(len)))
+    }
+
+    pub(super) fn backing(&self) -> Option<&Arc<dyn BlockDriver>> {
+        self.backing.as_ref()
+    }
+
+    /// What a storage id of the backing driver is shifted by.
+    pub(super) fn backing_storages_from(&self) -> u16 {
+        self.data_storage_id().0 + 1
+    }
+
+    fn check_open(&self) -> Result<()> {
+        if self.closed.load(Ordering::Relaxed) {
+            return Err(Error::new(ErrorKind::Failed, "the image has been closed"));
+        }
+        Ok(())
+    }
+
+    fn read_run(&self, run: LayerRun, buf: &mut [u8]) -> Result<()> {
+        match run.layer {
+            Layer::Unallocated => self.read_backing(run.offset, buf),
+            Layer::Zero { .. } => {
+                buf.fill(0);
+                Ok(())
+            }
+            Layer::Data(at) => self.read_data(at, buf),
+            Layer::Compressed(cluster, blob) => self.read_compressed(cluster, blob, run.offset, buf),
+            Layer::Cold => Err(Error::new(ErrorKind::Io, "an L2 table has vanished from memory")),
+        }
+    }
+
+    fn read_backing(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let Some(backing) = &self.backing else {
+            buf.fill(0);
+            return Ok(());
+        };
+        let inside = backing.size().saturating_sub(offset).min(buf.len() as u64);
+        let (there, behind) = buf.split_at_mut(usize::try_from(inside).unwrap_or(0));
+        behind.fill(0);
+        if there.is_empty() { Ok(()) } else { backing.pread(offset, there) }
+    }
+
+    fn read_data(&self, at: HostOffset, buf: &mut [u8]) -> Result<()> {
+        let present = self.data_present(at, buf.len() as u64, MapMode::Wait)?.unwrap_or(0);
+        let (there, behind) = buf.split_at_mut(usize::try_from(present).unwrap_or(0));
+        behind.fill(0);
+        read_exact(self.data_storage(), at, there)
+    }
+
+    fn read_compressed(&self, cluster: GuestCluster, blob: Blob, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let geometry = self.header.geometry;
+        let len = usize::try_from(geometry.cluster_len()).unwrap_or(0);
+        let make = || compressed::read_cluster(self.image(), blob, self.header.compression, len);
+        let bytes = self.caches.clusters.get_or_make((self.number, cluster), make)?;
+        let from = usize::try_from(geometry.offset_in_cluster(offset)).unwrap_or(usize::MAX);
+        let wanted = bytes.get(from..).and_then(|rest| rest.get(..buf.len()));
+        buf.copy_from_slice(wanted.ok_or_else(|| {
+            Error::new(ErrorKind::Corrupt, "a decompressed cluster is too short").with_offset(offset)
+        })?);
+        Ok(())
+    }
+
+    fn feature_names(&self) -> Vec<String> {
+        let header = &self.header;
+        let mut names = Vec::new();
+        let mut add = |set: bool, name: &str| names.extend(set.then(|| name.to_owned()));
+        add(header.incompatible.contains(Incompatible::DIRTY), "dirty");
+        add(header.incompatible.contains(Incompatible::CORRUPT), "corrupt");
+        add(header.incompatible.contains(Incompatible::DATA_FILE), "external-data-file");
+        add(header.incompatible.contains(Incompatible::COMPRESSION), "compression-type");
+        add(header.incompatible.contains(Incompatible::EXTENDED_L2), "extended-l2");
+        add(header.compatible.contains(Compatible::LAZY_REFCOUNTS), "lazy-refcounts");
+        add(header.autoclear.contains(Autoclear::BITMAPS), "bitmaps");
+        add(header.autoclear.contains(Autoclear::DATA_FILE_RAW), "data-file-raw");
+        names
+    }
+}
+
+impl BlockDriver for Qcow2Driver {
+    fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    fn size(&self) -> u64 {
+        self.virtual_size
+    }
+
+    fn state(&self) -> State {
+        if self.closed.load(Ordering::Relaxed) { State::Closed } else { State::Live }
+    }
+
+    fn storages(&self) -> &[Arc<dyn Storage>] {
+        &self.storages
+    }
+
+    fn info(&self) -> Result<ImageInfo> {
+        let header = &self.header;
+        let image = self.image();
+        let text = |name: &Vec<u8>| String::from_utf8_lossy(name).into_owned();
+        let mut chain = Vec::new();
+        if let Some(backing) = &self.backing {
+            let mut below = backing.info()?;
+            let rest = std::mem::take(&mut below.chain);
+            chain.push(below);
+            chain.extend(rest);
+        }
+        Ok(ImageInfo {
+            path: image.facts().path.clone(),
+            format: self.facts.format.to_string(),
+            virtual_size: self.virtual_size,
+            file_len: len_of(image)?,
+            allocated_len: image
+                .allocated_len()
+                .map_err(|e| storage_error(image, "cannot tell what the file occupies", HostOffset(0), e))?,
+            cluster_len: Some(header.geometry.cluster_len()),
+            version: Some(header.version),
+            refcount_bits: Some(header.refcount_bits),
+            compression: Some(header.compression.to_string()),
+            features: self.feature_names(),
+            backing_name: header.backing_name.as_ref().map(text),
+            backing_format: header.extensions.backing_format.clone(),
+            data_file_name: header.extensions.data_file_name.as_ref().map(text),
+            chain,
+            snapshots: self.snapshots.iter().map(|snapshot| snapshot.info(header)).collect(),
+            bitmaps: self.bitmaps.clone(),
+        })
+    }
+
+    fn map_read(&self, range: GuestRange, mode: MapMode, plan: &mut ReadPlan) -> Result<()> {
+        plan.reset();
+        self.check_open()?;
+        let range = checked_range(self, range.offset(), range.len())?;
+        map::map_read(self, range, mode, plan)
+    }
+
+    /// Reads layer by layer rather than by the plan: a compressed piece of a plan does not say in which
+    /// layer it lies.
+    fn read_slow(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.check_open()?;
+        let mut range = checked_range(self, offset, buf.len() as u64)?;
+        let mut rest = buf;
+        let mut runs = LayerRuns::new();
+        while !range.is_empty() {
+            let covered = map::slice_runs(self, range, MapMode::Wait, &mut runs)?;
+            range = range.skip(covered);
+            for run in runs.drain(..) {
+                let len = usize::try_from(run.len).unwrap_or(usize::MAX).min(rest.len());
+                let (part, behind) = rest.split_at_mut(len);
+                rest = behind;
+                self.read_run(run, part)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn prepare_write(&self, _range: GuestRange, _mode: MapMode, plan: &mut WritePlan) -> Result<()> {
+        plan.reset();
+        check_writable(self)
+    }
+
+    fn finish_write(&self, plan: &mut WritePlan, _written: bool) -> Result<()> {
+        plan.reset();
+        check_writable(self)
+    }
+
+    fn write_slow(&self, _offset: u64, _buf: &[u8]) -> Result<()> {
+        check_writable(self)
+    }
+
+    fn write_zeroes(&self, _range: GuestRange, _request: ZeroRequest) -> Result<()> {
+        check_writable(self)
+    }
+
+    fn discard(&self, _range: GuestRange, _durability: Durability) -> Result<()> {
+        check_writable(self)
+    }
+
+    /// Nothing can be dirty.
+    fn flush(&self) -> Result<()> {
+        self.check_open()
+    }
+
+    /// Asks for the data whose place is known; reading tables for a hint would take time.
+    fn cache(&self, range: GuestRange) -> Result<()> {
+        let mut plan = ReadPlan::default();
+        self.map_read(range, MapMode::Try, &mut plan)?;
+        for piece in plan.pieces.iter() {
+            if let Place::Data { storage, at } = piece.place
+                && let Some(storage) = self.storages.get(usize::from(storage.0))
+                && let Some(range) = HostRange::new(at, piece.len)
+            {
+                storage.prefetch(range).map_err(|e| storage_error(storage, "cannot prefetch", at, e))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn close(&self) -> Result<()> {
+        if self.closed.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        let own = self.storages.get(..usize::from(self.backing_storages_from())).unwrap_or_default();
+        let close = |storage: &Arc<dyn Storage>| {
+            storage.close().map_err(|e| storage_error(storage, "cannot close", HostOffset(0), e))
+        };
+        let closed = own.iter().map(close).fold(Ok(()), Result::and);
+        match &self.backing {
+            Some(backing) => closed.and(backing.close()),
+            None => closed,
+        }
+    }
+}
+
+fn open_parts(parts: Parts) -> Result<Qcow2Driver> {
+    let Parts { image, header, data_file, backing, number, caches, snapshot } = parts;
+    let snapshots = snapshots::load(&image, &header)?;
+    let (l1_at, virtual_size) = match &snapshot {
+        Some(wanted) => {
+            let snapshot = snapshots::find(&snapshots, wanted)?;
+            (snapshot.checked_l1(&header)?, snapshot.virtual_size(&header))
+        }
+        None => (header.l1, header.virtual_size),
+    };
+    caches.reserve_l1(u64::from(l1_at.entries).min(header.geometry.l1_entries_for(virtual_size)) * 8)?;
+    let l1 = L1Table::load(&image, l1_at, header.geometry, virtual_size)?;
+    let bitmaps = bitmaps::list(&image, &header);
+    let data_len = len_of(data_file.as_ref().unwrap_or(&image))?;
+    let storages = flat_storages(image, &header, data_file, backing.as_ref())?;
+    Ok(Qcow2Driver {
+        facts: facts(&header, backing.as_ref()),
+        header,
+        snapshots,
+        bitmaps,
+        virtual_size,
+        l1,
+        storages,
+        data_len: AtomicU64::new(data_len),
+        backing,
+        number,
+        caches,
+        closed: AtomicBool::new(false),
+    })
+}
+
+fn facts(header: &Header, backing: Option<&Arc<dyn BlockDriver>>) -> Facts {
+    let preferred =
+        header.geometry.cluster_len().clamp(*BLOCK_PREFERRED_LEN.start(), *BLOCK_PREFERRED_LEN.end());
+    Facts {
+        format: Format::Qcow2,
+        writable: false,
+        block_min_len: 1,
+        // A request of a cluster touches one entry, and decompresses nothing twice.
+        block_preferred_len: u32::try_from(preferred).unwrap_or(4096),
+        fast_zero: false,
+        holes_in_storage: backing.is_some_and(|backing| backing.facts().holes_in_storage),
+    }
+}
+
+/// The image file, its data file, and behind them those of the backing driver.
+fn flat_storages(
+    image: Arc<dyn Storage>,
+    header: &Header,
+    data_file: Option<Arc<dyn Storage>>,
+    backing: Option<&Arc<dyn BlockDriver>>,
+) -> Result<Vec<Arc<dyn Storage>>> {
+    if data_file.is_some() != (header.geometry.data_file() != DataFile::Internal) {
+        return Err(Error::new(ErrorKind::InvalidInput, "an external data file is missing or not wanted"));
+    }
+    let mut storages = vec![image];
+    storages.extend(data_file);
+    storages.extend(backing.into_iter().flat_map(|backing| backing.storages().iter().cloned()));
+    if storages.len() > usize::from(u16::MAX) {
+        return Err(Error::new(ErrorKind::Unsupported, "the chain has too many files"));
+    }
+    Ok(storages)
+}
+
+fn len_of(storage: &Arc<dyn Storage>) -> Result<u64> {
+    storage.len().map_err(|e| storage_error(storage, "cannot tell the file's length", HostOffset(0), e))
+}

@@ -1,0 +1,277 @@
+//! L1 in memory, L2 in slices under a byte budget.
+//!
+//! A warm lookup takes a shared lock on one set of a few slots and allocates nothing. Loading a slice
+//! holds no lock: different slices load in parallel, the same one once. Slices hold the file's words as
+//! they are; the only way to what they say is [`TableSlice::entry`], which checks.
+
+use super::flight::Flights;
+use super::header::TableLocation;
+use super::types::{EntryFault, Geometry, GuestCluster, HostCluster, L2Entry, SliceNumber};
+use crate::address::HostOffset;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mover::read_exact;
+use crate::storage::Storage;
+use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use crate::sync::{Arc, RwLock};
+
+/// Slots of a set: a lookup compares this many keys at most. Our choice.
+const WAYS: usize = 8;
+/// Bytes that an L1 table is read in. Our choice: it is never in memory twice.
+const L1_CHUNK_LEN: usize = 64 << 10;
+
+/// An L1 table in memory.
+pub struct L1Table {
+    entries: Box<[u64]>,
+    geometry: Geometry,
+}
+
+/// Which image of a chain a slice belongs to: 0 is the one at the top.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct ImageNumber(pub u16);
+
+/// What a slice is found by.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct SliceKey {
+    /// The image.
+    pub image: ImageNumber,
+    /// The part of its disk.
+    pub slice: SliceNumber,
+}
+
+/// A part of an L2 table.
+pub struct TableSlice {
+    words: Box<[u64]>,
+    geometry: Geometry,
+}
+
+/// Slices of the L2 tables of a chain of images, of a bounded number.
+pub struct TableCache {
+    sets: Box<[RwLock<Set>]>,
+    ways: usize,
+    loading: Flights<SliceKey, Arc<TableSlice>>,
+    loads: AtomicUsize,
+}
+
+#[derive(Default)]
+struct Set {
+    slots: Vec<Slot>,
+    hand: usize,
+}
+
+struct Slot {
+    key: SliceKey,
+    slice: Arc<TableSlice>,
+    used: AtomicBool,
+}
+
+impl L1Table {
+    /// Reads the table at `location`, as far as a disk of `size` bytes needs it. Entries that a disk of
+    /// that size needs and the table does not have are unallocated. A file that ends inside of the table is an error.
+    pub fn load(
+        storage: &Arc<dyn Storage>,
+        location: TableLocation,
+        geometry: Geometry,
+        size: u64,
+    ) -> Result<Self> {
+        let needed = geometry.l1_entries_for(size).min(u64::from(location.entries));
+        let table_len = needed * 8;
+        let file_len = storage.len().map_err(|e| Error::io("cannot tell the file's length", e))?;
+        // Before room is taken for it: a short file cannot claim a large table.
+        if location.at.checked_add(table_len).is_none_or(|end| end.0 > file_len) {
+            return Err(Error::new(ErrorKind::Corrupt, "the file ends inside of the L1 table")
+                .with_path(&storage.facts().path)
+                .with_offset(location.at.0));
+        }
+        let mut entries = Vec::with_capacity(usize::try_from(needed).unwrap_or(0));
+        let mut chunk = vec![0u8; L1_CHUNK_LEN];
+        let mut done = 0u64;
+        while done < table_len {
+            let len = L1_CHUNK_LEN.min(usize::try_from(table_len - done).unwrap_or(L1_CHUNK_LEN));
+            let part = chunk.get_mut(..len).unwrap_or_default();
+            read_exact(storage, HostOffset(location.at.0 + done), part)?;
+            entries.extend(words_of(part));
+            done += len as u64;
+        }
+        Ok(L1Table { entries: entries.into_boxed_slice(), geometry })
+    }
+
+    /// Where the L2 table for the guest's byte at `offset` lies; `None` when nothing there is allocated.
+    pub fn l2_table(&self, offset: u64) -> std::result::Result<Option<HostCluster>, EntryFault> {
+        match self.entries.get(self.geometry.l1_index(offset)) {
+            Some(raw) => self.geometry.decode_l1(*raw),
+            None => Ok(None),
+        }
+    }
+}
+
+impl TableSlice {
+    /// Reads the slice that begins at `at`. A file that ends inside of it is an error: metadata that is
+    /// not there is not zeroes.
+    pub fn load(storage: &Arc<dyn Storage>, at: HostOffset, geometry: Geometry) -> Result<Self> {
+        let mut bytes = vec![0u8; usize::try_from(geometry.slice_len()).unwrap_or(0)];
+        let got = storage
+            .pread(&mut bytes, at)
+            .map_err(|e| Error::io("cannot read an L2 table", e).with_offset(at.0))?;
+        if got < bytes.len() {
+            return Err(
+                Error::new(ErrorKind::Corrupt, "the file ends inside of an L2 table").with_offset(at.0)
+            );
+        }
+        Ok(TableSlice { words: words_of(&bytes).collect(), geometry })
+    }
+
+    /// The entry of `cluster`, checked.
+    pub fn entry(&self, cluster: GuestCluster) -> std::result::Result<L2Entry, EntryFault> {
+        let words = self.geometry.entry_words();
+        let first = self.geometry.index_in_slice(cluster).saturating_mul(words);
+        let raw = self.words.get(first).copied().unwrap_or(0);
+        let bitmap = match words {
+            2 => self.words.get(first + 1).copied().unwrap_or(0),
+            _ => 0,
+        };
+        self.geometry.decode_l2(raw, bitmap, cluster)
+    }
+}
+
+impl TableCache {
+    /// A cache of at most `budget_len` bytes for slices of up to `slice_len` bytes, but of two slices at least.
+    pub fn new(budget_len: u64, slice_len: u64) -> Self {
+        let capacity = usize::try_from(budget_len / slice_len.max(1)).unwrap_or(usize::MAX).max(2);
+        let ways = capacity.min(WAYS);
+        // Sets are made in advance, their slots when they are needed.
+        let sets = (capacity / ways).clamp(1, SETS_MAX);
+        TableCache {
+            sets: (0..sets).map(|_| RwLock::new(Set::default())).collect(),
+            ways,
+            loading: Flights::new(),
+            loads: AtomicUsize::new(0),
+        }
+    }
+
+    /// The slice, if it is in memory. Takes a shared lock on its set for a moment.
+    pub fn get(&self, key: SliceKey) -> Option<Arc<TableSlice>> {
+        let set = self.set_of(key)?.read();
+        let slot = set.slots.iter().find(|slot| slot.key == key)?;
+        // Storing only what is new keeps the line shared between the processors.
+        if !slot.used.load(Ordering::Relaxed) {
+            slot.used.store(true, Ordering::Relaxed);
+        }
+        Some(Arc::clone(&slot.slice))
+    }
+
+    /// The slice, read by `load` if it is not in memory.
+    pub fn get_or_load(
+        &self,
+        key: SliceKey,
+        load: impl FnOnce() -> Result<TableSlice>,
+    ) -> Result<Arc<TableSlice>> {
+        if let Some(slice) = self.get(key) {
+            return Ok(slice);
+        }
+        self.loading.join(key, || {
+            // It may have come between the look above and here.
+            if let Some(slice) = self.get(key) {
+                return Ok(slice);
+            }
+            self.loads.fetch_add(1, Ordering::Relaxed);
+            let slice = Arc::new(load()?);
+            if let Some(set) = self.set_of(key) {
+                set.write().insert(key, Arc::clone(&slice), self.ways);
+            }
+            Ok(slice)
+        })
+    }
+
+    /// How many slices have been read from files so far.
+    pub fn loads(&self) -> usize {
+        self.loads.load(Ordering::Relaxed)
+    }
+
+    /// Neighbours go to different sets, so that a contiguous part of the disk fills all of them evenly.
+    fn set_of(&self, key: SliceKey) -> Option<&RwLock<Set>> {
+        let spread = key.slice.0.wrapping_add(u64::from(key.image.0).wrapping_mul(IMAGE_STRIDE));
+        self.sets.get(usize::try_from(spread % self.sets.len() as u64).unwrap_or(0))
+    }
+}
+
+/// Keeps equal slices of different images of a chain in different sets. Our choice: any odd number that
+/// is not small.
+const IMAGE_STRIDE: u64 = 0x9e37_79b1;
+/// Most sets: bounds what an absurd budget costs in advance. Our choice.
+const SETS_MAX: usize = 1 << 16;
+
+impl Set {
+    /// Puts the slice into a free slot, or into that of the first one that was not used since the hand
+    /// came by last.
+    fn insert(&mut self, key: SliceKey, slice: Arc<TableSlice>, ways: usize) {
+        let slot = Slot { key, slice, used: AtomicBool::new(false) };
+        if self.slots.len() < ways {
+            self.slots.push(slot);
+            return;
+        }
+        // Two rounds are enough: the first one clears every mark.
+        for _ in 0..=2 * self.slots.len() {
+            self.hand = (self.hand + 1) % self.slots.len();
+            if let Some(victim) = self.slots.get_mut(self.hand)
+                && !victim.used.swap(false, Ordering::Relaxed)
+            {
+                *victim = slot;
+                return;
+            }
+        }
+    }
+}
+
+fn words_of(bytes: &[u8]) -> impl Iterator<Item = u64> {
+    bytes.as_chunks().0.iter().map(|word| u64::from_be_bytes(*word))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::types::DataFile;
+    use super::*;
+
+    fn slice(geometry: Geometry, word: u64) -> TableSlice {
+        TableSlice { words: vec![word; 64].into_boxed_slice(), geometry }
+    }
+
+    fn key(slice: u64) -> SliceKey {
+        SliceKey { image: ImageNumber(0), slice: SliceNumber(slice) }
+    }
+
+    #[test]
+    fn budget_holds_and_what_is_used_stays() {
+        let geometry = Geometry::new(9, false, 3, DataFile::Internal);
+        let cache = TableCache::new(0, geometry.slice_len());
+        for round in 1..50 {
+            cache.get_or_load(key(0), || Ok(slice(geometry, 0))).unwrap();
+            cache.get_or_load(key(round), || Ok(slice(geometry, 1))).unwrap();
+            let kept: usize = cache.sets.iter().map(|set| set.read().slots.len()).sum();
+            assert!(kept <= 2);
+        }
+        // Slice 0 was in use all the time, so only the others were read anew.
+        assert_eq!(cache.loads(), 50);
+    }
+
+    #[test]
+    fn a_budget_for_a_disk_holds_the_disk() {
+        let cache = TableCache::new(32 << 20, 64 << 10);
+        let geometry = Geometry::new(9, false, 3, DataFile::Internal);
+        for _ in 0..3 {
+            for number in 0..512 {
+                cache.get_or_load(key(number), || Ok(slice(geometry, 0))).unwrap();
+            }
+        }
+        assert_eq!(cache.loads(), 512);
+    }
+
+    #[test]
+    fn a_failed_load_leaves_nothing_behind() {
+        let geometry = Geometry::new(9, false, 3, DataFile::Internal);
+        let cache = TableCache::new(0, 512);
+        let failed = cache.get_or_load(key(0), || Err(Error::new(ErrorKind::Io, "as the test wants")));
+        assert!(failed.is_err());
+        assert!(cache.get(key(0)).is_none());
+        assert!(cache.get_or_load(key(0), || Ok(slice(geometry, 0))).is_ok());
+    }
+}

@@ -1,0 +1,467 @@
+//! The numbers of a qcow2 image as types, and the arithmetic between them.
+//!
+//! Offsets of the guest, of the file and indices into tables cannot be mixed up here. Decoding an entry
+//! checks it; there is no way to the fields of an unchecked one. Nothing here does I/O.
+
+use std::fmt;
+
+use crate::address::HostOffset;
+
+/// Smallest cluster: 512 bytes (specification, `cluster_bits`).
+pub const CLUSTER_BITS_MIN: u32 = 9;
+/// Largest cluster: 2 MiB (QEMU's limit; the specification leaves it open).
+pub const CLUSTER_BITS_MAX: u32 = 21;
+/// Subclusters in a cluster of an image with extended L2 entries (specification, "Extended L2 entries").
+pub const SUBCLUSTERS: u32 = 32;
+/// Most bytes of an L2 table that are read and cached as one. Our choice, as QEMU's: a random read of an
+/// image with large clusters does not cost a table of 2 MiB.
+const SLICE_LEN_MAX: u64 = 64 << 10;
+
+/// Bits 9 to 55: the offset in L1 entries and in standard L2 descriptors (specification).
+const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+/// Bits of an L1 entry that must be zero (specification: 0 to 8 and 56 to 62).
+const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+/// Bits of a standard L2 entry that must be zero (specification: 1 to 8 and 56 to 61).
+const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
+/// "Reads as zeroes" in a standard L2 entry (specification; version 3, not with extended entries).
+const L2_ZERO: u64 = 1;
+/// "Compressed" in an L2 entry.
+const L2_COMPRESSED: u64 = 1 << 62;
+/// "Referenced exactly once" in an L2 entry.
+const L2_COPIED: u64 = 1 << 63;
+/// Host offsets are smaller than this (specification: 56 bits of offset in every entry).
+const HOST_END: u64 = 1 << 56;
+/// Unit in which compressed blobs are measured (specification).
+const BLOB_SECTOR_LEN: u64 = 512;
+
+/// Number of a cluster on the guest's disk.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct GuestCluster(pub u64);
+
+/// Offset of a cluster in the image file or the data file: a multiple of the cluster length.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct HostCluster(u64);
+
+/// Number of an L2 slice, counted over the guest's disk: the slice that holds the entry of a cluster.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct SliceNumber(pub u64);
+
+/// Where the data clusters of an image lie.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum DataFile {
+    /// In the image file itself.
+    Internal,
+    /// In an external file, where the L2 tables say.
+    External,
+    /// In an external file, each at the offset that the guest sees it at.
+    ExternalRaw,
+}
+
+/// The constants that every address calculation of an image depends on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Geometry {
+    cluster_bits: u32,
+    extended_l2: bool,
+    zero_flag: bool,
+    data_file: DataFile,
+}
+
+/// Why a table entry cannot be used.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum EntryFault {
+    /// Bits that the specification reserves are set.
+    ReservedBits,
+    /// It points into the middle of a cluster.
+    Misaligned,
+    /// The zero flag, in an image of version 2.
+    ZeroFlagInVersion2,
+    /// A compressed cluster in an image with an external data file.
+    CompressedWithDataFile,
+    /// The offset in a raw data file is not the guest's.
+    NotTheGuestOffset,
+    /// The offset is not below 2^56.
+    OffsetTooLarge,
+    /// A subcluster that is allocated and zero at once, or allocated where there is no cluster.
+    BadSubclusters,
+}
+
+/// Where a compressed cluster's bytes lie in the image file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Blob {
+    /// First byte; not aligned to anything.
+    pub at: HostOffset,
+    /// Upper limit of its length: the blob ends somewhere in its last sector.
+    pub len_max: u64,
+}
+
+/// The state of the 32 subclusters of a cluster; never both allocated and zero.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Subclusters {
+    allocated: u32,
+    zero: u32,
+}
+
+/// What a subcluster is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Subcluster {
+    /// In the backing file.
+    Unallocated,
+    /// Zeroes.
+    Zero,
+    /// In its cluster.
+    Data,
+}
+
+/// A checked L2 entry.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum L2Entry {
+    /// Neither data nor zeroes: the backing file has it.
+    Unallocated,
+    /// Reads as zeroes; `host` is the cluster that is kept for it.
+    Zero {
+        /// The cluster kept for later writes, if there is one.
+        host: Option<HostCluster>,
+    },
+    /// Data.
+    Data {
+        /// Where.
+        host: HostCluster,
+        /// Whether nobody else refers to it, so that it may be overwritten in place.
+        copied: bool,
+    },
+    /// Compressed data.
+    Compressed(Blob),
+    /// Of an image with extended L2 entries, unless compressed.
+    Split {
+        /// The cluster that holds the allocated subclusters.
+        host: Option<HostCluster>,
+        /// Which ones are what.
+        subclusters: Subclusters,
+    },
+}
+
+impl Geometry {
+    /// The geometry of an image; `cluster_bits` must be in the permitted range, and at least 14 with
+    /// extended L2 entries.
+    pub fn new(cluster_bits: u32, extended_l2: bool, version: u32, data_file: DataFile) -> Self {
+        let zero_flag = version >= 3 && !extended_l2;
+        Geometry { cluster_bits, extended_l2, zero_flag, data_file }
+    }
+
+    /// Bytes in a cluster.
+    pub fn cluster_len(self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// Whether L2 entries carry the state of subclusters.
+    pub fn extended_l2(self) -> bool {
+        self.extended_l2
+    }
+
+    /// Where data clusters lie.
+    pub fn data_file(self) -> DataFile {
+        self.data_file
+    }
+
+    /// Bytes in a subcluster of an image with extended L2 entries.
+    pub fn subcluster_len(self) -> u64 {
+        self.cluster_len() / u64::from(SUBCLUSTERS)
+    }
+
+    /// Bytes in an L2 entry.
+    fn entry_len_bits(self) -> u32 {
+        if self.extended_l2 { 4 } else { 3 }
+    }
+
+    /// Words of 64 bits in an L2 entry.
+    pub fn entry_words(self) -> usize {
+        if self.extended_l2 { 2 } else { 1 }
+    }
+
+    /// Bytes in an L2 slice: what is read and cached as one.
+    pub fn slice_len(self) -> u64 {
+        self.cluster_len().min(SLICE_LEN_MAX)
+    }
+
+    fn slice_entries(self) -> u64 {
+        self.slice_len() >> self.entry_len_bits()
+    }
+
+    /// Guest bytes that one L1 entry stands for.
+    pub fn l2_coverage_len(self) -> u64 {
+        self.cluster_len() << (self.cluster_bits - self.entry_len_bits())
+    }
+
+    /// Guest bytes that one L2 slice stands for.
+    pub fn slice_coverage_len(self) -> u64 {
+        self.cluster_len() * self.slice_entries()
+    }
+
+    /// L1 entries that a disk of `size` bytes needs.
+    pub fn l1_entries_for(self, size: u64) -> u64 {
+        size.div_ceil(self.l2_coverage_len())
+    }
+
+    /// The cluster that holds the guest's byte at `offset`.
+    pub fn cluster_of(self, offset: u64) -> GuestCluster {
+        GuestCluster(offset >> self.cluster_bits)
+    }
+
+    /// How far into its cluster the guest's byte at `offset` lies.
+    pub fn offset_in_cluster(self, offset: u64) -> u64 {
+        offset & (self.cluster_len() - 1)
+    }
+
+    /// The guest offset of the cluster's first byte.
+    pub fn start_of(self, cluster: GuestCluster) -> u64 {
+        cluster.0 << self.cluster_bits
+    }
+
+    /// Index into the L1 table for the guest's byte at `offset`.
+    pub fn l1_index(self, offset: u64) -> usize {
+        usize::try_from(offset / self.l2_coverage_len()).unwrap_or(usize::MAX)
+    }
+
+    /// The L2 slice for the guest's byte at `offset`.
+    pub fn slice_of(self, offset: u64) -> SliceNumber {
+        SliceNumber(offset / self.slice_coverage_len())
+    }
+
+    /// How far into its L2 table the slice begins, in bytes.
+    pub fn slice_offset_in_table(self, slice: SliceNumber) -> u64 {
+        let slices = self.cluster_len() / self.slice_len();
+        (slice.0 % slices) * self.slice_len()
+    }
+
+    /// Index of the cluster's entry in its slice.
+    pub fn index_in_slice(self, cluster: GuestCluster) -> usize {
+        usize::try_from(cluster.0 % self.slice_entries()).unwrap_or(usize::MAX)
+    }
+
+    /// Whether `offset` is a multiple of the cluster length.
+    pub fn is_aligned(self, offset: u64) -> bool {
+        self.offset_in_cluster(offset) == 0
+    }
+
+    /// Where the L2 table of an L1 entry lies, `None` if there is none.
+    pub fn decode_l1(self, raw: u64) -> Result<Option<HostCluster>, EntryFault> {
+        if raw & L1_RESERVED != 0 {
+            return Err(EntryFault::ReservedBits);
+        }
+        self.host_cluster(raw)
+    }
+
+    /// Checks and decodes the L2 entry of `cluster`; `bitmap` is its second word, 0 when it has none.
+    pub fn decode_l2(self, raw: u64, bitmap: u64, cluster: GuestCluster) -> Result<L2Entry, EntryFault> {
+        if raw & L2_COMPRESSED != 0 {
+            return self.decode_compressed(raw);
+        }
+        let reserved = if self.extended_l2 { L2_RESERVED | L2_ZERO } else { L2_RESERVED };
+        if raw & reserved != 0 {
+            return Err(EntryFault::ReservedBits);
+        }
+        let host = self.data_cluster(raw)?;
+        if let (DataFile::ExternalRaw, Some(host)) = (self.data_file, host)
+            && host.0 != self.start_of(cluster)
+        {
+            return Err(EntryFault::NotTheGuestOffset);
+        }
+        if self.extended_l2 {
+            let subclusters = Subclusters::decode(bitmap, host.is_some())?;
+            return Ok(L2Entry::Split { host, subclusters });
+        }
+        if raw & L2_ZERO != 0 {
+            return if self.zero_flag {
+                Ok(L2Entry::Zero { host })
+            } else {
+                Err(EntryFault::ZeroFlagInVersion2)
+            };
+        }
+        Ok(match host {
+            Some(host) => L2Entry::Data { host, copied: raw & L2_COPIED != 0 },
+            None => L2Entry::Unallocated,
+        })
+    }
+
+    /// In an external data file offset 0 is a cluster like any other; the copied flag, which is always
+    /// set there, tells it from "none" (specification, "External data file").
+    fn data_cluster(self, raw: u64) -> Result<Option<HostCluster>, EntryFault> {
+        let external = self.data_file != DataFile::Internal;
+        if external && raw & OFFSET_MASK == 0 && raw & L2_COPIED != 0 {
+            return Ok(Some(HostCluster(0)));
+        }
+        self.host_cluster(raw)
+    }
+
+    fn host_cluster(self, raw: u64) -> Result<Option<HostCluster>, EntryFault> {
+        match raw & OFFSET_MASK {
+            0 => Ok(None),
+            offset if self.is_aligned(offset) => Ok(Some(HostCluster(offset))),
+            _ => Err(EntryFault::Misaligned),
+        }
+    }
+
+    fn decode_compressed(self, raw: u64) -> Result<L2Entry, EntryFault> {
+        if self.data_file != DataFile::Internal {
+            return Err(EntryFault::CompressedWithDataFile);
+        }
+        let offset_bits = 62 - (self.cluster_bits - 8);
+        let descriptor = raw & !(L2_COPIED | L2_COMPRESSED);
+        let at = descriptor & ((1 << offset_bits) - 1);
+        if at >= HOST_END {
+            return Err(EntryFault::OffsetTooLarge);
+        }
+        let more_sectors = descriptor >> offset_bits;
+        let len_max = (more_sectors + 1) * BLOB_SECTOR_LEN - at % BLOB_SECTOR_LEN;
+        Ok(L2Entry::Compressed(Blob { at: HostOffset(at), len_max }))
+    }
+}
+
+impl HostCluster {
+    /// The offset of its byte number `offset`.
+    pub fn at(self, offset: u64) -> HostOffset {
+        // Clusters lie below 2^56 and `offset` is smaller than a cluster or a table.
+        HostOffset(self.0 + offset)
+    }
+}
+
+impl Subclusters {
+    fn decode(bitmap: u64, has_cluster: bool) -> Result<Self, EntryFault> {
+        let [b0, b1, b2, b3, b4, b5, b6, b7] = bitmap.to_le_bytes();
+        let allocated = u32::from_le_bytes([b0, b1, b2, b3]);
+        let zero = u32::from_le_bytes([b4, b5, b6, b7]);
+        if allocated & zero != 0 || (allocated != 0 && !has_cluster) {
+            return Err(EntryFault::BadSubclusters);
+        }
+        Ok(Subclusters { allocated, zero })
+    }
+
+    /// What subcluster `index` is, and how many from it on are the same.
+    pub fn run_from(self, index: u32) -> (Subcluster, u32) {
+        let (kind, mask) = if self.allocated >> index & 1 == 1 {
+            (Subcluster::Data, self.allocated)
+        } else if self.zero >> index & 1 == 1 {
+            (Subcluster::Zero, self.zero)
+        } else {
+            (Subcluster::Unallocated, !(self.allocated | self.zero))
+        };
+        (kind, (mask >> index).trailing_ones().min(SUBCLUSTERS - index))
+    }
+}
+
+impl fmt::Display for EntryFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            EntryFault::ReservedBits => "reserved bits are set",
+            EntryFault::Misaligned => "its offset is not aligned to a cluster",
+            EntryFault::ZeroFlagInVersion2 => "it has the zero flag, which version 2 does not have",
+            EntryFault::CompressedWithDataFile => "it is compressed although there is an external data file",
+            EntryFault::NotTheGuestOffset => "its offset in the raw data file is not the guest's",
+            EntryFault::OffsetTooLarge => "its offset is too large",
+            EntryFault::BadSubclusters => "its subclusters contradict each other",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plain(cluster_bits: u32) -> Geometry {
+        Geometry::new(cluster_bits, false, 3, DataFile::Internal)
+    }
+
+    #[test]
+    fn tables_cover_what_the_specification_says() {
+        assert_eq!(plain(16).l2_coverage_len(), 512 << 20);
+        assert_eq!(plain(9).l2_coverage_len(), 32 << 10);
+        assert_eq!(plain(21).l2_coverage_len(), 512 << 30);
+        assert_eq!(plain(21).slice_coverage_len(), 16 << 30);
+        let extended = Geometry::new(16, true, 3, DataFile::Internal);
+        assert_eq!(extended.l2_coverage_len(), 256 << 20);
+        assert_eq!(extended.subcluster_len(), 2048);
+        assert_eq!(plain(16).l1_entries_for(0), 0);
+        assert_eq!(plain(16).l1_entries_for((512 << 20) + 1), 2);
+    }
+
+    #[test]
+    fn slices_number_the_guest_disk_without_gaps() {
+        let geometry = plain(20);
+        let coverage = geometry.slice_coverage_len();
+        assert_eq!(geometry.slice_of(coverage * 17 - 1), SliceNumber(16));
+        assert_eq!(geometry.slice_offset_in_table(SliceNumber(16)), 0);
+        assert_eq!(geometry.slice_offset_in_table(SliceNumber(17)), 64 << 10);
+        let last = geometry.cluster_of(coverage * 17 - 1);
+        assert_eq!(geometry.index_in_slice(last), 8191);
+    }
+
+    #[test]
+    fn standard_entries() {
+        let g = plain(16);
+        let decode = |raw| g.decode_l2(raw, 0, GuestCluster(0));
+        assert_eq!(decode(0), Ok(L2Entry::Unallocated));
+        assert_eq!(decode(L2_COPIED), Ok(L2Entry::Unallocated));
+        assert_eq!(decode(1), Ok(L2Entry::Zero { host: None }));
+        assert_eq!(
+            decode(L2_COPIED | 0x50000),
+            Ok(L2Entry::Data { host: HostCluster(0x50000), copied: true })
+        );
+        assert_eq!(decode(0x50001), Ok(L2Entry::Zero { host: Some(HostCluster(0x50000)) }));
+        assert_eq!(decode(0x50200), Err(EntryFault::Misaligned));
+        assert_eq!(decode(0x50002), Err(EntryFault::ReservedBits));
+        // The two pokes of QEMU's iotest 080.
+        assert_eq!(decode(0xbfff_ffff_ffff_0000), Err(EntryFault::ReservedBits));
+        assert_eq!(
+            decode(0x8000_00ff_ffff_0000),
+            Ok(L2Entry::Data { host: HostCluster(0xff_ffff_0000), copied: true })
+        );
+        let v2 = Geometry::new(16, false, 2, DataFile::Internal);
+        assert_eq!(v2.decode_l2(1, 0, GuestCluster(0)), Err(EntryFault::ZeroFlagInVersion2));
+    }
+
+    #[test]
+    fn compressed_descriptors_split_by_cluster_length() {
+        for bits in CLUSTER_BITS_MIN..=CLUSTER_BITS_MAX {
+            let offset_bits = 62 - (bits - 8);
+            let raw = L2_COMPRESSED | 3 << offset_bits.min(60) | 0x1234;
+            let Ok(L2Entry::Compressed(blob)) = plain(bits).decode_l2(raw, 0, GuestCluster(0)) else {
+                // At 512 bytes one bit is left for the sectors, so 3 << 60 reaches into the offset.
+                assert_eq!(bits, 9);
+                continue;
+            };
+            assert_eq!(blob.at, HostOffset(0x1234));
+            assert_eq!(blob.len_max, 4 * 512 - 0x34);
+        }
+        let largest = plain(21).decode_l2(L2_COMPRESSED | ((1 << 62) - (1 << 49)), 0, GuestCluster(0));
+        assert_eq!(largest, Ok(L2Entry::Compressed(Blob { at: HostOffset(0), len_max: 4 << 20 })));
+    }
+
+    #[test]
+    fn external_data_files_use_offset_zero() {
+        let external = Geometry::new(16, false, 3, DataFile::External);
+        let entry = external.decode_l2(L2_COPIED, 0, GuestCluster(5));
+        assert_eq!(entry, Ok(L2Entry::Data { host: HostCluster(0), copied: true }));
+        assert_eq!(external.decode_l2(0, 0, GuestCluster(5)), Ok(L2Entry::Unallocated));
+        let raw = Geometry::new(16, false, 3, DataFile::ExternalRaw);
+        assert_eq!(raw.decode_l2(L2_COPIED, 0, GuestCluster(5)), Err(EntryFault::NotTheGuestOffset));
+        let fault = external.decode_l2(L2_COMPRESSED, 0, GuestCluster(0));
+        assert_eq!(fault, Err(EntryFault::CompressedWithDataFile));
+    }
+
+    #[test]
+    fn subclusters_run() {
+        let g = Geometry::new(16, true, 3, DataFile::Internal);
+        let Ok(L2Entry::Split { host: Some(_), subclusters }) =
+            g.decode_l2(0x50000, 0x0000_00f0_8000_000f, GuestCluster(0))
+        else {
+            panic!("the entry is good")
+        };
+        assert_eq!(subclusters.run_from(0), (Subcluster::Data, 4));
+        assert_eq!(subclusters.run_from(5), (Subcluster::Zero, 3));
+        assert_eq!(subclusters.run_from(8), (Subcluster::Unallocated, 23));
+        assert_eq!(subclusters.run_from(31), (Subcluster::Data, 1));
+        assert_eq!(g.decode_l2(0x50000, 1 << 32 | 1, GuestCluster(0)), Err(EntryFault::BadSubclusters));
+        assert_eq!(g.decode_l2(0, 1, GuestCluster(0)), Err(EntryFault::BadSubclusters));
+        assert_eq!(g.decode_l2(0x50001, 0, GuestCluster(0)), Err(EntryFault::ReservedBits));
+    }
+}

@@ -1,0 +1,406 @@
+//! [`FileStorage`]: a regular file or a block device.
+//!
+//! It turns calls into system calls and knows what each file system and device cannot do. What the
+//! bytes mean is not its business, nor who may open which file.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::num::NonZeroU64;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Advice, FileType, Mode, OFlags, SeekFrom};
+use rustix::io::{Errno, ReadWriteFlags};
+
+use super::direct::{Direct, Files};
+use super::known_data::KnownData;
+use super::lock::{self, LockMode};
+use super::range_lock::Hold;
+use super::room::{Room, Target};
+use super::{
+    Durability, InPlace, Operation, Queue, Run, Storage, StorageFacts, StorageKind, TryRead, engine,
+};
+use super::{blkdev, place};
+use crate::address::{HostOffset, HostRange};
+use crate::driver::Provision;
+use crate::error::{Error, ErrorKind, Result};
+use crate::sync::Arc;
+use crate::sync::atomic::{AtomicBool, Ordering};
+
+/// How to open a file.
+#[derive(Clone, Debug)]
+pub struct FileOptions {
+    /// For writing too, not just for reading.
+    pub writable: bool,
+    /// Bypass the page cache (O_DIRECT).
+    pub direct: bool,
+    /// Which of QEMU's locks to take.
+    pub lock: LockMode,
+}
+
+/// A regular file or a block device.
+pub struct FileStorage {
+    facts: StorageFacts,
+    file: OwnedFd,
+    /// A second open description with O_DSYNC, for FUA. It is a description of its own because each one
+    /// is told of a writeback error once: a failed FUA write must not use up what the next sync of `file`
+    /// has to see. `None` when it cannot be had; then a FUA write is a write and a sync.
+    durable: Option<OwnedFd>,
+    direct: Option<Direct>,
+    room: Room,
+    known_data: KnownData,
+    sync_failed: AtomicBool,
+    closed: AtomicBool,
+}
+
+impl FileStorage {
+    /// Opens the regular file or block device at `path` and locks it. Fails with
+    /// [`ErrorKind::Locked`] if somebody else is in the way, with [`ErrorKind::ReadOnly`] if it is to be
+    /// written and the file system or device does not allow that, with [`ErrorKind::InvalidInput`] if it
+    /// is something else (a folder, a pipe, a character device) or has no O_DIRECT.
+    pub fn open(path: &Path, options: &FileOptions) -> Result<Arc<FileStorage>> {
+        let access = if options.writable { OFlags::RDWR } else { OFlags::RDONLY };
+        // Without NONBLOCK, opening a pipe waits for its other end.
+        let flags = access | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
+        let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| cannot_open(e, path, options))?;
+        FileStorage::from_fd(file, path, options)
+    }
+
+    /// As [`open`](Self::open), with a file that has been opened (for writing, if `options` says so)
+    /// and looked at already; `path` is its name for people.
+    pub fn from_fd(file: OwnedFd, path: &Path, options: &FileOptions) -> Result<Arc<FileStorage>> {
+        let fail = |what: &'static str, e: Errno| Error::io(what, e.into()).with_path(path);
+        let stat = rustix::fs::fstat(&file).map_err(|e| fail("cannot look at the file", e))?;
+        let kind = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => StorageKind::File,
+            FileType::BlockDevice => StorageKind::BlockDevice,
+            FileType::Directory => return Err(not_an_image("it is a folder", path)),
+            FileType::Symlink
+            | FileType::Fifo
+            | FileType::Socket
+            | FileType::CharacterDevice
+            | FileType::Unknown => {
+                return Err(not_an_image("it is neither a regular file nor a block device", path));
+            }
+        };
+        if options.writable && kind == StorageKind::BlockDevice && blkdev::is_read_only(file.as_fd())? {
+            return Err(Error::new(ErrorKind::ReadOnly, "the device is read-only; --read-only serves it")
+                .with_path(path));
+        }
+        let flags = if options.direct { OFlags::DIRECT } else { OFlags::empty() };
+        rustix::fs::fcntl_setfl(&file, flags).map_err(|e| no_direct(e, path))?;
+        lock::acquire(file.as_fd(), path, options.lock)?;
+        let direct = options.direct.then(|| Direct::new(file.as_fd(), kind));
+        let mut facts =
+            facts_of(&file, path, kind, options).map_err(|e| fail("cannot look at the file", e))?;
+        if let Some(direct) = &direct {
+            facts.block_len = u32::try_from(direct.block_len()).unwrap_or(facts.block_len);
+        }
+        let durable = options.writable.then(|| open_durable(&file, flags)).flatten();
+        Ok(Arc::new(FileStorage {
+            room: Room::new(kind),
+            facts,
+            file,
+            durable,
+            direct,
+            known_data: KnownData::default(),
+            sync_failed: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+        }))
+    }
+
+    /// Fails with EIO once a sync has failed, and with EBADF once the locks have been let go.
+    fn check_writable(&self) -> io::Result<()> {
+        if self.closed.load(Ordering::Acquire) {
+            return Err(Errno::BADF.into());
+        }
+        if self.sync_failed.load(Ordering::Acquire) {
+            return Err(Errno::IO.into());
+        }
+        Ok(())
+    }
+
+    /// Notes a failed sync. Buffered bytes that could not be written back count as clean afterwards, so
+    /// that the next sync would succeed although they are lost: the failure has to be for good.
+    fn sync_failure(&self, error: io::Error) -> io::Error {
+        if !self.facts.direct && !self.sync_failed.swap(true, Ordering::AcqRel) {
+            tracing::error!(
+                path = %self.facts.path.display(), %error,
+                "a sync failed: written data may be lost, writes and flushes are refused from now on"
+            );
+        }
+        error
+    }
+
+    /// Writes by way of one of the two descriptions.
+    fn write_to(&self, file: &OwnedFd, buf: &[u8], at: HostOffset) -> io::Result<()> {
+        match &self.direct {
+            None => pwrite_all(file.as_fd(), buf, at),
+            Some(direct) => direct.pwrite(self.files(file), buf, at),
+        }
+    }
+
+    fn files<'a>(&'a self, write: &'a OwnedFd) -> Files<'a> {
+        Files { read: self.file.as_fd(), write: write.as_fd() }
+    }
+
+    /// Gives a change of room what it needs: the length, how to write, and under O_DIRECT the range.
+    fn change_room(
+        &self,
+        range: HostRange,
+        change: impl FnOnce(Target<'_>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        self.check_writable()?;
+        let file = self.file.as_fd();
+        let Some(direct) = &self.direct else {
+            let write = |bytes: &[u8], at| pwrite_all(file, bytes, at);
+            return change(Target { file, len: self.len()?, write: &write });
+        };
+        let _guard = direct.lock_change(file, range.at().0, range.end().0, Hold::Exclusive)?;
+        let write = |bytes: &[u8], at: HostOffset| direct.write_held(self.files(&self.file), bytes, at.0);
+        change(Target { file, len: self.len()?, write: &write })
+    }
+
+    fn write_durable(&self, durable: &OwnedFd, buf: &[u8], at: HostOffset) -> io::Result<()> {
+        self.write_to(durable, buf, at).map_err(|error| match error.raw_os_error() {
+            // Nothing was written for lack of room. If pages were lost for it, the next sync says so.
+            Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG | libc::EINVAL) => error,
+            _ => self.sync_failure(error),
+        })
+    }
+}
+
+impl AsFd for FileStorage {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl Storage for FileStorage {
+    fn facts(&self) -> &StorageFacts {
+        &self.facts
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        // Works on devices too, where fstat says 0. Nothing here uses the file's position.
+        Ok(rustix::fs::seek(&self.file, SeekFrom::End(0))?)
+    }
+
+    fn allocated_len(&self) -> io::Result<u64> {
+        match self.facts.kind {
+            StorageKind::File | StorageKind::Memory => place::allocated_len(self.file.as_fd()),
+            StorageKind::BlockDevice => self.len(),
+        }
+    }
+
+    fn pread(&self, buf: &mut [u8], at: HostOffset) -> io::Result<usize> {
+        match &self.direct {
+            None => pread_full(self.file.as_fd(), buf, at),
+            Some(direct) => direct.pread(self.file.as_fd(), buf, at),
+        }
+    }
+
+    fn try_pread(&self, buf: &mut [u8], at: HostOffset) -> io::Result<TryRead> {
+        match self.facts.reads {
+            InPlace::Always => self.pread(buf, at).map(TryRead::Done),
+            InPlace::Ask => try_pread_full(self.file.as_fd(), buf, at),
+            InPlace::Never => Ok(TryRead::WouldWait(0)),
+        }
+    }
+
+    fn pwrite(&self, buf: &[u8], at: HostOffset, durability: Durability) -> io::Result<()> {
+        self.check_writable()?;
+        match (durability, &self.durable) {
+            (Durability::Later, _) => self.write_to(&self.file, buf, at),
+            (Durability::Fua, Some(durable)) => self.write_durable(durable, buf, at),
+            (Durability::Fua, None) => {
+                self.write_to(&self.file, buf, at)?;
+                self.sync()
+            }
+        }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        if !self.facts.writable {
+            return Ok(());
+        }
+        self.check_writable()?;
+        retry(|| rustix::fs::fdatasync(&self.file)).map_err(|e| self.sync_failure(e.into()))
+    }
+
+    fn is_failed(&self) -> bool {
+        self.sync_failed.load(Ordering::Acquire)
+    }
+
+    fn zero(&self, range: HostRange, provision: Provision, fast: bool) -> io::Result<()> {
+        let result = self.change_room(range, |target| self.room.zero(target, range, provision, fast));
+        self.known_data.forget(range);
+        result
+    }
+
+    fn discard(&self, range: HostRange) -> io::Result<()> {
+        let result = self.change_room(range, |target| self.room.discard(target.file, range, target.len));
+        self.known_data.forget(range);
+        result
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.check_writable()?;
+        match self.facts.kind {
+            StorageKind::File | StorageKind::Memory => {
+                let _guard = self.direct.as_ref().map(Direct::lock_len);
+                Ok(retry(|| rustix::fs::ftruncate(&self.file, len))?)
+            }
+            StorageKind::BlockDevice if self.len()? == len => Ok(()),
+            StorageKind::BlockDevice => Err(Errno::OPNOTSUPP.into()),
+        }
+    }
+
+    fn run_at(&self, at: HostOffset) -> io::Result<Run> {
+        if let Some(len) = self.known_data.len_at(at) {
+            return Ok(Run { len, hole: false });
+        }
+        let run = place::run_at(self.file.as_fd(), at, self.len()?)?;
+        if !run.hole {
+            self.known_data.remember(at, run.len);
+        }
+        Ok(run)
+    }
+
+    fn prefetch(&self, range: HostRange) -> io::Result<()> {
+        let Some(len) = NonZeroU64::new(range.len()) else { return Ok(()) };
+        if self.facts.direct {
+            return Ok(());
+        }
+        Ok(rustix::fs::fadvise(&self.file, range.at().0, Some(len), Advice::WillNeed)?)
+    }
+
+    fn submit(self: Arc<Self>, operations: &mut Vec<Operation>, queue: &Arc<Queue>) {
+        engine::submit(&self, operations, queue);
+    }
+
+    fn close(&self) -> io::Result<()> {
+        // The descriptor stays until the last user of this storage is gone; what must not happen is
+        // that one of them writes without the lock.
+        self.closed.store(true, Ordering::Release);
+        lock::release(self.file.as_fd());
+        Ok(())
+    }
+}
+
+/// Calls again as long as a signal came in between.
+pub(super) fn retry<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
+    loop {
+        match call() {
+            Err(Errno::INTR) => {}
+            result => return result,
+        }
+    }
+}
+
+/// Reads until `buf` is full or the file ends.
+pub(super) fn pread_full(file: BorrowedFd<'_>, buf: &mut [u8], at: HostOffset) -> io::Result<usize> {
+    let mut done = 0;
+    while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        let from = offset_behind(at, done)?;
+        match retry(|| rustix::io::pread(file, &mut *rest, from))? {
+            0 => break,
+            got => done += got,
+        }
+    }
+    Ok(done)
+}
+
+/// As [`pread_full`], but stops where it would have to wait.
+fn try_pread_full(file: BorrowedFd<'_>, buf: &mut [u8], at: HostOffset) -> io::Result<TryRead> {
+    let mut done = 0;
+    while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        let from = offset_behind(at, done)?;
+        let got =
+            retry(|| rustix::io::preadv2(file, &mut [IoSliceMut::new(rest)], from, ReadWriteFlags::NOWAIT));
+        match got {
+            Ok(0) => break,
+            Ok(got) => done += got,
+            Err(Errno::AGAIN | Errno::OPNOTSUPP) => return Ok(TryRead::WouldWait(done)),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(TryRead::Done(done))
+}
+
+/// Writes all of `buf`.
+pub(super) fn pwrite_all(file: BorrowedFd<'_>, buf: &[u8], at: HostOffset) -> io::Result<()> {
+    let mut done = 0;
+    while let Some(rest) = buf.get(done..).filter(|rest| !rest.is_empty()) {
+        let from = offset_behind(at, done)?;
+        match retry(|| rustix::io::pwritev(file, &[IoSlice::new(rest)], from))? {
+            // Does not happen with files; without this it would be an endless loop.
+            0 => return Err(Errno::IO.into()),
+            written => done += written,
+        }
+    }
+    Ok(())
+}
+
+fn offset_behind(at: HostOffset, done: usize) -> io::Result<u64> {
+    at.checked_add(done as u64).map(|at| at.0).ok_or_else(|| Errno::INVAL.into())
+}
+
+fn facts_of(
+    file: &OwnedFd,
+    path: &Path,
+    kind: StorageKind,
+    options: &FileOptions,
+) -> rustix::io::Result<StorageFacts> {
+    let magic = rustix::fs::fstatfs(file)?.f_type;
+    let (reads, writes) = match (kind, options.direct) {
+        (_, true) => (InPlace::Never, InPlace::Never),
+        // The file system that the device's name lies in says nothing about the device.
+        (StorageKind::BlockDevice, false) => (place::ask_to_read(file.as_fd()), InPlace::Ask),
+        (StorageKind::File | StorageKind::Memory, false) => place::of_file_system(file.as_fd(), magic),
+    };
+    let regular = kind != StorageKind::BlockDevice;
+    Ok(StorageFacts {
+        path: PathBuf::from(path),
+        kind,
+        writable: options.writable,
+        grows: regular,
+        new_space_is_zero: regular,
+        direct: options.direct,
+        block_len: 1,
+        reads,
+        writes,
+    })
+}
+
+/// The file once more, under a description whose writes are durable.
+fn open_durable(file: &OwnedFd, flags: OFlags) -> Option<OwnedFd> {
+    use std::os::fd::AsRawFd;
+    // By its name the file could be another by now.
+    let name = format!("/proc/self/fd/{}", file.as_raw_fd());
+    rustix::fs::open(name, OFlags::WRONLY | OFlags::DSYNC | OFlags::CLOEXEC | flags, Mode::empty()).ok()
+}
+
+fn cannot_open(errno: Errno, path: &Path, options: &FileOptions) -> Error {
+    let what = match errno {
+        Errno::ACCESS | Errno::PERM | Errno::ROFS if options.writable => {
+            "cannot open the file for writing (--read-only opens it just for reading)"
+        }
+        Errno::NXIO | Errno::ISDIR => {
+            return not_an_image("it is neither a regular file nor a block device", path);
+        }
+        _ => "cannot open the file",
+    };
+    Error::io(what, errno.into()).with_path(path)
+}
+
+fn no_direct(errno: Errno, path: &Path) -> Error {
+    Error::io(
+        "the file system does not allow O_DIRECT (--cache writeback or writethrough does without)",
+        errno.into(),
+    )
+    .with_path(path)
+}
+
+fn not_an_image(what: &'static str, path: &Path) -> Error {
+    Error::new(ErrorKind::InvalidInput, what).with_path(path)
+}

@@ -1,0 +1,6 @@
+//! What several test programs share.
+
+#![allow(dead_code)] // Each test program uses its own part of it.
+
+pub mod model;
+pub mod random;

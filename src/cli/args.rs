@@ -1,0 +1,303 @@
+//! The arguments as they are written. Nothing is checked here that needs more than one of them.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgAction, Parser, Subcommand, ValueEnum};
+use nbd_img_formats::Format;
+
+use super::size;
+use crate::export::{CacheMode, DetectZeroes};
+use crate::transport::Address;
+
+/// Serves disk images (raw, qcow2) over NBD.
+#[derive(Debug, Parser)]
+#[command(name = "nbd-img", version, help_expected = true)]
+pub struct Args {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+
+    /// Log more; twice for everything. NBD_IMG_LOG sets it by module.
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve an image, or several, to NBD clients until told to end
+    Serve(Box<ServeArgs>),
+    /// Show what an image is: format, sizes, features, backing chain, snapshots, bitmaps
+    Info(InfoArgs),
+}
+
+/// `nbd-img serve`.
+#[derive(Debug, clap::Args)]
+pub struct ServeArgs {
+    /// The image: a file or a block device
+    #[arg(value_name = "IMAGE")]
+    pub images: Vec<PathBuf>,
+
+    /// The flags that describe the one IMAGE.
+    #[command(flatten)]
+    pub image: ImageArgs,
+
+    /// One of several images: name=N,file=PATH and further keys, separated by commas (repeatable)
+    ///
+    /// The keys are the long names of the flags for one image: read-only, format=F, description=D,
+    /// offset=S, size=S, exact-size, cache=M, discard=M, detect-zeroes=M, load-snapshot=S, backing=P,
+    /// allow-dir=P (several times if need be), force-share. A comma inside of a value is written twice.
+    #[arg(long = "export", value_name = "SPEC", help_heading = "Several images")]
+    pub exports: Vec<OsString>,
+
+    /// Where to listen.
+    #[command(flatten)]
+    pub listen: ListenArgs,
+
+    /// How to start and end.
+    #[command(flatten)]
+    pub life: LifeArgs,
+}
+
+/// Flags that describe one image and its export.
+#[derive(Debug, Default, clap::Args)]
+#[command(next_help_heading = "Image")]
+pub struct ImageArgs {
+    /// The image's format; else found by its magic number
+    #[arg(long, value_name = "FORMAT")]
+    pub format: Option<FormatArg>,
+
+    /// Refuse writes, and open all files read-only
+    #[arg(short, long)]
+    pub read_only: bool,
+
+    /// The name that clients ask for [default: empty]
+    #[arg(short = 'x', long, value_name = "NAME")]
+    pub export_name: Option<String>,
+
+    /// A text about the export, shown to clients that list it
+    #[arg(short = 'D', long, value_name = "TEXT")]
+    pub description: Option<String>,
+
+    /// Where in the disk the export begins (suffixes K M G T; rounded down to 512)
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    pub offset: Option<u64>,
+
+    /// Size of the export [default: up to the end of the disk] (suffixes K M G T; rounded down to 512)
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    pub size: Option<u64>,
+
+    /// Serve a raw file to the byte instead of rounding its size up to 512
+    #[arg(long)]
+    pub exact_size: bool,
+
+    /// When writes are durable: with a flush, or each at once; none and directsync bypass the page cache
+    /// [default: writeback]
+    #[arg(long, value_name = "MODE")]
+    pub cache: Option<CacheArg>,
+
+    /// What a client's trim does: give the room back, or nothing [default: unmap]
+    #[arg(long, value_name = "MODE")]
+    pub discard: Option<DiscardArg>,
+
+    /// Whether written zeroes become zeroes without data (on) or holes (unmap) [default: off]
+    #[arg(long, value_name = "MODE")]
+    pub detect_zeroes: Option<DetectZeroesArg>,
+
+    /// Serve this internal snapshot, read-only
+    #[arg(long, value_name = "NAME|ID")]
+    pub load_snapshot: Option<String>,
+
+    /// Use this backing file, or none, whatever the image says
+    #[arg(long, value_name = "PATH|none")]
+    pub backing: Option<PathBuf>,
+
+    /// Also take backing and data files from below this folder (repeatable) [default: the image's own]
+    #[arg(long, value_name = "FOLDER")]
+    pub allow_dir: Vec<PathBuf>,
+
+    /// Read an image that another program writes; what is read may be inconsistent
+    #[arg(long)]
+    pub force_share: bool,
+}
+
+/// Flags about sockets and clients.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Clients")]
+pub struct ListenArgs {
+    /// Listen on a Unix socket at this path
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+
+    /// Listen here: HOST:PORT or unix:PATH; IPv6 addresses go in brackets, port 0 is any free one
+    /// (repeatable) [default: 127.0.0.1:10809]
+    #[arg(long, value_name = "ADDRESS")]
+    pub listen: Vec<Address>,
+
+    /// Allow listening where other machines can connect, without encryption
+    #[arg(long)]
+    pub allow_plaintext: bool,
+
+    /// Most clients at a time
+    #[arg(long, value_name = "COUNT", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_connections: u32,
+
+    /// Seconds that a client has for choosing an export
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = parse_seconds)]
+    pub handshake_timeout: Duration,
+}
+
+/// Flags about the start and the end of the server.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Start and end")]
+pub struct LifeArgs {
+    /// End after the last client has gone
+    #[arg(long)]
+    pub exit_last: bool,
+
+    /// Write the process id to this file once the server listens
+    #[arg(long, value_name = "PATH")]
+    pub pid_file: Option<PathBuf>,
+
+    /// Write the URIs to this descriptor once the server listens, and close it
+    #[arg(long, value_name = "FD", value_parser = clap::value_parser!(i32).range(3..))]
+    pub ready_fd: Option<i32>,
+
+    /// Seconds that requests in flight get to finish when the server is told to end
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = parse_seconds)]
+    pub drain_timeout: Duration,
+}
+
+/// `nbd-img info`.
+#[derive(Debug, clap::Args)]
+pub struct InfoArgs {
+    /// The image: a file or a block device
+    #[arg(value_name = "IMAGE")]
+    pub image: PathBuf,
+
+    /// The image's format; else found by its magic number
+    #[arg(long, value_name = "FORMAT")]
+    pub format: Option<FormatArg>,
+
+    /// Answer in JSON
+    #[arg(long)]
+    pub json: bool,
+
+    /// Use this backing file, or none, whatever the image says
+    #[arg(long, value_name = "PATH|none")]
+    pub backing: Option<PathBuf>,
+
+    /// Also take backing and data files from below this folder (repeatable) [default: the image's own]
+    #[arg(long, value_name = "FOLDER")]
+    pub allow_dir: Vec<PathBuf>,
+
+    /// Read an image that another program writes; what is shown may be inconsistent
+    #[arg(long)]
+    pub force_share: bool,
+}
+
+/// `--format`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum FormatArg {
+    /// The file is the disk
+    Raw,
+    /// QEMU's copy-on-write format
+    Qcow2,
+    /// As raw, read through a memory mapping
+    MmapRaw,
+}
+
+impl From<FormatArg> for Format {
+    fn from(arg: FormatArg) -> Format {
+        match arg {
+            FormatArg::Raw => Format::Raw,
+            FormatArg::Qcow2 => Format::Qcow2,
+            FormatArg::MmapRaw => Format::MmapRaw,
+        }
+    }
+}
+
+/// `--cache`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum CacheArg {
+    /// Durable with a client's flush
+    Writeback,
+    /// Each write is durable before its reply
+    Writethrough,
+    /// As writeback, bypassing the page cache
+    None,
+    /// As writethrough, bypassing the page cache
+    Directsync,
+}
+
+impl From<CacheArg> for CacheMode {
+    fn from(arg: CacheArg) -> CacheMode {
+        match arg {
+            CacheArg::Writeback => CacheMode::Writeback,
+            CacheArg::Writethrough => CacheMode::Writethrough,
+            CacheArg::None => CacheMode::None,
+            CacheArg::Directsync => CacheMode::Directsync,
+        }
+    }
+}
+
+/// `--discard`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum DiscardArg {
+    /// Give the room back
+    Unmap,
+    /// Do nothing
+    Ignore,
+}
+
+/// `--detect-zeroes`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum DetectZeroesArg {
+    /// Written like any data
+    Off,
+    /// Zeroes that keep their room
+    On,
+    /// Holes
+    Unmap,
+}
+
+impl From<DetectZeroesArg> for DetectZeroes {
+    fn from(arg: DetectZeroesArg) -> DetectZeroes {
+        match arg {
+            DetectZeroesArg::Off => DetectZeroes::Off,
+            DetectZeroesArg::On => DetectZeroes::On,
+            DetectZeroesArg::Unmap => DetectZeroes::Unmap,
+        }
+    }
+}
+
+/// Seconds, with a fraction if need be. A day is the limit: deadlines must not overflow.
+fn parse_seconds(text: &str) -> Result<Duration, String> {
+    const LONGEST_SECONDS: f64 = 86_400.0;
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.0..=LONGEST_SECONDS).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
+        Ok(_) | Err(_) => Err(format!("{text:?} is not a number of seconds from 0 to {LONGEST_SECONDS}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound_and_every_flag_has_help() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn seconds() {
+        assert_eq!(parse_seconds("0.25"), Ok(Duration::from_millis(250)));
+        assert_eq!(parse_seconds("0"), Ok(Duration::ZERO));
+        for text in ["", "-1", "nan", "inf", "86401", "5s"] {
+            assert!(parse_seconds(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! The command line: what the operator wrote becomes checked options, and the options are run.
+//!
+//! `args` is what clap parses, `options` what the rest of the program gets; nobody else sees clap. Errors are
+//! printed in one place, here, and end the process with one of [`ExitStatus`].
+
+mod args;
+mod exit;
+mod export_spec;
+mod info;
+mod logging;
+mod options;
+mod size;
+
+use std::fmt;
+use std::io::{self, Write};
+
+use clap::Parser;
+
+use crate::server;
+
+pub use exit::ExitStatus;
+
+/// Runs the command that the process's arguments name.
+///
+/// To be called first thing in `main`: it takes over descriptors that the starter passed by number.
+pub fn run() -> ExitStatus {
+    let args = match args::Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => return refuse_usage(&error),
+    };
+    match run_command(args) {
+        Ok(status) => status,
+        Err(error) => {
+            // Nobody is left to be told when stderr is closed.
+            let _ = writeln!(io::stderr(), "nbd-img: {error}");
+            error.status()
+        }
+    }
+}
+
+fn run_command(args: args::Args) -> Result<ExitStatus, Error> {
+    let verbose = args.verbose;
+    match args.command {
+        args::Command::Serve(serve) => {
+            let options = options::serve(*serve).map_err(Error::Usage)?;
+            let inherited = server::Inherited::take(options.ready_fd).map_err(Error::Server)?;
+            logging::start(verbose, inherited.is_captive());
+            Ok(server::run(options, inherited).map_err(Error::Server)?.into())
+        }
+        args::Command::Info(info) => {
+            logging::start(verbose, true);
+            info::run(&options::info(info).map_err(Error::Usage)?)?;
+            Ok(ExitStatus::Success)
+        }
+    }
+}
+
+/// clap's own errors, which are also how it gives out `--help` and `--version`.
+fn refuse_usage(error: &clap::Error) -> ExitStatus {
+    // As above: a closed stdout or stderr leaves nobody to tell.
+    let _ = error.print();
+    if error.use_stderr() { ExitStatus::Usage } else { ExitStatus::Success }
+}
+
+/// What ends a command.
+#[derive(Debug)]
+enum Error {
+    /// The arguments contradict each other or make no sense.
+    Usage(String),
+    /// The image cannot be opened or read.
+    Image(nbd_img_formats::Error),
+    /// The server cannot start or go on.
+    Server(server::Error),
+    /// The answer cannot be written.
+    Output(io::Error),
+}
+
+impl Error {
+    fn status(&self) -> ExitStatus {
+        match self {
+            Error::Usage(_) => ExitStatus::Usage,
+            Error::Image(_) | Error::Server(_) | Error::Output(_) => ExitStatus::Failed,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Usage(text) => f.write_str(text),
+            Error::Image(error) => error.fmt(f),
+            Error::Server(error) => error.fmt(f),
+            Error::Output(error) => write!(f, "cannot write the answer: {error}"),
+        }
+    }
+}

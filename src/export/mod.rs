@@ -1,0 +1,215 @@
+//! An export: one image as NBD clients see it, with a name, a device offset, a size and permissions.
+//!
+//! It translates a client's offsets into the image's and decides what a write's durability is. It knows
+//! the protocol's facts about an export but no sockets, and moves no bytes itself.
+
+mod spec;
+
+use nbd_img_formats::open::open;
+use nbd_img_formats::storage::{InPlace, Storage};
+use nbd_img_formats::workers::Workers;
+use nbd_img_formats::{BlockDriver, Durability, Error, ErrorKind, GuestRange, Provision, Result};
+use std::sync::Arc;
+
+pub use spec::{CacheMode, DetectZeroes, ExportSpec};
+
+use crate::nbd::export_info::{ExportInfo, TransmissionFlags};
+
+/// Unit to which a stated offset or size is rounded down, and in which sizes are best given to clients:
+/// the sector of every disk interface (our choice, as QEMU's).
+pub const SECTOR_LEN: u64 = 512;
+
+/// Most payload of one request: what every client may rely on without asking (protocol, section
+/// "Block size constraints").
+pub const PAYLOAD_LEN_MAX: u32 = 32 << 20;
+
+/// The context every export offers.
+pub const BASE_ALLOCATION: &str = "base:allocation";
+
+/// One image, ready to be served. Shared by all connections.
+pub struct Export {
+    name: String,
+    description: String,
+    driver: Arc<dyn BlockDriver>,
+    workers: Arc<Workers>,
+    offset: u64,
+    size: u64,
+    read_only: bool,
+    write_through: bool,
+    detect_zeroes: DetectZeroes,
+    in_place: InPlaceFacts,
+}
+
+/// What may be done on a session's own thread, over all storages of the image.
+#[derive(Clone, Copy, Debug)]
+pub struct InPlaceFacts {
+    /// Reads of storages.
+    pub reads: InPlace,
+    /// Writes of storages.
+    pub writes: InPlace,
+}
+
+impl Export {
+    /// Opens the image that `spec` names and checks that offset and size lie within it.
+    pub fn open(spec: &ExportSpec) -> Result<Arc<Export>> {
+        let opened = open(&spec.path, &spec.open_options())?;
+        if opened.probed && !spec.read_only {
+            tracing::warn!(
+                path = %spec.path.display(),
+                format = %opened.driver.facts().format,
+                "the format was found by probing; state it with --format to be safe"
+            );
+        }
+        Self::of_driver(spec, opened.driver)
+    }
+
+    /// An export of an image that is open already.
+    pub fn of_driver(spec: &ExportSpec, driver: Arc<dyn BlockDriver>) -> Result<Arc<Export>> {
+        let (offset, size) = window(spec, driver.size())?;
+        let in_place = in_place_facts(driver.storages());
+        Ok(Arc::new(Export {
+            name: spec.name.clone(),
+            description: spec.description.clone(),
+            workers: Arc::new(Workers::new(&spec.name)),
+            offset,
+            size,
+            read_only: spec.read_only,
+            write_through: spec.cache.is_write_through(),
+            detect_zeroes: spec.detect_zeroes,
+            in_place,
+            driver,
+        }))
+    }
+
+    /// The name that clients ask for; may be empty.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Free text for people.
+    pub fn description(&self) -> &str {
+        &self.description
+    }
+
+    /// The image.
+    pub fn driver(&self) -> &Arc<dyn BlockDriver> {
+        &self.driver
+    }
+
+    /// The threads that may wait for this image.
+    pub fn workers(&self) -> &Arc<Workers> {
+        &self.workers
+    }
+
+    /// Bytes that clients see.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Whether writes are refused.
+    pub fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// How writes look for zeroes.
+    pub fn detect_zeroes(&self) -> DetectZeroes {
+        self.detect_zeroes
+    }
+
+    /// What may be done without handing it to a thread that may wait.
+    pub fn in_place(&self) -> InPlaceFacts {
+        self.in_place
+    }
+
+    /// The image's range for a client's range that was checked against [`size`](Self::size).
+    pub fn range(&self, offset: u64, len: u64) -> Result<GuestRange> {
+        let outside = || {
+            Error::new(ErrorKind::OutOfBounds, "the request reaches beyond the export").with_offset(offset)
+        };
+        let range = GuestRange::new(offset, len).ok_or_else(outside)?;
+        if range.end() > self.size {
+            return Err(outside());
+        }
+        GuestRange::new(self.offset + offset, len).ok_or_else(outside)
+    }
+
+    /// When a change must be durable that a client asked for with (`fua`) or without FUA.
+    pub fn durability(&self, fua: bool) -> Durability {
+        if fua || self.write_through { Durability::Fua } else { Durability::Later }
+    }
+
+    /// What the protocol tells clients. Cheap, and touches no file.
+    pub fn info(&self) -> ExportInfo {
+        let facts = self.driver.facts();
+        let mut flags = TransmissionFlags::HAS_FLAGS
+            | TransmissionFlags::SEND_FLUSH
+            | TransmissionFlags::SEND_FUA
+            | TransmissionFlags::SEND_DF
+            | TransmissionFlags::CAN_MULTI_CONN
+            | TransmissionFlags::SEND_CACHE;
+        if self.read_only {
+            flags |= TransmissionFlags::READ_ONLY;
+        } else {
+            flags |= TransmissionFlags::SEND_TRIM
+                | TransmissionFlags::SEND_WRITE_ZEROES
+                | TransmissionFlags::SEND_FAST_ZERO;
+        }
+        ExportInfo {
+            name: self.name.clone(),
+            description: self.description.clone(),
+            size: self.size,
+            flags,
+            block_min_len: facts.block_min_len,
+            block_preferred_len: facts.block_preferred_len,
+            payload_max_len: PAYLOAD_LEN_MAX,
+            contexts: vec![BASE_ALLOCATION.to_owned()],
+        }
+    }
+}
+
+/// How the room of a zeroed range is treated: a client that allows holes gets them.
+pub fn provision(no_hole: bool) -> Provision {
+    if no_hole { Provision::Allocate } else { Provision::Unmap }
+}
+
+/// Offset and size of the export within an image of `disk` bytes (design: rounded down to a sector
+/// where they were stated, and it says so; never cut off silently).
+fn window(spec: &ExportSpec, disk: u64) -> Result<(u64, u64)> {
+    let round = |what: &'static str, stated: u64| {
+        let rounded = stated - stated % SECTOR_LEN;
+        if rounded != stated {
+            tracing::warn!(export = %spec.name.escape_debug(), stated, rounded, "--{what} is rounded down to whole sectors");
+        }
+        rounded
+    };
+    let fail = |text: String| Err(Error::new(ErrorKind::InvalidInput, text).with_path(&spec.path));
+    let offset = round("offset", spec.offset);
+    let Some(rest) = disk.checked_sub(offset) else {
+        return fail(format!("--offset {offset} lies beyond the end of the disk of {disk} bytes"));
+    };
+    match spec.size.map(|size| round("size", size)) {
+        None => Ok((offset, rest)),
+        Some(size) if size <= rest => Ok((offset, size)),
+        Some(size) => fail(format!(
+            "--size {size} from --offset {offset} reaches beyond the end of the disk of {disk} bytes"
+        )),
+    }
+}
+
+/// The most careful of the storages decides.
+fn in_place_facts(storages: &[Arc<dyn Storage>]) -> InPlaceFacts {
+    fn worse(a: InPlace, b: InPlace) -> InPlace {
+        match (a, b) {
+            (InPlace::Never, _) | (_, InPlace::Never) => InPlace::Never,
+            (InPlace::Ask, _) | (_, InPlace::Ask) => InPlace::Ask,
+            (InPlace::Always, InPlace::Always) => InPlace::Always,
+        }
+    }
+    storages.iter().fold(InPlaceFacts { reads: InPlace::Always, writes: InPlace::Always }, |all, storage| {
+        let facts = storage.facts();
+        InPlaceFacts {
+            reads: worse(all.reads, facts.reads),
+            writes: if facts.writable { worse(all.writes, facts.writes) } else { all.writes },
+        }
+    })
+}

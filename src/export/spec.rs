@@ -1,0 +1,79 @@
+//! What an operator says about an export, checked but not opened.
+
+use std::path::PathBuf;
+
+use nbd_img_formats::open::OpenOptions;
+
+/// When written data becomes durable, and whether the page cache is used (QEMU's names).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum CacheMode {
+    /// With FLUSH and FUA.
+    #[default]
+    Writeback,
+    /// Before each reply.
+    Writethrough,
+    /// As `Writeback`, past the page cache (O_DIRECT).
+    None,
+    /// As `Writethrough`, past the page cache.
+    Directsync,
+}
+
+impl CacheMode {
+    /// Whether every write is durable before its reply.
+    pub fn is_write_through(self) -> bool {
+        match self {
+            CacheMode::Writethrough | CacheMode::Directsync => true,
+            CacheMode::Writeback | CacheMode::None => false,
+        }
+    }
+
+    /// Whether the page cache is bypassed.
+    pub fn is_direct(self) -> bool {
+        match self {
+            CacheMode::None | CacheMode::Directsync => true,
+            CacheMode::Writeback | CacheMode::Writethrough => false,
+        }
+    }
+}
+
+/// Whether written zeroes are stored as such.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum DetectZeroes {
+    /// They are written like any data.
+    #[default]
+    Off,
+    /// They become zeroes that keep their room.
+    On,
+    /// They become holes.
+    Unmap,
+}
+
+/// One export as the operator asked for it.
+#[derive(Clone, Debug, Default)]
+pub struct ExportSpec {
+    /// The name that clients ask for.
+    pub name: String,
+    /// Free text for people.
+    pub description: String,
+    /// The image.
+    pub path: PathBuf,
+    /// Refuse writes, down to how the files are opened.
+    pub read_only: bool,
+    /// Where in the disk the export begins, in bytes.
+    pub offset: u64,
+    /// Its size in bytes; `None` is up to the end of the disk.
+    pub size: Option<u64>,
+    /// Caching and durability.
+    pub cache: CacheMode,
+    /// Whether written zeroes are looked for.
+    pub detect_zeroes: DetectZeroes,
+    /// How the image is opened; `writable` and `direct` are set from the fields above.
+    pub open: OpenOptions,
+}
+
+impl ExportSpec {
+    /// The options of the open, with this export's permissions and cache mode.
+    pub fn open_options(&self) -> OpenOptions {
+        OpenOptions { writable: !self.read_only, direct: self.cache.is_direct(), ..self.open.clone() }
+    }
+}

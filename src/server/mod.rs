@@ -1,0 +1,156 @@
+//! The server: opens the exports, listens, lets clients negotiate, hands them to the shards, and ends.
+//!
+//! All of it but the images' own work runs on one thread, the control runtime. It never calls a driver
+//! once the server is ready, so no disk can stall accepting, negotiation, timers or signals.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | [`options`] | what the operator wants, and what the starter passed down |
+//! | `limits` | open files |
+//! | `listen` | from addresses to listening sockets |
+//! | `accept` | taking connections |
+//! | `negotiate` | one connection until it has an export |
+//! | `directory` | the exports as the protocol asks for them |
+//! | `clients` | who is connected, and how many may be |
+//! | `ready` | telling the starter that the server listens |
+//! | `end` | signals, draining, flushing, closing |
+//! | `rare` | log lines that others can cause as often as they like |
+
+mod accept;
+mod clients;
+mod directory;
+mod end;
+mod limits;
+mod listen;
+mod negotiate;
+pub mod options;
+mod rare;
+mod ready;
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::runtime;
+use tokio::task::JoinSet;
+
+use crate::export::Export;
+use crate::session::{BUDGET_LEN_DEFAULT, Budget, Shards};
+use crate::transport::Listener;
+
+use self::clients::Clients;
+use self::directory::Exports;
+
+pub use self::options::{Inherited, ServeOptions};
+
+/// How a server ended that had started.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// As asked, with every image flushed and closed.
+    Clean,
+    /// As asked, but an image could not be flushed and closed, or not in time.
+    NotFlushed,
+    /// At once, because it was asked twice.
+    Forced,
+}
+
+/// Why a server cannot start.
+#[derive(Debug)]
+pub enum Error {
+    /// An image cannot be opened.
+    Image(nbd_img_formats::Error),
+    /// An address cannot be listened on; the text says which and why.
+    Listen(String),
+    /// What the starter passed down cannot be used.
+    Inherited(String),
+    /// The pid file cannot be written.
+    PidFile(PathBuf, io::Error),
+    /// The system refuses what every server needs.
+    System(&'static str, io::Error),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Image(error) => error.fmt(f),
+            Error::Listen(text) | Error::Inherited(text) => f.write_str(text),
+            Error::PidFile(path, error) => {
+                write!(f, "--pid-file {}: {error}", path.to_string_lossy().escape_debug())
+            }
+            Error::System(what, error) => write!(f, "{what}: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Serves until it is told to end, on the calling thread. Sockets and the pid file are gone when it
+/// returns; images that could not be closed in time are left to their threads, and the process should
+/// exit.
+pub fn run(options: ServeOptions, inherited: Inherited) -> Result<Outcome, Error> {
+    let handshakes_max = limits::raise(options.max_connections, options.exports.len());
+    let exports =
+        options.exports.iter().map(Export::open).collect::<Result<Vec<_>, _>>().map_err(Error::Image)?;
+    let captive = inherited.is_captive();
+    let listeners = listen::all(&options, inherited.listeners)?;
+    let control = runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Error::System("cannot start the control runtime", error))?;
+    let announcement = ready::Announcement {
+        uris: ready::uris(&listeners, &exports),
+        // The starter of a captive server has its own use for stdout, and knows where it listens.
+        print: !captive,
+        ready_fd: inherited.ready_fd,
+        pid_file: options.pid_file.clone(),
+    };
+    let budget = Budget::new(BUDGET_LEN_DEFAULT);
+    let served =
+        exports.into_iter().map(|export| (Arc::clone(&export), Shards::new(export, Arc::clone(&budget))));
+    let clients = Clients::new(options.max_connections, handshakes_max);
+    let server = Arc::new(Server {
+        exports: Exports::new(served.collect(), Arc::clone(&clients)),
+        clients,
+        handshake_timeout: options.handshake_timeout,
+        handshake_budget: Budget::new(negotiate::INPUT_BUDGET_LEN),
+    });
+    control.block_on(serve(server, listeners, announcement, &options))
+}
+
+/// What the tasks of the control runtime share.
+struct Server {
+    exports: Exports,
+    clients: Arc<Clients>,
+    handshake_timeout: Duration,
+    handshake_budget: Arc<Budget>,
+}
+
+async fn serve(
+    server: Arc<Server>,
+    listeners: Vec<Listener>,
+    announcement: ready::Announcement,
+    options: &ServeOptions,
+) -> Result<Outcome, Error> {
+    let system = |error| Error::System("cannot watch for signals", error);
+    // Before the starter is told: it may send one at once.
+    let mut signals = end::Signals::watch().map_err(system)?;
+    let mut accepting = JoinSet::new();
+    for listener in listeners {
+        tracing::info!(%listener, "listening");
+        let accept = accept::prepare(listener, Arc::clone(&server))
+            .map_err(|error| Error::System("cannot watch a listening socket", error))?;
+        accepting.spawn(accept);
+    }
+    let pid_file = announcement.make()?;
+    let reason = end::wait(&mut signals, &server.clients, options.exit_last).await;
+    tracing::info!(%reason, connections = server.clients.sessions(), "ending");
+    ready::tell_stopping();
+    // Closes the listening sockets and removes their files, so that a successor can start.
+    accepting.shutdown().await;
+    server.clients.end_handshakes();
+    let outcome = end::drain(server.exports.shards(), options.drain_timeout, &mut signals).await;
+    drop(pid_file);
+    Ok(outcome)
+}

@@ -1,0 +1,133 @@
+//! Telling the starter that the server listens: pid file, URIs on stdout, `--ready-fd`, sd_notify(3).
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process;
+use std::sync::Arc;
+
+use sd_notify::NotifyState;
+
+use super::Error;
+use crate::export::Export;
+use crate::transport::Listener;
+
+/// What is told, and to whom.
+pub struct Announcement {
+    /// One for each listener and export.
+    pub uris: Vec<String>,
+    /// Whether the URIs go to stdout.
+    pub print: bool,
+    /// A descriptor that gets the URIs and is closed.
+    pub ready_fd: Option<OwnedFd>,
+    /// Where the process id goes.
+    pub pid_file: Option<PathBuf>,
+}
+
+impl Announcement {
+    /// Tells everybody. The pid file comes first, since whoever is told may look for it; it is removed
+    /// when the result is dropped.
+    pub fn make(self) -> Result<Option<PidFile>, Error> {
+        let pid_file = self
+            .pid_file
+            .map(|path| PidFile::write(&path).map_err(|error| Error::PidFile(path, error)))
+            .transpose()?;
+        let text: String = self.uris.iter().flat_map(|uri| [uri.as_str(), "\n"]).collect();
+        if self.print {
+            let mut stdout = io::stdout();
+            log_failure("stdout", stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()));
+        }
+        if let Some(fd) = self.ready_fd {
+            // Without a URI to tell, the line itself is the message.
+            let text = if text.is_empty() { "\n" } else { &text };
+            log_failure("--ready-fd", File::from(fd).write_all(text.as_bytes()));
+        }
+        log_failure("NOTIFY_SOCKET", sd_notify::notify(&[NotifyState::Ready]));
+        Ok(pid_file)
+    }
+}
+
+/// The URIs of all exports at all listeners that have one.
+pub fn uris(listeners: &[Listener], exports: &[Arc<Export>]) -> Vec<String> {
+    listeners
+        .iter()
+        .flat_map(|listener| exports.iter().filter_map(|export| listener.uri(export.name())))
+        .collect()
+}
+
+/// Tells the service manager that the server is on its way out.
+pub fn tell_stopping() {
+    log_failure("NOTIFY_SOCKET", sd_notify::notify(&[NotifyState::Stopping]));
+}
+
+/// The server serves whether or not its starter listens to it.
+fn log_failure(whom: &str, told: io::Result<()>) {
+    if let Err(error) = told {
+        tracing::warn!(%error, "cannot tell {whom}");
+    }
+}
+
+/// The pid file. Dropping it removes the file if it still names this process.
+#[derive(Debug)]
+pub struct PidFile {
+    path: PathBuf,
+}
+
+impl PidFile {
+    /// Puts the process id into `path`, replacing what is there; nobody ever sees a part of it.
+    fn write(path: &Path) -> io::Result<PidFile> {
+        let name = path.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let mut temporary = std::ffi::OsString::from(".");
+        temporary.push(name);
+        temporary.push(format!(".{}", process::id()));
+        let temporary = path.with_file_name(temporary);
+        let written = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(&temporary)
+            .and_then(|mut file| writeln!(file, "{}", process::id()))
+            .and_then(|()| fs::rename(&temporary, path));
+        if let Err(error) = written {
+            // What is left of a failed write must not stay; the error that counts is the first.
+            let _ = fs::remove_file(&temporary);
+            return Err(error);
+        }
+        Ok(PidFile { path: std::path::absolute(path)? })
+    }
+}
+
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        let ours = fs::read_to_string(&self.path).is_ok_and(|text| text.trim() == process::id().to_string());
+        if ours && let Err(error) = fs::remove_file(&self.path) {
+            tracing::warn!(path = ?self.path, %error, "cannot remove the pid file");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pid_file_is_written_whole_and_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pid");
+        fs::write(&path, "old").unwrap();
+        let file = PidFile::write(&path).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), format!("{}\n", process::id()));
+        drop(file);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_pid_file_of_another_process_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pid");
+        let file = PidFile::write(&path).unwrap();
+        fs::write(&path, "1\n").unwrap();
+        drop(file);
+        assert_eq!(fs::read_to_string(&path).unwrap(), "1\n");
+    }
+}

@@ -1,0 +1,314 @@
+//! A session's two buffers: what has come from the socket, and what goes out with the next send.
+//!
+//! Both grow while the session is busy, with leases from the budget for all beyond a small start, and
+//! are given back when it has been idle. Neither is ever zeroed as a whole: the kernel provides the
+//! pages. They parse nothing.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use rustix::buffer::spare_capacity;
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+
+use super::budget::{Budget, FLOOR_LEN, Lease};
+
+/// First size of the receive buffer: holds some 2,000 read requests or a full 32 KiB write with more
+/// behind it. Our choice.
+const IN_LEN_START: usize = 64 << 10;
+
+/// Largest receive buffer (the prototype gained nothing beyond it).
+const IN_LEN_MAX: usize = 4 << 20;
+
+/// First size of the send buffer. Our choice.
+const OUT_LEN_START: usize = 64 << 10;
+
+/// Largest batch that leaves in one send (larger ones gained nothing in the prototype).
+pub const OUT_LEN_MAX: usize = 2 << 20;
+
+/// Bytes from the socket that have not been worked on yet.
+pub struct InBuf {
+    budget: Arc<Budget>,
+    bytes: Vec<u8>,
+    start: usize,
+    lease: Option<Lease>,
+}
+
+impl InBuf {
+    /// A buffer that begins with `leftover`, bytes that were received before.
+    pub fn new(budget: Arc<Budget>, leftover: Vec<u8>) -> Self {
+        InBuf { budget, bytes: leftover, start: 0, lease: None }
+    }
+
+    /// The bytes that wait.
+    pub fn bytes(&self) -> &[u8] {
+        self.bytes.get(self.start..).unwrap_or_default()
+    }
+
+    /// Number of bytes that wait.
+    pub fn len(&self) -> usize {
+        self.bytes.len() - self.start
+    }
+
+    /// Whether nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Drops the first `len` waiting bytes, or all if there are fewer.
+    pub fn consume(&mut self, len: usize) {
+        self.start = self.start.saturating_add(len).min(self.bytes.len());
+        if self.start == self.bytes.len() {
+            self.bytes.clear();
+            self.start = 0;
+        }
+    }
+
+    /// Whether `len` bytes can wait here at once, growing as far as the budget allows.
+    pub fn make_room_for(&mut self, len: usize) -> bool {
+        if self.bytes.capacity() - self.start >= len {
+            return true;
+        }
+        self.move_to_front();
+        if self.bytes.capacity() < len && len <= IN_LEN_MAX {
+            self.grow(len.next_power_of_two().max(IN_LEN_START));
+        }
+        self.bytes.capacity() >= len
+    }
+
+    /// Receives what the socket holds, once. `Ok(0)` is the end of the stream.
+    pub fn receive(&mut self, socket: impl AsFd) -> io::Result<usize> {
+        if self.bytes.capacity() - self.bytes.len() < IN_LEN_START / 4 {
+            self.move_to_front();
+            if self.bytes.capacity() - self.bytes.len() < IN_LEN_START / 4 {
+                self.grow((self.bytes.capacity() * 2).clamp(IN_LEN_START, IN_LEN_MAX));
+            }
+        }
+        let room = self.bytes.capacity() - self.bytes.len();
+        if room == 0 {
+            // A read of no bytes would look like the end of the stream.
+            return Err(io::Error::other("the receive buffer is full of an unfinished request"));
+        }
+        let (got, _) = recv(socket, spare_capacity(&mut self.bytes), RecvFlags::empty())?;
+        if got == room && self.bytes.capacity() < IN_LEN_MAX {
+            // The socket held more than fits: the session is busy enough for a larger buffer.
+            self.grow((self.bytes.capacity() * 4).min(IN_LEN_MAX));
+        }
+        Ok(got)
+    }
+
+    /// Gives the memory back if nothing waits in it.
+    pub fn release(&mut self) {
+        if self.is_empty() {
+            self.bytes = Vec::new();
+            self.start = 0;
+            self.lease = None;
+        }
+    }
+
+    fn move_to_front(&mut self) {
+        if self.start > 0 {
+            self.bytes.copy_within(self.start.., 0);
+            self.bytes.truncate(self.bytes.len() - self.start);
+            self.start = 0;
+        }
+    }
+
+    /// Grows to `len` bytes of room if the budget allows, else to the floor.
+    fn grow(&mut self, len: usize) {
+        let (len, lease) = sized(&self.budget, len, self.bytes.capacity());
+        if len > self.bytes.capacity() {
+            self.bytes.reserve_exact(len - self.bytes.len());
+            if lease.is_some() {
+                self.lease = lease;
+            }
+        }
+    }
+}
+
+/// Replies that wait to be sent.
+pub struct OutBuf {
+    budget: Arc<Budget>,
+    memory: Vec<u8>,
+    used: usize,
+    sent: usize,
+    lease: Option<Lease>,
+}
+
+impl OutBuf {
+    /// An empty buffer without memory.
+    pub fn new(budget: Arc<Budget>) -> Self {
+        OutBuf { budget, memory: Vec::new(), used: 0, sent: 0, lease: None }
+    }
+
+    /// Number of bytes that wait to be sent.
+    pub fn len(&self) -> usize {
+        self.used - self.sent
+    }
+
+    /// Whether nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether `len` more bytes fit into this batch, growing as far as the budget allows.
+    pub fn make_room_for(&mut self, len: usize) -> bool {
+        let Some(wanted) = self.used.checked_add(len) else { return false };
+        if wanted <= self.memory.len() {
+            return true;
+        }
+        if wanted > OUT_LEN_MAX {
+            return false;
+        }
+        let (size, lease) =
+            sized(&self.budget, wanted.next_power_of_two().max(OUT_LEN_START), self.memory.len());
+        if size < wanted {
+            return false;
+        }
+        let mut memory = vec![0; size];
+        memory[..self.used].copy_from_slice(&self.memory[..self.used]);
+        self.memory = memory;
+        if lease.is_some() {
+            self.lease = lease;
+        }
+        true
+    }
+
+    /// The room for `len` bytes behind what is used, which [`push`](Self::push) then makes part of the
+    /// batch. `None` unless `make_room_for` said that it is there.
+    pub fn room(&mut self, len: usize) -> Option<&mut [u8]> {
+        let end = self.used.checked_add(len)?;
+        self.memory.get_mut(self.used..end)
+    }
+
+    /// Adds the first `len` bytes of the room to the batch.
+    pub fn push(&mut self, len: usize) {
+        self.used = self.used.saturating_add(len).min(self.memory.len());
+    }
+
+    /// Adds `bytes`, for which there must be room; returns whether there was.
+    pub fn put(&mut self, bytes: &[u8]) -> bool {
+        match self.room(bytes.len()) {
+            Some(room) => {
+                room.copy_from_slice(bytes);
+                self.push(bytes.len());
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// The end of the batch, for [`cut_back`](Self::cut_back).
+    pub fn mark(&self) -> usize {
+        self.used
+    }
+
+    /// Takes back all that was pushed since `mark`.
+    pub fn cut_back(&mut self, mark: usize) {
+        self.used = self.used.min(mark);
+    }
+
+    /// Sends as much as the socket takes, once; returns whether all of it is gone.
+    pub fn send(&mut self, socket: impl AsFd) -> io::Result<bool> {
+        if let Some(bytes) = self.memory.get(self.sent..self.used)
+            && !bytes.is_empty()
+        {
+            self.sent += send(socket, bytes, SendFlags::NOSIGNAL)?;
+        }
+        if self.sent < self.used {
+            return Ok(false);
+        }
+        self.sent = 0;
+        self.used = 0;
+        Ok(true)
+    }
+
+    /// Gives the memory back if nothing waits in it.
+    pub fn release(&mut self) {
+        if self.is_empty() {
+            self.memory = Vec::new();
+            self.lease = None;
+        }
+    }
+}
+
+/// What a buffer may grow to from `now` bytes when it wants `wanted`, and the lease for it: up to the
+/// floor none is needed.
+fn sized(budget: &Arc<Budget>, wanted: usize, now: usize) -> (usize, Option<Lease>) {
+    if wanted <= FLOOR_LEN {
+        return (wanted, None);
+    }
+    match budget.try_lease(wanted) {
+        Some(lease) => (wanted, Some(lease)),
+        None => (FLOOR_LEN.max(now), None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn received_bytes_come_out_in_order_whatever_the_pieces() {
+        let (mut here, there) = UnixStream::pair().unwrap();
+        there.set_nonblocking(true).unwrap();
+        let mut buf = InBuf::new(Budget::new(64 << 20), b"left".to_vec());
+        let mut expected = b"left".to_vec();
+        let mut got = Vec::new();
+        for round in 0..200usize {
+            let piece: Vec<u8> = (0..round * 97 % 5000).map(|i| (i + round) as u8).collect();
+            here.write_all(&piece).unwrap();
+            expected.extend_from_slice(&piece);
+            while buf.receive(&there).is_ok_and(|n| n > 0) {}
+            let take = buf.len() / 2;
+            got.extend_from_slice(&buf.bytes()[..take]);
+            buf.consume(take);
+        }
+        got.extend_from_slice(buf.bytes());
+        assert_eq!(got, expected);
+    }
+
+    #[test]
+    fn without_budget_buffers_stay_at_their_floor_and_still_work() {
+        let mut input = InBuf::new(Budget::new(0), Vec::new());
+        assert!(input.make_room_for(FLOOR_LEN));
+        assert!(!input.make_room_for(FLOOR_LEN + 1));
+        let mut out = OutBuf::new(Budget::new(0));
+        assert!(out.make_room_for(FLOOR_LEN));
+        assert!(!out.make_room_for(FLOOR_LEN + 1));
+    }
+
+    #[test]
+    fn out_buffer_sends_exactly_what_was_pushed() {
+        let (mut here, there) = UnixStream::pair().unwrap();
+        let mut out = OutBuf::new(Budget::new(64 << 20));
+        assert!(out.make_room_for(10));
+        assert!(out.put(b"abc"));
+        let mark = out.mark();
+        assert!(out.put(b"wrong"));
+        out.cut_back(mark);
+        out.room(3).unwrap().copy_from_slice(b"def");
+        out.push(3);
+        assert!(out.send(&there).unwrap());
+        drop(there);
+        let mut got = String::new();
+        here.read_to_string(&mut got).unwrap();
+        assert_eq!(got, "abcdef");
+        out.release();
+        assert!(out.is_empty());
+    }
+
+    #[test]
+    fn releasing_returns_every_lease() {
+        let budget = Budget::new(64 << 20);
+        let mut input = InBuf::new(Arc::clone(&budget), Vec::new());
+        let mut out = OutBuf::new(Arc::clone(&budget));
+        assert!(input.make_room_for(3 << 20) && out.make_room_for(1 << 20));
+        assert!(budget.left_len() < 64 << 20);
+        input.release();
+        out.release();
+        assert_eq!(budget.left_len(), 64 << 20);
+    }
+}

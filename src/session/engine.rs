@@ -1,0 +1,415 @@
+//! One session: receive what the socket holds, work on every whole request in it, send the replies of
+//! the batch together, park.
+//!
+//! A request is served right here unless it would have to wait; then it becomes pending, and the session
+//! goes on with the next. Only sending, receiving and the streaming of very large requests are awaited.
+
+use std::io;
+use std::rc::Rc;
+use std::time::Duration;
+
+use nbd_img_formats::{Error, ReadPlan, WritePlan};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use super::buffers::{InBuf, OutBuf};
+use super::pending::{PENDING_MAX, Pending, Work};
+use super::registration::watch_stream;
+use super::shard::{SessionCell, Shard};
+use super::shards::Connection;
+use crate::nbd::errno::NbdError;
+use crate::nbd::negotiate::AgreedContext;
+use crate::nbd::reply;
+use crate::nbd::request::{
+    Command, Disposition, Parsed, REQUEST_HEADER_LEN, Reject, Request, SessionRules, check, parse,
+};
+use crate::transport::Stream;
+
+/// Receives in a row before the shard's other sessions get their turn. Our choice: a few batches, so
+/// that a busy connection costs the others little and itself next to nothing.
+const QUANTUM: u32 = 8;
+
+/// Send buffer of a Unix socket: a whole batch goes without waiting (prototype).
+const UNIX_SEND_BUFFER_LEN: usize = 4 << 20;
+
+/// How long a half-received request may stand still before its connection is closed. Our choice: longer
+/// than any retransmission that still succeeds in practice.
+const STALL_TIME: Duration = Duration::from_secs(60);
+
+/// Why a session ended.
+#[derive(Debug)]
+pub enum End {
+    /// The client said so.
+    Disconnect,
+    /// The server is shutting down.
+    Drained,
+    /// The client has gone without a word.
+    Eof,
+    /// The socket failed.
+    Socket(io::Error),
+    /// What the client sent is not a request.
+    BadMagic,
+    /// A refused write whose payload is too long to be read for nothing.
+    Oversize,
+    /// A request was left unfinished for too long.
+    Stalled,
+    /// A read failed after its reply had begun; only closing tells the client.
+    BrokenReply(Error),
+}
+
+/// What a session has to have before it can go on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Needs {
+    /// More bytes from the client.
+    Input,
+    /// The end of a pending request.
+    Answer,
+}
+
+/// The state of one connection's session.
+pub struct Session {
+    pub(super) shard: Rc<Shard>,
+    pub(super) cell: Rc<SessionCell>,
+    pub(super) socket: AsyncFd<Stream>,
+    pub(super) rules: SessionRules,
+    pub(super) contexts: Vec<AgreedContext>,
+    pub(super) input: InBuf,
+    pub(super) out: OutBuf,
+    pub(super) scratch: Vec<u8>,
+    pub(super) read_plan: ReadPlan,
+    pub(super) write_plan: WritePlan,
+    refused: Option<Refused>,
+    ending: Option<End>,
+}
+
+/// A refused request whose payload is being read off.
+struct Refused {
+    request: Request,
+    reject: Reject,
+    left: usize,
+}
+
+impl Session {
+    /// Serves the connection until it ends.
+    pub async fn serve(shard: Rc<Shard>, connection: Connection) {
+        let Connection { stream, agreed, leftover, peer, permit } = connection;
+        if stream.is_unix() {
+            // A smaller buffer only costs speed.
+            let _ = rustix::net::sockopt::set_socket_send_buffer_size(&stream, UNIX_SEND_BUFFER_LEN);
+        }
+        let socket = match watch_stream(stream) {
+            Ok(socket) => socket,
+            Err(error) => {
+                tracing::warn!(%peer, %error, "a connection could not be served");
+                return;
+            }
+        };
+        let cell = shard.add_session();
+        let mut session = Session {
+            input: InBuf::new(std::sync::Arc::clone(&shard.budget), leftover),
+            out: OutBuf::new(std::sync::Arc::clone(&shard.budget)),
+            rules: SessionRules::new(&agreed),
+            contexts: agreed.contexts,
+            scratch: Vec::new(),
+            read_plan: ReadPlan::default(),
+            write_plan: WritePlan::default(),
+            refused: None,
+            ending: None,
+            shard,
+            cell,
+            socket,
+        };
+        let end = session.run().await;
+        session.cell.gone.set(true);
+        session.cell.ready.borrow_mut().clear();
+        log_end(session.shard.export.name(), &peer, &end);
+        drop(session);
+        drop(permit);
+    }
+
+    async fn run(&mut self) -> End {
+        let mut quantum = QUANTUM;
+        loop {
+            match self.turn().await {
+                Ok(Some(needs)) => {
+                    if let Err(end) = self.park(needs).await {
+                        return end;
+                    }
+                }
+                Ok(None) => {}
+                Err(end) => return end,
+            }
+            quantum -= 1;
+            if quantum == 0 {
+                quantum = QUANTUM;
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+
+    /// One round: answers, requests, sending, receiving. Returns what to wait for if nothing came.
+    async fn turn(&mut self) -> Result<Option<Needs>, End> {
+        self.cell.idle.set(false);
+        self.answer_ready().await?;
+        let needs = match self.work().await {
+            Ok(needs) => needs,
+            Err(end) => {
+                // What was answered before the end still reaches the client if it can.
+                self.send_all().await?;
+                return Err(end);
+            }
+        };
+        self.send_all().await?;
+        if !self.cell.ready.borrow().is_empty() {
+            return Ok(None);
+        }
+        if self.shard.is_draining() && self.ending.is_none() && needs == Needs::Input {
+            self.ending = Some(End::Drained);
+        }
+        if self.ending.is_some() {
+            if self.cell.pending.borrow().is_empty() {
+                return Err(self.ending.take().unwrap_or(End::Drained));
+            }
+            return Ok(Some(Needs::Answer));
+        }
+        if needs == Needs::Input && self.receive()? > 0 {
+            return Ok(None);
+        }
+        Ok(Some(needs))
+    }
+
+    /// Works on the requests that are wholly there.
+    async fn work(&mut self) -> Result<Needs, End> {
+        loop {
+            if self.ending.is_some() {
+                return Ok(Needs::Answer);
+            }
+            if !self.read_off_refused().await? {
+                return Ok(Needs::Input);
+            }
+            if self.cell.pending.borrow().len() >= PENDING_MAX {
+                return Ok(Needs::Answer);
+            }
+            let request = match parse(self.input.bytes()) {
+                Parsed::NeedMore => return Ok(Needs::Input),
+                Parsed::BadMagic => return Err(End::BadMagic),
+                Parsed::Request(request) => request,
+            };
+            match check(&request, &self.rules) {
+                Err(reject) => self.refuse(request, reject)?,
+                Ok(()) => {
+                    if !self.start(request).await? {
+                        return Ok(Needs::Input);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Starts a request that was found in order; returns whether it could (a write needs its payload).
+    async fn start(&mut self, request: Request) -> Result<bool, End> {
+        if request.command == Command::Write {
+            return self.start_write(request).await;
+        }
+        self.input.consume(REQUEST_HEADER_LEN);
+        match request.command {
+            Command::Read => self.start_read(request).await?,
+            Command::Disconnect => self.ending = Some(End::Disconnect),
+            Command::Flush => self.start_flush(request),
+            Command::Trim => self.start_trim(request).await?,
+            Command::Cache => self.start_cache(request).await?,
+            Command::WriteZeroes => self.start_write_zeroes(request).await?,
+            Command::BlockStatus => self.start_block_status(request).await?,
+            // `check` has refused unknown commands and `start_write` has the writes.
+            Command::Unknown(_) | Command::Write => {}
+        }
+        Ok(true)
+    }
+
+    fn refuse(&mut self, request: Request, reject: Reject) -> Result<(), End> {
+        let left = match reject.payload {
+            Disposition::Nothing => 0,
+            Disposition::Drain { len } => len as usize,
+            Disposition::HangUp => return Err(End::Oversize),
+        };
+        self.input.consume(REQUEST_HEADER_LEN);
+        self.refused = Some(Refused { request, reject, left });
+        Ok(())
+    }
+
+    /// Throws the payload of a refused request away and then answers it. Returns whether that is done.
+    async fn read_off_refused(&mut self) -> Result<bool, End> {
+        let Some(refused) = &mut self.refused else { return Ok(true) };
+        let len = refused.left.min(self.input.len());
+        self.input.consume(len);
+        refused.left -= len;
+        if refused.left > 0 {
+            return Ok(false);
+        }
+        let (request, reject) = (refused.request, refused.reject);
+        self.refused = None;
+        tracing::debug!(?request, text = reject.text, "request refused");
+        self.reply_failure(&request, reject.errno, reject.text).await?;
+        Ok(true)
+    }
+
+    /// Writes the replies of all requests that have ended.
+    pub(super) async fn answer_ready(&mut self) -> Result<(), End> {
+        loop {
+            let Some(done) = self.cell.ready.borrow_mut().pop_front() else { return Ok(()) };
+            let Pending { request, work, error, lease, .. } = done;
+            match (error, work) {
+                (Some(error), _) => self.reply_error(&request, &error).await?,
+                (None, Work::Read { parts, .. }) => self.reply_parts(&request, &parts).await?,
+                (None, Work::Status { runs }) => {
+                    let runs = std::mem::take(&mut *runs.lock());
+                    self.reply_status(&request, &runs).await?;
+                }
+                (None, Work::Write { .. } | Work::Call) => self.reply_success(&request).await?,
+            }
+            drop(lease);
+        }
+    }
+
+    /// Success without data.
+    pub(super) async fn reply_success(&mut self, request: &Request) -> Result<(), End> {
+        self.scratch.clear();
+        reply::push_success(&mut self.scratch, self.rules.structured, request.cookie);
+        self.put_scratch().await
+    }
+
+    /// A failure that the driver met.
+    pub(super) async fn reply_error(&mut self, request: &Request, error: &Error) -> Result<(), End> {
+        let errno = NbdError::from_os(error.errno(), request.command, request.flags);
+        if errno == NbdError::Eio {
+            tracing::warn!(export = %self.shard.export.name().escape_debug(), ?request, %error, "request failed");
+        } else {
+            tracing::debug!(?request, %error, "request failed");
+        }
+        self.reply_failure(request, errno, &error.to_string()).await
+    }
+
+    async fn reply_failure(&mut self, request: &Request, errno: NbdError, text: &str) -> Result<(), End> {
+        self.scratch.clear();
+        reply::push_failure(&mut self.scratch, self.rules.structured, request.cookie, errno, text);
+        self.put_scratch().await
+    }
+
+    /// Adds what is in `scratch` to the batch.
+    pub(super) async fn put_scratch(&mut self) -> Result<(), End> {
+        let scratch = std::mem::take(&mut self.scratch);
+        let result = self.put_all(&scratch).await;
+        self.scratch = scratch;
+        result
+    }
+
+    /// Adds `bytes` to the batch, sending on the way if they do not fit.
+    pub(super) async fn put_all(&mut self, bytes: &[u8]) -> Result<(), End> {
+        if self.out.make_room_for(bytes.len()) && self.out.put(bytes) {
+            return Ok(());
+        }
+        for piece in bytes.chunks(super::budget::FLOOR_LEN) {
+            if !self.out.make_room_for(piece.len()) {
+                self.send_all().await?;
+            }
+            if !self.out.make_room_for(piece.len()) || !self.out.put(piece) {
+                return Err(End::Socket(io::Error::from(io::ErrorKind::OutOfMemory)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends the batch.
+    pub(super) async fn send_all(&mut self) -> Result<(), End> {
+        while !self.out.is_empty() {
+            let out = &mut self.out;
+            match self.socket.try_io(Interest::WRITABLE, |socket| out.send(socket)) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    drop(self.socket.writable().await.map_err(End::Socket)?);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(End::Socket(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Receives once; 0 means that nothing is there now.
+    pub(super) fn receive(&mut self) -> Result<usize, End> {
+        loop {
+            let input = &mut self.input;
+            match self.socket.try_io(Interest::READABLE, |socket| input.receive(socket)) {
+                Ok(0) => return Err(End::Eof),
+                Ok(got) => return Ok(got),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(0),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(End::Socket(error)),
+            }
+        }
+    }
+
+    /// Receives at least one byte, waiting for it; for requests that are streamed.
+    pub(super) async fn receive_more(&mut self) -> Result<(), End> {
+        while self.receive()? == 0 {
+            match tokio::time::timeout(STALL_TIME, self.socket.readable()).await {
+                Ok(ready) => drop(ready.map_err(End::Socket)?),
+                Err(_) => return Err(End::Stalled),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the end of at least one pending request and answers it.
+    pub(super) async fn wait_for_answer(&mut self) -> Result<(), End> {
+        while self.cell.ready.borrow().is_empty() {
+            self.send_all().await?;
+            self.cell.wake.notified().await;
+        }
+        self.answer_ready().await
+    }
+
+    async fn park(&mut self, needs: Needs) -> Result<(), End> {
+        if !self.input.is_empty() || self.refused.is_some() {
+            return self.park_unfinished(needs).await;
+        }
+        self.shard.want_sweep();
+        tokio::select! {
+            biased;
+            ready = self.socket.readable(), if needs == Needs::Input => drop(ready.map_err(End::Socket)?),
+            () = self.cell.wake.notified() => self.release_if_idle(),
+        }
+        Ok(())
+    }
+
+    /// Parks in the middle of a request: it may not stand still for ever.
+    async fn park_unfinished(&mut self, needs: Needs) -> Result<(), End> {
+        tokio::select! {
+            biased;
+            ready = self.socket.readable(), if needs == Needs::Input => drop(ready.map_err(End::Socket)?),
+            () = self.cell.wake.notified() => {}
+            () = tokio::time::sleep(STALL_TIME), if needs == Needs::Input => return Err(End::Stalled),
+        }
+        Ok(())
+    }
+
+    fn release_if_idle(&mut self) {
+        if self.cell.idle.get() && self.cell.pending.borrow().is_empty() {
+            self.input.release();
+            self.out.release();
+            self.scratch = Vec::new();
+        }
+    }
+}
+
+fn log_end(export: &str, peer: &str, end: &End) {
+    let export = export.escape_debug();
+    match end {
+        End::Disconnect | End::Drained => tracing::info!(%export, %peer, ?end, "connection closed"),
+        End::Eof => tracing::info!(%export, %peer, "connection closed by the client without a disconnect"),
+        End::Socket(error) => tracing::info!(%export, %peer, %error, "connection lost"),
+        End::BadMagic | End::Oversize | End::Stalled | End::BrokenReply(_) => {
+            tracing::warn!(%export, %peer, ?end, "connection closed by the server");
+        }
+    }
+}

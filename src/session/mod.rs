@@ -1,0 +1,29 @@
+//! Sessions: what happens on a connection after negotiation.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | [`shards`] | the threads of an export, and how connections get to them |
+//! | [`shard`] | one thread: its sessions, and the answers on their way to them |
+//! | [`engine`] | one session's life: receive, work, send, park |
+//! | `read`, `write`, `calls` | how each command is served |
+//! | [`pending`] | requests that wait for the disk |
+//! | [`buffers`], [`budget`] | their memory |
+//! | [`watch`] | when buffered writes are handed off |
+//!
+//! The protocol's bytes are made and read in [`crate::nbd`]; where an image's bytes lie is the driver's
+//! business. Nothing here blocks: what would wait is submitted or given to the export's workers.
+
+pub mod budget;
+pub mod buffers;
+mod calls;
+pub mod engine;
+pub mod pending;
+mod read;
+mod registration;
+pub mod shard;
+pub mod shards;
+pub mod watch;
+mod write;
+
+pub use budget::{BUDGET_LEN_DEFAULT, Budget};
+pub use shards::{Connection, Shards};

@@ -1,0 +1,510 @@
+//! READ: from a plan to a reply, in place where nothing waits, else through pending parts.
+
+use std::sync::Arc;
+
+use nbd_img_formats::mover::{short_read, storage_error};
+use nbd_img_formats::plan::{MapMode, ReadPlan};
+use nbd_img_formats::storage::{InPlace, IoBuf, Operation, OperationKind, TryRead};
+use nbd_img_formats::workers::Lane;
+use nbd_img_formats::{BlockDriver, Error, ErrorKind, GuestRange, Place};
+use smallvec::SmallVec;
+
+use super::budget::FLOOR_LEN;
+use super::buffers::OutBuf;
+use super::engine::{End, Session};
+use super::pending::{Part, PartBytes, Pending, Work};
+use crate::nbd::reply::{self, OFFSET_DATA_HEADER_LEN, SIMPLE_HEADER_LEN};
+use crate::nbd::request::{CommandFlags, Request};
+
+/// From this length on a read of raw is worth asking the file system for holes (issue: 64 KiB).
+const SPARSE_LEN_MIN: u64 = 64 << 10;
+
+/// Shorter runs of zeroes are sent as data: a chunk of their own costs more than they do. Our choice.
+const HOLE_LEN_MIN: usize = 4096;
+
+/// Bytes of a streamed read that are fetched and sent at a time: half of a batch.
+const STREAM_SLICE_LEN: usize = 1 << 20;
+
+/// A run of the reply: its length, and whether it is all zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Run {
+    len: usize,
+    zero: bool,
+}
+
+type Runs = SmallVec<[Run; 4]>;
+
+/// How a reply is framed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Framing {
+    /// One header, then all bytes.
+    Simple,
+    /// Chunks of data and holes.
+    Chunks,
+    /// One chunk with all bytes (DF).
+    OneChunk,
+    /// Bytes only: the header has been sent before.
+    Bare,
+}
+
+/// A chunk of a reply: these runs, from this offset in the request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Chunk {
+    first_run: usize,
+    end_run: usize,
+    at: u64,
+    len: usize,
+    hole: bool,
+    last: bool,
+}
+
+/// What came of an attempt to read in place.
+enum Attempt {
+    Done,
+    WouldWait,
+    Failed(Error),
+}
+
+impl Session {
+    pub(super) async fn start_read(&mut self, request: Request) -> Result<(), End> {
+        if request.len == 0 {
+            return self.reply_success(&request).await;
+        }
+        let range = match self.shard.export.range(request.offset, u64::from(request.len)) {
+            Ok(range) => range,
+            Err(error) => return self.reply_error(&request, &error).await,
+        };
+        let framing = self.framing(&request);
+        if let Err(error) = self.plan_read(range, framing) {
+            return self.reply_error(&request, &error).await;
+        }
+        let runs = runs_of(&self.read_plan);
+        let needed = framed_len(&runs, framing);
+        if !self.out.make_room_for(needed) {
+            self.send_all().await?;
+            if !self.out.make_room_for(needed) {
+                self.read_plan.reset();
+                return self.stream_read(request, range, framing).await;
+            }
+        }
+        let mark = self.out.mark();
+        match self.read_in_place(&request, request.offset, framing, true, &runs) {
+            Attempt::Done => {
+                self.read_plan.reset();
+                Ok(())
+            }
+            Attempt::WouldWait => {
+                self.out.cut_back(mark);
+                self.submit_read(request, range, framing).await
+            }
+            Attempt::Failed(error) => {
+                self.out.cut_back(mark);
+                self.read_plan.reset();
+                self.reply_error(&request, &error).await
+            }
+        }
+    }
+
+    fn framing(&self, request: &Request) -> Framing {
+        match (self.rules.structured, request.flags.contains(CommandFlags::DF)) {
+            (false, _) => Framing::Simple,
+            (true, true) => Framing::OneChunk,
+            (true, false) => Framing::Chunks,
+        }
+    }
+
+    /// Plans a range; holes are asked for where that costs no waiting and the reply can show them.
+    fn plan_read(&mut self, range: GuestRange, framing: Framing) -> Result<(), Error> {
+        let export = &self.shard.export;
+        let driver = export.driver();
+        let sparse = framing == Framing::Chunks
+            && range.len() >= SPARSE_LEN_MIN
+            && driver.facts().holes_in_storage
+            && export.in_place().reads != InPlace::Never;
+        let mode = if sparse { MapMode::Holes } else { MapMode::Try };
+        driver.map_read(range, mode, &mut self.read_plan)
+    }
+
+    /// Composes the reply of the plan in the out buffer, for which there is room, unless it would wait.
+    fn read_in_place(
+        &mut self,
+        request: &Request,
+        offset: u64,
+        framing: Framing,
+        last: bool,
+        runs: &[Run],
+    ) -> Attempt {
+        let driver = Arc::clone(self.shard.export.driver());
+        let plan = &self.read_plan;
+        if plan.pieces.iter().any(|piece| matches!(piece.place, Place::Slow(_))) {
+            return Attempt::WouldWait;
+        }
+        if self.shard.export.in_place().reads == InPlace::Never
+            && plan.pieces.iter().any(|piece| matches!(piece.place, Place::Data { .. }))
+        {
+            return Attempt::WouldWait;
+        }
+        let header =
+            |chunk: &Chunk, out: &mut OutBuf| put_header(out, request.cookie, offset, framing, last, chunk);
+        for chunk in chunks(runs, framing) {
+            if !header(&chunk, &mut self.out) {
+                return Attempt::Failed(no_room());
+            }
+            if chunk.hole {
+                continue;
+            }
+            for (index, run) in runs.iter().enumerate().take(chunk.end_run).skip(chunk.first_run) {
+                match fill_run(&driver, plan, index, *run, &mut self.out) {
+                    Attempt::Done => {}
+                    ended @ (Attempt::WouldWait | Attempt::Failed(_)) => return ended,
+                }
+            }
+        }
+        Attempt::Done
+    }
+
+    /// Submits what the plan says; the reply follows when all of it is there.
+    async fn submit_read(
+        &mut self,
+        request: Request,
+        range: GuestRange,
+        framing: Framing,
+    ) -> Result<(), End> {
+        let len = request.len as usize;
+        let Some(lease) = self.admit(len).await? else {
+            self.read_plan.reset();
+            return self.stream_read(request, range, framing).await;
+        };
+        // `admit` may have waited, but the plan's pin has held the clusters where they are.
+        let mut parts: SmallVec<[Part; 1]> = SmallVec::new();
+        for piece in self.read_plan.pieces.iter() {
+            let bytes = match piece.place {
+                Place::Zero { .. } => PartBytes::Zero,
+                Place::Data { .. } | Place::Slow(_) => PartBytes::Awaited,
+            };
+            parts.push(Part { len: usize::try_from(piece.len).unwrap_or(usize::MAX), bytes });
+        }
+        let outstanding = parts.iter().filter(|part| matches!(part.bytes, PartBytes::Awaited)).count();
+        let pin = self.read_plan.pin.take();
+        let work = Work::Read { parts, pin };
+        let slot = self.cell.pending.borrow_mut().insert(Pending {
+            request,
+            work,
+            outstanding,
+            error: None,
+            len,
+            lease: lease.0,
+        });
+        self.submit_parts(slot, range);
+        self.read_plan.reset();
+        Ok(())
+    }
+
+    fn submit_parts(&mut self, slot: usize, range: GuestRange) {
+        let driver = self.shard.export.driver();
+        let mut at = range.offset();
+        let mut operations = Vec::with_capacity(1);
+        for (index, piece) in self.read_plan.pieces.iter().enumerate() {
+            let begin = at;
+            at += piece.len;
+            let len = usize::try_from(piece.len).unwrap_or(usize::MAX);
+            match piece.place {
+                Place::Zero { .. } => {}
+                Place::Data { storage, at } => {
+                    let token = self.shard.token(&self.cell, slot, index);
+                    let buf = IoBuf::zeroed(len);
+                    match driver.storages().get(usize::from(storage.0)) {
+                        Some(storage) => {
+                            operations.push(Operation { kind: OperationKind::Read, at, buf, token });
+                            Arc::clone(storage).submit(&mut operations, &self.shard.queue);
+                        }
+                        None => self.shard.call(Lane::Read, token, buf, move |driver, buf| {
+                            driver.pread(begin, buf).map(|()| len)
+                        }),
+                    }
+                }
+                Place::Slow(_) => {
+                    let token = self.shard.token(&self.cell, slot, index);
+                    let buf = IoBuf::zeroed(len);
+                    self.shard.call(Lane::Read, token, buf, move |driver, buf| {
+                        driver.pread(begin, buf).map(|()| len)
+                    });
+                }
+            }
+        }
+    }
+
+    /// The reply of a pending read whose parts are all there.
+    pub(super) async fn reply_parts(&mut self, request: &Request, parts: &[Part]) -> Result<(), End> {
+        let framing = self.framing(request);
+        let runs: Runs = parts
+            .iter()
+            .map(|part| Run { len: part.len, zero: matches!(part.bytes, PartBytes::Zero) })
+            .collect();
+        for chunk in chunks(&runs, framing) {
+            if !self.out.make_room_for(OFFSET_DATA_HEADER_LEN) {
+                self.send_all().await?;
+                self.out.make_room_for(OFFSET_DATA_HEADER_LEN);
+            }
+            if !put_header(&mut self.out, request.cookie, request.offset, framing, true, &chunk) {
+                return Err(End::BrokenReply(no_room()));
+            }
+            if chunk.hole {
+                continue;
+            }
+            for part in &parts[chunk.first_run..chunk.end_run] {
+                match &part.bytes {
+                    PartBytes::Read(buf) => self.put_all(buf).await?,
+                    PartBytes::Zero | PartBytes::Awaited => self.put_zeroes(part.len).await?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn put_zeroes(&mut self, mut len: usize) -> Result<(), End> {
+        const ZEROES: [u8; 4096] = [0; 4096];
+        while len > 0 {
+            let piece = len.min(ZEROES.len());
+            self.put_all(&ZEROES[..piece]).await?;
+            len -= piece;
+        }
+        Ok(())
+    }
+
+    /// A read that does not fit into memory at once: slice by slice, in order, while the connection's
+    /// other requests wait.
+    async fn stream_read(
+        &mut self,
+        request: Request,
+        range: GuestRange,
+        framing: Framing,
+    ) -> Result<(), End> {
+        let framing = self.begin_stream(&request, framing).await?;
+        let mut rest = range;
+        while !rest.is_empty() {
+            let (slice, lease) = self.slice_of(rest);
+            rest = rest.skip(slice.len());
+            let offset = request.offset + (slice.offset() - range.offset());
+            let outcome = self.stream_slice(&request, slice, offset, framing, rest.is_empty()).await?;
+            drop(lease);
+            if let Err(error) = outcome {
+                return self.fail_stream(&request, framing, error).await;
+            }
+            self.send_all().await?;
+        }
+        Ok(())
+    }
+
+    /// Sends the one header of a reply that has only one; the slices are bare then.
+    async fn begin_stream(&mut self, request: &Request, framing: Framing) -> Result<Framing, End> {
+        match framing {
+            Framing::Chunks => return Ok(framing),
+            Framing::Simple => self.put_all(&reply::simple_header(None, request.cookie)).await?,
+            Framing::OneChunk => {
+                let header = reply::offset_data_header(
+                    request.cookie,
+                    request.offset,
+                    request.len,
+                    reply::Place::Last,
+                );
+                self.put_all(&header).await?;
+            }
+            Framing::Bare => {}
+        }
+        Ok(Framing::Bare)
+    }
+
+    /// The next slice, as long as the budget allows.
+    fn slice_of(&self, rest: GuestRange) -> (GuestRange, Option<super::budget::Lease>) {
+        let lease = self.shard.budget.try_lease(STREAM_SLICE_LEN);
+        // Half of the floor, so that chunk headers fit beside the data.
+        let len = if lease.is_some() { STREAM_SLICE_LEN } else { FLOOR_LEN / 2 };
+        (rest.prefix(len as u64), lease)
+    }
+
+    /// Puts one slice into the batch. The inner result is the disk's, the outer the connection's.
+    async fn stream_slice(
+        &mut self,
+        request: &Request,
+        slice: GuestRange,
+        offset: u64,
+        framing: Framing,
+        last: bool,
+    ) -> Result<Result<(), Error>, End> {
+        if let Err(error) = self.plan_read(slice, framing) {
+            return Ok(Err(error));
+        }
+        let runs = runs_of(&self.read_plan);
+        let needed = framed_len(&runs, framing);
+        let mark = self.out.mark();
+        if self.out.make_room_for(needed) {
+            match self.read_in_place(request, offset, framing, last, &runs) {
+                Attempt::Done => {
+                    self.read_plan.reset();
+                    return Ok(Ok(()));
+                }
+                Attempt::WouldWait => self.out.cut_back(mark),
+                Attempt::Failed(error) => {
+                    self.out.cut_back(mark);
+                    self.read_plan.reset();
+                    return Ok(Err(error));
+                }
+            }
+        }
+        self.read_plan.reset();
+        let len = usize::try_from(slice.len()).unwrap_or(usize::MAX);
+        let at = slice.offset();
+        let (buf, result) = self
+            .call_and_wait(Lane::Read, IoBuf::zeroed(len), move |driver, buf| {
+                driver.pread(at, buf).map(|()| buf.len())
+            })
+            .await;
+        if let Err(error) = result {
+            return Ok(Err(error));
+        }
+        let run = [Run { len, zero: false }];
+        for chunk in chunks(&run, framing) {
+            if !self.out.make_room_for(OFFSET_DATA_HEADER_LEN) {
+                self.send_all().await?;
+                self.out.make_room_for(OFFSET_DATA_HEADER_LEN);
+            }
+            if !put_header(&mut self.out, request.cookie, offset, framing, last, &chunk) {
+                return Err(End::BrokenReply(no_room()));
+            }
+        }
+        self.put_all(&buf).await?;
+        Ok(Ok(()))
+    }
+
+    /// A streamed read failed: chunks can say so, a reply with one header cannot.
+    async fn fail_stream(&mut self, request: &Request, framing: Framing, error: Error) -> Result<(), End> {
+        match framing {
+            Framing::Chunks => self.reply_error(request, &error).await,
+            Framing::Simple | Framing::OneChunk | Framing::Bare => Err(End::BrokenReply(error)),
+        }
+    }
+}
+
+/// Reads or zeroes one run into the room of the out buffer.
+fn fill_run(
+    driver: &Arc<dyn BlockDriver>,
+    plan: &ReadPlan,
+    index: usize,
+    run: Run,
+    out: &mut OutBuf,
+) -> Attempt {
+    let Some(room) = out.room(run.len) else { return Attempt::Failed(no_room()) };
+    match plan.pieces.get(index).map(|piece| piece.place) {
+        Some(Place::Data { storage, at }) => {
+            let Some(storage) = driver.storages().get(usize::from(storage.0)) else {
+                return Attempt::WouldWait;
+            };
+            match storage.try_pread(room, at) {
+                Ok(TryRead::Done(got)) if got == run.len => {}
+                Ok(TryRead::Done(got)) => return Attempt::Failed(short_read(storage, at, got)),
+                Ok(TryRead::WouldWait(_)) => return Attempt::WouldWait,
+                Err(error) => return Attempt::Failed(storage_error(storage, "cannot read", at, error)),
+            }
+        }
+        Some(Place::Zero { .. }) => room.fill(0),
+        Some(Place::Slow(_)) | None => return Attempt::WouldWait,
+    }
+    out.push(run.len);
+    Attempt::Done
+}
+
+fn runs_of(plan: &ReadPlan) -> Runs {
+    plan.pieces
+        .iter()
+        .map(|piece| Run {
+            len: usize::try_from(piece.len).unwrap_or(usize::MAX),
+            zero: matches!(piece.place, Place::Zero { .. }),
+        })
+        .collect()
+}
+
+/// Room that the framed runs take at most.
+fn framed_len(runs: &[Run], framing: Framing) -> usize {
+    let headers = match framing {
+        Framing::Simple => SIMPLE_HEADER_LEN,
+        Framing::OneChunk => OFFSET_DATA_HEADER_LEN,
+        Framing::Chunks => chunks(runs, framing).count() * reply::OFFSET_HOLE_LEN.max(OFFSET_DATA_HEADER_LEN),
+        Framing::Bare => 0,
+    };
+    let bytes: usize =
+        chunks(runs, framing).filter(|chunk| !chunk.hole).fold(0, |sum, chunk| sum.saturating_add(chunk.len));
+    bytes.saturating_add(headers)
+}
+
+/// Groups runs into the chunks of a reply. Everything but `Chunks` is one chunk.
+fn chunks(runs: &[Run], framing: Framing) -> impl Iterator<Item = Chunk> + '_ {
+    let is_hole = move |run: &Run| framing == Framing::Chunks && run.zero && run.len >= HOLE_LEN_MIN;
+    let mut next = 0;
+    let mut at = 0u64;
+    std::iter::from_fn(move || {
+        let first = runs.get(next)?;
+        let hole = is_hole(first);
+        let behind = runs.get(next + 1..).unwrap_or_default();
+        let more = if hole { 0 } else { behind.iter().take_while(|run| !is_hole(run)).count() };
+        let end_run = next + 1 + more;
+        let len = runs.get(next..end_run).unwrap_or_default().iter().map(|run| run.len).sum();
+        let chunk = Chunk { first_run: next, end_run, at, len, hole, last: end_run == runs.len() };
+        next = end_run;
+        at += len as u64;
+        Some(chunk)
+    })
+}
+
+/// Puts what stands before a chunk's bytes (for a hole: all of it); returns whether there was room.
+/// `offset` is the client's offset of the first run; `last` whether these runs end the reply.
+fn put_header(
+    out: &mut OutBuf,
+    cookie: u64,
+    offset: u64,
+    framing: Framing,
+    last: bool,
+    chunk: &Chunk,
+) -> bool {
+    let place = if last && chunk.last { reply::Place::Last } else { reply::Place::More };
+    let len = u32::try_from(chunk.len).unwrap_or(u32::MAX);
+    match framing {
+        Framing::Bare => true,
+        Framing::Simple => out.put(&reply::simple_header(None, cookie)),
+        Framing::OneChunk | Framing::Chunks if chunk.hole => {
+            out.put(&reply::offset_hole(cookie, offset + chunk.at, len, place))
+        }
+        Framing::OneChunk | Framing::Chunks => {
+            out.put(&reply::offset_data_header(cookie, offset + chunk.at, len, place))
+        }
+    }
+}
+
+/// A defect of the session, not of the image: room was promised and is not there.
+fn no_room() -> Error {
+    Error::new(ErrorKind::Io, "the reply did not fit into its buffer; this is a defect of the server")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(len: usize, zero: bool) -> Run {
+        Run { len, zero }
+    }
+
+    #[test]
+    fn chunks_cover_the_runs_and_only_the_last_is_last() {
+        let runs = [run(512, false), run(512, true), run(8192, true), run(4096, false), run(100, false)];
+        let got: Vec<Chunk> = chunks(&runs, Framing::Chunks).collect();
+        assert_eq!(
+            got.iter().map(|c| (c.at, c.len, c.hole, c.last)).collect::<Vec<_>>(),
+            [(0, 1024, false, false), (1024, 8192, true, false), (9216, 4196, false, true),]
+        );
+        for framing in [Framing::Simple, Framing::OneChunk, Framing::Bare] {
+            let got: Vec<Chunk> = chunks(&runs, framing).collect();
+            assert_eq!(got.len(), 1);
+            assert_eq!((got[0].len, got[0].hole, got[0].last), (13412, false, true));
+        }
+    }
+}

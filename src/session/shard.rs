@@ -1,0 +1,226 @@
+//! One thread of an export: its sessions, its queue of answers, and the way from one to the other.
+//!
+//! Everything here runs on the shard's own thread (`Rc`, `RefCell`); the queue is the only door for
+//! other threads. No borrow is held across an await.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nbd_img_formats::storage::{Completed, IoBuf, Queue};
+use nbd_img_formats::workers::Lane;
+use nbd_img_formats::{BlockDriver, Error, ErrorKind, Result};
+use tokio::sync::Notify;
+
+use super::budget::Budget;
+use super::pending::{Pending, PendingSlots};
+use super::registration::watch_queue;
+use super::watch::WriteWatch;
+use crate::export::Export;
+
+/// How often idle sessions are asked to give their buffers back. Our choice.
+const SWEEP_TIME: Duration = Duration::from_millis(500);
+
+/// What the sessions of one thread share.
+pub struct Shard {
+    /// What they serve.
+    pub export: Arc<Export>,
+    /// The memory of all sessions of the server.
+    pub budget: Arc<Budget>,
+    /// Where submitted operations are answered.
+    pub queue: Arc<Queue>,
+    /// When writes are handed off; shared by all shards of the export.
+    pub watch: Arc<WriteWatch>,
+    routes: RefCell<HashMap<u64, Route>>,
+    next_token: Cell<u64>,
+    cells: RefCell<Vec<Weak<SessionCell>>>,
+    draining: Cell<bool>,
+    sweep_wanted: Notify,
+    sweep_pending: Cell<bool>,
+}
+
+struct Route {
+    cell: Rc<SessionCell>,
+    slot: usize,
+    part: usize,
+}
+
+/// The part of a session that answers find, and that outlives its task.
+#[derive(Default)]
+pub struct SessionCell {
+    /// Wakes the session: something is ready, or it is to drain or to give buffers back.
+    pub wake: Notify,
+    /// What waits.
+    pub pending: RefCell<PendingSlots>,
+    /// What has ended and wants its reply.
+    pub ready: RefCell<VecDeque<Pending>>,
+    /// The session's task has ended: nobody wants replies any more.
+    pub gone: Cell<bool>,
+    /// Set by the sweep, cleared by the session whenever it works.
+    pub idle: Cell<bool>,
+}
+
+impl Shard {
+    /// A shard whose operations fall back on the export's workers.
+    pub fn new(export: Arc<Export>, budget: Arc<Budget>, watch: Arc<WriteWatch>) -> io::Result<Rc<Self>> {
+        let queue = Arc::new(Queue::new(Arc::clone(export.workers()))?);
+        Ok(Rc::new(Shard {
+            export,
+            budget,
+            queue,
+            watch,
+            routes: RefCell::default(),
+            next_token: Cell::new(0),
+            cells: RefCell::default(),
+            draining: Cell::new(false),
+            sweep_wanted: Notify::new(),
+            sweep_pending: Cell::new(false),
+        }))
+    }
+
+    /// A cell for a new session.
+    pub fn add_session(&self) -> Rc<SessionCell> {
+        let cell = Rc::new(SessionCell::default());
+        let mut cells = self.cells.borrow_mut();
+        cells.retain(|cell| cell.strong_count() > 0);
+        cells.push(Rc::downgrade(&cell));
+        cell
+    }
+
+    /// Whether sessions are to end when they have answered what they received.
+    pub fn is_draining(&self) -> bool {
+        self.draining.get()
+    }
+
+    /// Tells all sessions to end so.
+    pub fn drain(&self) {
+        self.draining.set(true);
+        self.for_each_cell(|cell| cell.wake.notify_one());
+    }
+
+    /// A token whose answer goes to part `part` of what waits in `slot` of `cell`.
+    pub fn token(&self, cell: &Rc<SessionCell>, slot: usize, part: usize) -> u64 {
+        let token = self.next_token.get();
+        self.next_token.set(token.wrapping_add(1));
+        self.routes.borrow_mut().insert(token, Route { cell: Rc::clone(cell), slot, part });
+        token
+    }
+
+    /// Calls the driver on a worker; its answer comes to the queue under `token`, whatever happens.
+    pub fn call<F>(&self, lane: Lane, token: u64, buf: IoBuf, work: F)
+    where
+        F: FnOnce(&Arc<dyn BlockDriver>, &mut IoBuf) -> Result<usize> + Send + 'static,
+    {
+        let answer = Answer { queue: Arc::clone(&self.queue), token, buf: Some(buf), result: None };
+        let driver = Arc::clone(self.export.driver());
+        let job = Box::new(move || {
+            let mut answer = answer;
+            if let Some(mut buf) = answer.buf.take() {
+                let result = work(&driver, &mut buf);
+                answer.buf = Some(buf);
+                answer.result = Some(result);
+            }
+        });
+        // A job that cannot be run is dropped, and its answer says so.
+        drop(self.export.workers().spawn(lane, job));
+    }
+
+    /// Asks that idle sessions be looked for.
+    pub fn want_sweep(&self) {
+        if !self.sweep_pending.replace(true) {
+            self.sweep_wanted.notify_one();
+        }
+    }
+
+    /// Brings answers from the queue to their sessions, for ever.
+    pub async fn reap(self: Rc<Self>) -> io::Result<()> {
+        let fd = watch_queue(&self.queue)?;
+        let mut completed = Vec::new();
+        loop {
+            fd.readable().await?.clear_ready();
+            self.queue.drain(&mut completed);
+            for answer in completed.drain(..) {
+                self.route(answer);
+            }
+        }
+    }
+
+    /// Tells sessions that did nothing for a while to give their buffers back, for ever. Sleeps while
+    /// no session has any.
+    pub async fn sweep(self: Rc<Self>) {
+        loop {
+            self.sweep_wanted.notified().await;
+            self.for_each_cell(|cell| cell.idle.set(true));
+            tokio::time::sleep(SWEEP_TIME).await;
+            self.sweep_pending.set(false);
+            let mut busy = false;
+            self.for_each_cell(|cell| {
+                if cell.idle.get() {
+                    cell.wake.notify_one();
+                } else {
+                    busy = true;
+                }
+            });
+            if busy {
+                self.want_sweep();
+            }
+        }
+    }
+
+    fn route(&self, answer: Completed) {
+        let Some(route) = self.routes.borrow_mut().remove(&answer.token) else {
+            tracing::error!(
+                token = answer.token,
+                "an answer without a request; this is a defect of the server"
+            );
+            return;
+        };
+        let cell = route.cell;
+        let done = {
+            let mut pending = cell.pending.borrow_mut();
+            let ended = pending
+                .get_mut(route.slot)
+                .is_some_and(|request| request.complete(route.part, answer, self.export.driver()));
+            if ended { pending.remove(route.slot) } else { None }
+        };
+        if let Some(done) = done
+            && !cell.gone.get()
+        {
+            cell.ready.borrow_mut().push_back(done);
+            cell.wake.notify_one();
+        }
+    }
+
+    fn for_each_cell(&self, mut act: impl FnMut(&SessionCell)) {
+        for cell in self.cells.borrow().iter().filter_map(Weak::upgrade) {
+            act(&cell);
+        }
+    }
+}
+
+/// Answers exactly once, also when the job panics or never runs.
+struct Answer {
+    queue: Arc<Queue>,
+    token: u64,
+    buf: Option<IoBuf>,
+    result: Option<Result<usize>>,
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        let result = self.result.take().unwrap_or_else(|| {
+            Err(Error::new(
+                ErrorKind::Io,
+                "the request could not be carried out: no thread, or a defect of the server",
+            ))
+        });
+        self.queue.complete(Completed {
+            token: self.token,
+            buf: self.buf.take().unwrap_or_default(),
+            result,
+        });
+    }
+}

@@ -1,0 +1,202 @@
+//! The threads of one export, and how connections get to them.
+//!
+//! A shard is one thread with a current-thread runtime. Shards start on demand, up to the number of
+//! cores, and connections are dealt to them in turn; a stalled export stalls nobody but itself.
+
+use std::io;
+use std::sync::Arc;
+use std::thread;
+
+use nbd_img_formats::Result;
+use nbd_img_formats::workers::Lane;
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::budget::Budget;
+use super::engine::Session;
+use super::shard::Shard;
+use super::watch::WriteWatch;
+use crate::export::Export;
+use crate::nbd::negotiate::Agreed;
+use crate::transport::Stream;
+
+/// A negotiated connection on its way to the shard that will serve it.
+pub struct Connection {
+    /// The socket, non-blocking.
+    pub stream: Stream,
+    /// What was negotiated.
+    pub agreed: Agreed,
+    /// Bytes that came behind the negotiation's last option.
+    pub leftover: Vec<u8>,
+    /// Who it is, for the log.
+    pub peer: String,
+    /// Dropped when the session has ended: frees its slot.
+    pub permit: Box<dyn Send>,
+}
+
+/// The threads that serve one export. May be used from any thread.
+pub struct Shards {
+    export: Arc<Export>,
+    budget: Arc<Budget>,
+    watch: Arc<WriteWatch>,
+    threads: Mutex<Threads>,
+    threads_max: usize,
+    /// Number of sessions that have not ended.
+    active: Arc<watch::Sender<usize>>,
+}
+
+#[derive(Default)]
+struct Threads {
+    senders: Vec<mpsc::UnboundedSender<Message>>,
+    next: usize,
+    draining: bool,
+}
+
+enum Message {
+    Serve(Box<Connection>, Active),
+    Drain,
+}
+
+/// Counts a session for as long as it lives.
+struct Active(Arc<watch::Sender<usize>>);
+
+impl Active {
+    fn new(count: &Arc<watch::Sender<usize>>) -> Self {
+        count.send_modify(|count| *count += 1);
+        Active(Arc::clone(count))
+    }
+}
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count = count.saturating_sub(1));
+    }
+}
+
+impl Shards {
+    /// No threads yet; sessions take their memory from `budget`.
+    pub fn new(export: Arc<Export>, budget: Arc<Budget>) -> Arc<Self> {
+        Arc::new(Shards {
+            export,
+            budget,
+            watch: Arc::default(),
+            threads: Mutex::default(),
+            threads_max: thread::available_parallelism().map_or(1, usize::from),
+            active: Arc::new(watch::Sender::new(0)),
+        })
+    }
+
+    /// What is served.
+    pub fn export(&self) -> &Arc<Export> {
+        &self.export
+    }
+
+    /// Number of sessions that have not ended.
+    pub fn active_count(&self) -> usize {
+        *self.active.borrow()
+    }
+
+    /// Gives a connection to a shard. Fails, and closes the connection, when no thread can be had or the
+    /// export is draining.
+    pub fn hand_over(&self, connection: Connection) -> io::Result<()> {
+        let mut threads = self.threads.lock();
+        if threads.draining {
+            return Err(io::Error::other("the export is shutting down"));
+        }
+        let turn = threads.next % self.threads_max;
+        threads.next = threads.next.wrapping_add(1);
+        if turn >= threads.senders.len() {
+            match self.start_thread(threads.senders.len()) {
+                Ok(sender) => threads.senders.push(sender),
+                Err(error) if threads.senders.is_empty() => return Err(error),
+                Err(error) => {
+                    tracing::warn!(%error, "no further thread for the export; its connections share those it has");
+                }
+            }
+        }
+        let turn = turn % threads.senders.len();
+        let message = Message::Serve(Box::new(connection), Active::new(&self.active));
+        match threads.senders.get(turn).map(|sender| sender.send(message)) {
+            Some(Ok(())) => Ok(()),
+            Some(Err(_)) | None => Err(io::Error::other("the export's thread has ended")),
+        }
+    }
+
+    /// From now on no connection is taken; sessions answer what they have received, then end.
+    pub fn drain(&self) {
+        let mut threads = self.threads.lock();
+        threads.draining = true;
+        for sender in &threads.senders {
+            // A thread that has ended has no sessions.
+            let _ = sender.send(Message::Drain);
+        }
+    }
+
+    /// Returns when no session is left.
+    pub async fn wait_idle(&self) {
+        let mut active = self.active.subscribe();
+        // The sender lives as long as `self`: this cannot fail.
+        let _ = active.wait_for(|count| *count == 0).await;
+    }
+
+    /// Flushes and closes the image on a worker, and returns what came of it. If the caller gives up
+    /// waiting, the worker goes on.
+    pub async fn close(&self) -> Result<()> {
+        let (answer, answered) = oneshot::channel();
+        let driver = Arc::clone(self.export.driver());
+        let job = Box::new(move || {
+            // Nobody waits any more if this fails.
+            let _ = answer.send(driver.close());
+        });
+        match self.export.workers().spawn(Lane::Write, job) {
+            Ok(()) => {}
+            Err(job) => job(),
+        }
+        answered.await.unwrap_or_else(|_| {
+            Err(nbd_img_formats::Error::new(nbd_img_formats::ErrorKind::Io, "closing the image did not end"))
+        })
+    }
+
+    fn start_thread(&self, index: usize) -> io::Result<mpsc::UnboundedSender<Message>> {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let (export, budget, watch) =
+            (Arc::clone(&self.export), Arc::clone(&self.budget), Arc::clone(&self.watch));
+        let name = format!("s{index}-{}", export.name()).chars().take(15).filter(|c| *c != '\0').collect();
+        thread::Builder::new().name(name).spawn(move || {
+            if let Err(error) = run_shard(export, budget, watch, receiver) {
+                tracing::error!(%error, "a thread of an export ended; its connections are closed");
+            }
+        })?;
+        Ok(sender)
+    }
+}
+
+fn run_shard(
+    export: Arc<Export>,
+    budget: Arc<Budget>,
+    watch: Arc<WriteWatch>,
+    mut receiver: mpsc::UnboundedReceiver<Message>,
+) -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
+    let local = tokio::task::LocalSet::new();
+    local.block_on(&runtime, async move {
+        let shard = Shard::new(export, budget, watch)?;
+        let reaper = tokio::task::spawn_local(std::rc::Rc::clone(&shard).reap());
+        let sweeper = tokio::task::spawn_local(std::rc::Rc::clone(&shard).sweep());
+        while let Some(message) = receiver.recv().await {
+            match message {
+                Message::Serve(connection, active) => {
+                    let shard = std::rc::Rc::clone(&shard);
+                    tokio::task::spawn_local(async move {
+                        Session::serve(shard, *connection).await;
+                        drop(active);
+                    });
+                }
+                Message::Drain => shard.drain(),
+            }
+        }
+        sweeper.abort();
+        reaper.abort();
+        Ok(())
+    })
+}

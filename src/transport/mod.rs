@@ -1,0 +1,26 @@
+//! Sockets: where the server listens, and the byte streams that clients open.
+//!
+//! Nothing in here knows NBD beyond the form of its URIs, and nothing in here waits: streams and
+//! listeners are non-blocking, and whoever uses them brings the event loop.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | [`address`] | `--listen ADDRESS`, parsed and resolved |
+//! | [`listener`] | a listening socket |
+//! | [`registration`] | both under tokio's event loop |
+//! | [`stream`] | one client's connection |
+//! | [`unix`] | Unix sockets as files: stale ones, live ones, removal |
+//! | [`activation`] | sockets that the starter has opened for us |
+//! | [`uri`] | what a client is told to connect to |
+
+pub mod activation;
+pub mod address;
+pub mod listener;
+pub mod registration;
+pub mod stream;
+pub mod unix;
+pub mod uri;
+
+pub use address::Address;
+pub use listener::Listener;
+pub use stream::Stream;

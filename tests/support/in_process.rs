@@ -1,0 +1,221 @@
+//! A server inside the test's own process: shards over any storage, without the program around them. For what cannot
+//! be brought about from outside: storages that wait or fail when they are told to, and a budget that can be looked at.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use nbd_img::export::{Export, ExportSpec};
+use nbd_img::nbd::export_info::{ExportDirectory, ExportInfo, ExportSummary, Refusal};
+use nbd_img::nbd::negotiate::{Agreed, Negotiation, NegotiationConfig, Next};
+use nbd_img::session::{Budget, Connection, Shards};
+use nbd_img::transport::Stream;
+use nbd_img_formats::raw::{RawDriver, RawOptions};
+use nbd_img_formats::storage::{
+    Completed, InPlace, MemoryStorage, Operation, OperationKind, Queue, Run, StorageFacts, TryRead,
+};
+use nbd_img_formats::workers::Lane;
+use nbd_img_formats::{Durability, Error, Format, HostOffset, HostRange, Provision, Storage};
+
+/// Memory that behaves like a disk: nothing is there at once, and it fails where it is told to.
+pub struct Disk {
+    inner: Arc<MemoryStorage>,
+    facts: StorageFacts,
+    /// Reads that reach to or beyond this offset fail with EIO.
+    pub fails_from: AtomicU64,
+    /// How long a read at offset 0 takes, in milliseconds.
+    pub first_read_ms: AtomicU64,
+}
+
+impl Disk {
+    pub fn new(content: &[u8]) -> Arc<Self> {
+        let inner = MemoryStorage::copy_of(content).unwrap();
+        let facts = StorageFacts { reads: InPlace::Never, writes: InPlace::Never, ..inner.facts().clone() };
+        Arc::new(Disk {
+            inner,
+            facts,
+            fails_from: AtomicU64::new(u64::MAX),
+            first_read_ms: AtomicU64::new(0),
+        })
+    }
+}
+
+impl Storage for Disk {
+    fn facts(&self) -> &StorageFacts {
+        &self.facts
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+
+    fn allocated_len(&self) -> io::Result<u64> {
+        self.inner.allocated_len()
+    }
+
+    fn pread(&self, buf: &mut [u8], at: HostOffset) -> io::Result<usize> {
+        if at.0 == 0 {
+            std::thread::sleep(Duration::from_millis(self.first_read_ms.load(Ordering::Relaxed)));
+        }
+        if at.0 + buf.len() as u64 > self.fails_from.load(Ordering::Relaxed) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        self.inner.pread(buf, at)
+    }
+
+    fn try_pread(&self, _buf: &mut [u8], _at: HostOffset) -> io::Result<TryRead> {
+        Ok(TryRead::WouldWait(0))
+    }
+
+    fn pwrite(&self, buf: &[u8], at: HostOffset, durability: Durability) -> io::Result<()> {
+        self.inner.pwrite(buf, at, durability)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.inner.sync()
+    }
+
+    fn zero(&self, range: HostRange, provision: Provision, fast: bool) -> io::Result<()> {
+        self.inner.zero(range, provision, fast)
+    }
+
+    fn discard(&self, range: HostRange) -> io::Result<()> {
+        self.inner.discard(range)
+    }
+
+    fn is_failed(&self) -> bool {
+        self.inner.is_failed()
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.inner.set_len(len)
+    }
+
+    fn run_at(&self, at: HostOffset) -> io::Result<Run> {
+        self.inner.run_at(at)
+    }
+
+    fn prefetch(&self, range: HostRange) -> io::Result<()> {
+        self.inner.prefetch(range)
+    }
+
+    fn submit(self: Arc<Self>, operations: &mut Vec<Operation>, queue: &Arc<Queue>) {
+        for operation in operations.drain(..) {
+            let (disk, queue) = (Arc::clone(&self), Arc::clone(queue));
+            let workers = Arc::clone(queue.workers());
+            let lane = if operation.kind == OperationKind::Read { Lane::Read } else { Lane::Write };
+            let job = Box::new(move || {
+                let Operation { kind, at, mut buf, token } = operation;
+                let result = match kind {
+                    OperationKind::Read => disk.pread(&mut buf, at),
+                    OperationKind::Write(durability) => disk.pwrite(&buf, at, durability).map(|()| buf.len()),
+                    OperationKind::Sync => disk.sync().map(|()| 0),
+                };
+                let result = result.map_err(|e| Error::io("the test's disk", e));
+                queue.complete(Completed { token, buf, result });
+            });
+            assert!(workers.spawn(lane, job).is_ok());
+        }
+    }
+
+    fn close(&self) -> io::Result<()> {
+        self.inner.close()
+    }
+}
+
+/// Every connection to `socket` is served from one export.
+pub struct InProcess {
+    pub shards: Arc<Shards>,
+    pub budget: Arc<Budget>,
+    pub budget_len: usize,
+    pub socket: PathBuf,
+    _folder: tempfile::TempDir,
+}
+
+struct One(Arc<Export>);
+
+impl ExportDirectory for One {
+    fn list(&self) -> Vec<ExportSummary> {
+        Vec::new()
+    }
+
+    fn find(&self, _name: &str) -> Result<ExportInfo, Refusal> {
+        Ok(self.0.info())
+    }
+}
+
+impl InProcess {
+    pub fn serve(storage: Arc<dyn Storage>, budget_len: usize) -> Self {
+        let options =
+            RawOptions { exact_size: false, discard: true, format: Format::Raw, refuse_magic: None };
+        let driver = RawDriver::open(storage, options).unwrap();
+        let export = Export::of_driver(&ExportSpec::default(), driver).unwrap();
+        let budget = Budget::new(budget_len);
+        let shards = Shards::new(Arc::clone(&export), Arc::clone(&budget));
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("s");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let dealer = Arc::downgrade(&shards);
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let Some((agreed, leftover)) = negotiate(&mut stream, &One(Arc::clone(&export))) else {
+                    continue;
+                };
+                stream.set_nonblocking(true).unwrap();
+                let Some(shards) = dealer.upgrade() else { return };
+                let stream = Stream::Unix(stream);
+                let connection =
+                    Connection { stream, agreed, leftover, peer: "test".to_owned(), permit: Box::new(()) };
+                // A draining server closes it.
+                let _ = shards.hand_over(connection);
+            }
+        });
+        InProcess { shards, budget, budget_len, socket, _folder: folder }
+    }
+
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Waits until no session is left and all memory has come back.
+    pub fn assert_clean(&self) {
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        while self.shards.active_count() > 0 || self.budget.left_len() != self.budget_len {
+            assert!(
+                std::time::Instant::now() < deadline,
+                "{} sessions and {} leased bytes are left over",
+                self.shards.active_count(),
+                self.budget_len - self.budget.left_len()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+fn negotiate(stream: &mut (impl Read + Write), exports: &One) -> Option<(Agreed, Vec<u8>)> {
+    let mut negotiation = Negotiation::new(NegotiationConfig::default());
+    let (mut input, mut out) = (Vec::new(), Vec::new());
+    negotiation.greeting(&mut out);
+    loop {
+        let step = negotiation.step(&input, exports, &mut out);
+        input.drain(..step.consumed);
+        stream.write_all(&out).ok()?;
+        out.clear();
+        match step.next {
+            Next::Transmission(agreed) => return Some((agreed.into(), input)),
+            Next::NeedMore => {
+                let mut more = [0; 4096];
+                match stream.read(&mut more).ok()? {
+                    0 => return None,
+                    got => input.extend_from_slice(&more[..got]),
+                }
+            }
+            Next::Flush => {}
+            Next::Close { .. } | Next::StartTls => return None,
+        }
+    }
+}
