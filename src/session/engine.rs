@@ -14,7 +14,6 @@ use tokio::io::unix::AsyncFd;
 
 use super::buffers::{InBuf, OutBuf};
 use super::pending::{PENDING_MAX, Pending, Work};
-use super::registration::watch_stream;
 use super::shard::{SessionCell, Shard};
 use super::shards::Connection;
 use crate::nbd::errno::NbdError;
@@ -24,6 +23,7 @@ use crate::nbd::request::{
     Command, Disposition, Parsed, REQUEST_HEADER_LEN, Reject, Request, SessionRules, check, parse,
 };
 use crate::transport::Stream;
+use crate::transport::registration::watch_stream;
 
 /// Receives in a row before the shard's other sessions get their turn. Our choice: a few batches, so
 /// that a busy connection costs the others little and itself next to nothing.

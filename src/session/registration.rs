@@ -1,7 +1,7 @@
-//! Descriptors that tokio's event loop watches: a client's socket and a shard's queue.
+//! A shard's queue under tokio's event loop.
 //!
 //! tokio has to be promised that a watched descriptor stays the same; this file makes the promise for
-//! the two types that keep it.
+//! the queue, which keeps it (the sockets' is made in [`crate::transport`]).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -11,8 +11,6 @@ use nbd_img_formats::storage::Queue;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use crate::transport::Stream;
-
 /// A queue's descriptor, together with the queue that owns it.
 pub struct QueueFd(Arc<Queue>);
 
@@ -20,13 +18,6 @@ impl AsRawFd for QueueFd {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_fd().as_raw_fd()
     }
-}
-
-/// Watches a client's socket. Must be called on a runtime's thread.
-pub fn watch_stream(stream: Stream) -> io::Result<AsyncFd<Stream>> {
-    let interest = Interest::READABLE | Interest::WRITABLE;
-    // SAFETY: a `Stream` owns its descriptor, never replaces it, and closes it when it is dropped.
-    unsafe { AsyncFd::register_with_interest(stream, interest).map_err(Into::into) }
 }
 
 /// Watches for answers on a queue. Must be called on a runtime's thread.

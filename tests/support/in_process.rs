@@ -206,7 +206,7 @@ fn negotiate(stream: &mut (impl Read + Write), exports: &One) -> Option<(Agreed,
         stream.write_all(&out).ok()?;
         out.clear();
         match step.next {
-            Next::Transmission(agreed) => return Some((agreed.into(), input)),
+            Next::Transmission(agreed) => return Some((agreed, input)),
             Next::NeedMore => {
                 let mut more = [0; 4096];
                 match stream.read(&mut more).ok()? {
