@@ -30,6 +30,22 @@ fn start(test: &str) -> (tempfile::TempDir, Server, Vec<u8>) {
     (folder, server, content)
 }
 
+/// The descriptors of a server that has served on each of its threads.
+fn descriptors_when_warm(server: &Server) -> usize {
+    let clients: Vec<_> = (0..8).map(|_| Client::unix(server.socket(), "", Wishes::STRUCTURED)).collect();
+    let while_connected = proc::descriptors(server.pid());
+    clients.into_iter().for_each(Client::disconnect);
+    let begin = Instant::now();
+    while proc::descriptors(server.pid()) + 8 > while_connected {
+        assert!(
+            begin.elapsed() < Duration::from_secs(20),
+            "{while_connected} descriptors do not go down by 8"
+        );
+        thread::sleep(Duration::from_millis(20));
+    }
+    proc::descriptors(server.pid())
+}
+
 #[track_caller]
 fn assert_serves(server: &mut Server, content: &[u8]) {
     server.assert_alive();
@@ -52,7 +68,7 @@ fn honest_bytes() -> Vec<u8> {
 fn a_handshake_may_end_anywhere() {
     let (_folder, mut server, content) = start("handshake-end");
     assert_serves(&mut server, &content);
-    let before = proc::descriptors(server.pid());
+    let before = descriptors_when_warm(&server);
     let bytes = honest_bytes();
     for cut in 0..=bytes.len() {
         let mut stream = UnixStream::connect(server.socket()).unwrap();
@@ -91,7 +107,7 @@ fn a_handshake_may_come_byte_by_byte() {
 fn strangers_are_no_trouble() {
     let (_folder, mut server, content) = start("strangers");
     assert_serves(&mut server, &content);
-    let (before, mut rng) = (proc::descriptors(server.pid()), Rng::new("strangers"));
+    let (before, mut rng) = (descriptors_when_warm(&server), Rng::new("strangers"));
     for round in 0..400 {
         let mut stream = UnixStream::connect(server.socket()).unwrap();
         let bytes = match round % 5 {

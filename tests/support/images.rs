@@ -172,7 +172,7 @@ pub fn make(case: &Case, folder: &Path) -> PathBuf {
     let own = folder.join(case.name);
     fs::create_dir(&own).unwrap();
     for source in ["src.raw", "odd.raw"] {
-        run(tool_cp().arg("--sparse=always").arg(folder.join(source)).arg(own.join(source)));
+        run(tool_cp().arg("--sparse=auto").arg(folder.join(source)).arg(own.join(source)));
     }
     for step in case.steps {
         let (verb, rest) = step.split_once(' ').unwrap();
@@ -183,7 +183,7 @@ pub fn make(case: &Case, folder: &Path) -> PathBuf {
                 let (file, commands) = rest.split_once(' ').unwrap();
                 qemu_io(&own, "qcow2", file, &commands.split("; ").collect::<Vec<_>>());
             }
-            "copy" => drop(run(tool_cp().current_dir(&own).arg("--sparse=always").args(&words))),
+            "copy" => drop(run(tool_cp().current_dir(&own).arg("--sparse=auto").args(&words))),
             "mkdir" => fs::create_dir(own.join(rest)).unwrap(),
             "incompatible" => set_incompatible(&own.join(words[0]), words[1].parse().unwrap()),
             other => panic!("{}: no step {other}", case.name),
