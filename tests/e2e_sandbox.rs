@@ -110,7 +110,7 @@ fn backing_files_outside_the_policy_are_not_opened() {
         "vvfat:rw:/etc",
         "host_device:/dev/vda",
         "blkdebug::/etc/shadow",
-        "disk", // itself
+        "./disk", // itself
     ];
     for (i, name) in names.into_iter().enumerate() {
         let disk = own.join("disk");

@@ -17,9 +17,14 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// What a connection runs on.
 pub trait Transport: Read + Write + Send {
     fn set_patience(&self, patience: Option<Duration>) -> io::Result<()>;
+    fn duplicate(&self) -> io::Result<Box<dyn Transport>>;
 }
 
 impl Transport for UnixStream {
+    fn duplicate(&self) -> io::Result<Box<dyn Transport>> {
+        Ok(Box::new(self.try_clone()?))
+    }
+
     fn set_patience(&self, patience: Option<Duration>) -> io::Result<()> {
         self.set_read_timeout(patience)?;
         self.set_write_timeout(patience)
@@ -27,6 +32,10 @@ impl Transport for UnixStream {
 }
 
 impl Transport for TcpStream {
+    fn duplicate(&self) -> io::Result<Box<dyn Transport>> {
+        Ok(Box::new(self.try_clone()?))
+    }
+
     fn set_patience(&self, patience: Option<Duration>) -> io::Result<()> {
         self.set_read_timeout(patience)?;
         self.set_write_timeout(patience)

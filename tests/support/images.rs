@@ -18,7 +18,8 @@ pub struct Case {
     ///
     /// - `img ARGS`: qemu-img
     /// - `io FILE COMMAND; COMMAND`: qemu-io on a qcow2 file
-    /// - `copy FROM TO`, `mkdir FOLDER`, `move FROM TO`
+    /// - `copy FROM TO`: with its holes; `clone FROM TO`: without making holes of zeroes, as cp does
+    /// - `mkdir FOLDER`
     /// - `incompatible FILE BITS`: sets header bits that QEMU leaves to a crash
     pub steps: &'static [&'static str],
     /// Further arguments of `nbd-img serve`, and of qemu-nbd in its place.
@@ -123,7 +124,7 @@ pub const CASES: &[Case] = &[
     Case {
         args: &["--backing", "none"], reference: "-f qcow2 alone",
         ..qcow2("backing-none", &["img convert -O qcow2 src.raw base", "img create -f qcow2 -b base -F qcow2 disk", scribble!("disk"),
-            "copy disk alone", "img rebase -u -f qcow2 -b  alone"])
+            "clone disk alone", "img rebase -u -f qcow2 -b  alone"])
     },
     // Internal snapshots
     qcow2("snapshots", &["img convert -O qcow2 src.raw disk", "img snapshot -c one disk", scribble!("disk"), "img snapshot -c two disk", "io disk write -P 0x77 0 500k"]),
@@ -172,7 +173,7 @@ pub fn make(case: &Case, folder: &Path) -> PathBuf {
     let own = folder.join(case.name);
     fs::create_dir(&own).unwrap();
     for source in ["src.raw", "odd.raw"] {
-        run(tool_cp().arg("--sparse=always").arg(folder.join(source)).arg(own.join(source)));
+        run(tool_cp().arg("--sparse=auto").arg(folder.join(source)).arg(own.join(source)));
     }
     for step in case.steps {
         let (verb, rest) = step.split_once(' ').unwrap();
@@ -183,7 +184,8 @@ pub fn make(case: &Case, folder: &Path) -> PathBuf {
                 let (file, commands) = rest.split_once(' ').unwrap();
                 qemu_io(&own, "qcow2", file, &commands.split("; ").collect::<Vec<_>>());
             }
-            "copy" => drop(run(tool_cp().current_dir(&own).arg("--sparse=always").args(&words))),
+            "copy" => drop(run(tool_cp().current_dir(&own).arg("--sparse=auto").args(&words))),
+            "clone" => fs::write(own.join(words[1]), fs::read(own.join(words[0])).unwrap()).unwrap(),
             "mkdir" => fs::create_dir(own.join(rest)).unwrap(),
             "incompatible" => set_incompatible(&own.join(words[0]), words[1].parse().unwrap()),
             other => panic!("{}: no step {other}", case.name),
