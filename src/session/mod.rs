@@ -8,6 +8,7 @@
 //! | `read`, `write`, `calls` | how each command is served |
 //! | [`pending`] | requests that wait for the disk |
 //! | [`buffers`], [`budget`] | their memory |
+//! | [`poll`] | looking at a socket a little longer before sleeping |
 //! | [`watch`] | when buffered writes are handed off |
 //!
 //! The protocol's bytes are made and read in [`crate::nbd`]; where an image's bytes lie is the driver's
@@ -18,6 +19,7 @@ pub mod buffers;
 mod calls;
 pub mod engine;
 pub mod pending;
+pub mod poll;
 mod read;
 mod registration;
 pub mod shard;
@@ -26,4 +28,5 @@ pub mod watch;
 mod write;
 
 pub use budget::{BUDGET_LEN_DEFAULT, Budget};
+pub use poll::POLL_TIME_DEFAULT;
 pub use shards::{Connection, Shards};
