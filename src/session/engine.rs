@@ -331,9 +331,14 @@ impl Session {
 
     /// Sends the batch.
     pub(super) async fn send_all(&mut self) -> Result<(), End> {
+        self.send_batch(false).await
+    }
+
+    /// Sends the batch; with `more` something else is sent right behind it.
+    pub(super) async fn send_batch(&mut self, more: bool) -> Result<(), End> {
         while !self.out.is_empty() {
             let out = &mut self.out;
-            match self.socket.try_io(Interest::WRITABLE, |socket| out.send(socket)) {
+            match self.socket.try_io(Interest::WRITABLE, |socket| out.send(socket, more)) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     drop(self.socket.writable().await.map_err(End::Socket)?);

@@ -5,7 +5,7 @@
 //! | [`shards`] | the threads of an export, and how connections get to them |
 //! | [`shard`] | one thread: its sessions, and the answers on their way to them |
 //! | [`engine`] | one session's life: receive, work, send, park |
-//! | `read`, `write`, `calls` | how each command is served |
+//! | `read`, `sendfile`, `write`, `calls` | how each command is served |
 //! | [`pending`] | requests that wait for the disk |
 //! | [`buffers`], [`budget`] | their memory |
 //! | [`poll`] | looking at a socket a little longer before sleeping |
@@ -22,6 +22,7 @@ pub mod pending;
 pub mod poll;
 mod read;
 mod registration;
+mod sendfile;
 pub mod shard;
 pub mod shards;
 pub mod watch;

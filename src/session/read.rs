@@ -27,16 +27,23 @@ const STREAM_SLICE_LEN: usize = 1 << 20;
 
 /// A run of the reply: its length, and whether it is all zeroes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Run {
-    len: usize,
+pub(super) struct Run {
+    pub(super) len: usize,
     zero: bool,
+}
+
+impl Run {
+    /// Whether it is sent as a chunk without data.
+    pub(super) fn is_hole(&self, framing: Framing) -> bool {
+        framing == Framing::Chunks && self.zero && self.len >= HOLE_LEN_MIN
+    }
 }
 
 type Runs = SmallVec<[Run; 4]>;
 
 /// How a reply is framed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Framing {
+pub(super) enum Framing {
     /// One header, then all bytes.
     Simple,
     /// Chunks of data and holes.
@@ -49,11 +56,11 @@ enum Framing {
 
 /// A chunk of a reply: these runs, from this offset in the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Chunk {
-    first_run: usize,
-    end_run: usize,
+pub(super) struct Chunk {
+    pub(super) first_run: usize,
+    pub(super) end_run: usize,
     at: u64,
-    len: usize,
+    pub(super) len: usize,
     hole: bool,
     last: bool,
 }
@@ -79,6 +86,9 @@ impl Session {
             return self.reply_error(&request, &error).await;
         }
         let runs = runs_of(&self.read_plan);
+        if self.can_send(&runs, framing) {
+            return self.send_read(request, framing, &runs).await;
+        }
         let needed = framed_len(&runs, framing);
         if !self.out.make_room_for(needed) {
             self.send_all().await?;
@@ -262,7 +272,7 @@ impl Session {
         Ok(())
     }
 
-    async fn put_zeroes(&mut self, mut len: usize) -> Result<(), End> {
+    pub(super) async fn put_zeroes(&mut self, mut len: usize) -> Result<(), End> {
         const ZEROES: [u8; 4096] = [0; 4096];
         while len > 0 {
             let piece = len.min(ZEROES.len());
@@ -438,8 +448,8 @@ fn framed_len(runs: &[Run], framing: Framing) -> usize {
 }
 
 /// Groups runs into the chunks of a reply. Everything but `Chunks` is one chunk.
-fn chunks(runs: &[Run], framing: Framing) -> impl Iterator<Item = Chunk> + '_ {
-    let is_hole = move |run: &Run| framing == Framing::Chunks && run.zero && run.len >= HOLE_LEN_MIN;
+pub(super) fn chunks(runs: &[Run], framing: Framing) -> impl Iterator<Item = Chunk> + '_ {
+    let is_hole = move |run: &Run| run.is_hole(framing);
     let mut next = 0;
     let mut at = 0u64;
     std::iter::from_fn(move || {
@@ -458,7 +468,7 @@ fn chunks(runs: &[Run], framing: Framing) -> impl Iterator<Item = Chunk> + '_ {
 
 /// Puts what stands before a chunk's bytes (for a hole: all of it); returns whether there was room.
 /// `offset` is the client's offset of the first run; `last` whether these runs end the reply.
-fn put_header(
+pub(super) fn put_header(
     out: &mut OutBuf,
     cookie: u64,
     offset: u64,
