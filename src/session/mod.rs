@@ -5,7 +5,7 @@
 //! | [`shards`] | the threads of an export, and how connections get to them |
 //! | [`shard`] | one thread: its sessions, and the answers on their way to them |
 //! | [`engine`] | one session's life: receive, work, send, park |
-//! | `read`, `sendfile`, `write`, `calls` | how each command is served |
+//! | `read`, `sendfile`, `write`, `calls` | how each command is served; `layout` frames reads |
 //! | [`pending`] | requests that wait for the disk |
 //! | [`buffers`], [`budget`] | their memory |
 //! | [`poll`] | looking at a socket a little longer before sleeping |
@@ -18,6 +18,7 @@ pub mod budget;
 pub mod buffers;
 mod calls;
 pub mod engine;
+mod layout;
 pub mod pending;
 pub mod poll;
 mod read;

@@ -14,7 +14,7 @@ use nbd_img_formats::{Error, HostOffset, HostRange, Place, Storage};
 use tokio::io::Interest;
 
 use super::engine::{End, Session};
-use super::read::{Framing, Run, chunks, put_header};
+use super::layout::{Framing, Run, chunks, put_header};
 use crate::nbd::errno::NbdError;
 use crate::nbd::reply::{self, OFFSET_DATA_HEADER_LEN};
 use crate::nbd::request::Request;
