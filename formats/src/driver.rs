@@ -49,6 +49,10 @@ pub struct Facts {
     pub block_preferred_len: u32,
     /// Whether a fast write-zeroes can succeed at all.
     pub fast_zero: bool,
+    /// Whether bytes may be sent to a client by reference, to be read when it receives them: nothing
+    /// that a plan names is ever freed or moved. True for raw disks, where later bytes of the same place
+    /// are what a concurrent read may see, and for whatever is not written.
+    pub sendable: bool,
     /// Whether it is worth asking [`MapMode::Holes`] for large reads (holes are not in the mapping itself).
     pub holes_in_storage: bool,
 }

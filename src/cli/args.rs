@@ -9,6 +9,7 @@ use nbd_img_formats::Format;
 
 use super::size;
 use crate::export::{CacheMode, DetectZeroes};
+use crate::session::POLL_TIME_DEFAULT;
 use crate::transport::Address;
 
 /// Serves disk images (raw, qcow2) over NBD.
@@ -147,6 +148,11 @@ pub struct ListenArgs {
     /// Seconds that a client has for choosing an export
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = parse_seconds)]
     pub handshake_timeout: Duration,
+
+    /// Microseconds to wait for the next request without sleeping, where that pays: auto, off, or at
+    /// most so many
+    #[arg(long, value_name = "auto|off|US", default_value = "auto", value_parser = parse_poll)]
+    pub poll: Duration,
 }
 
 /// Flags about the start and the end of the server.
@@ -299,5 +305,17 @@ mod tests {
         for text in ["", "-1", "nan", "inf", "86401", "5s"] {
             assert!(parse_seconds(text).is_err(), "{text}");
         }
+    }
+}
+
+fn parse_poll(text: &str) -> Result<Duration, String> {
+    match text {
+        "auto" => Ok(POLL_TIME_DEFAULT),
+        "off" => Ok(Duration::ZERO),
+        // A millisecond: more would only burn a processor that sleeping leaves to others.
+        number => match number.parse::<u64>() {
+            Ok(micros) if micros <= 1000 => Ok(Duration::from_micros(micros)),
+            Ok(_) | Err(_) => Err("expected auto, off, or microseconds up to 1000".to_owned()),
+        },
     }
 }

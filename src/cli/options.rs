@@ -34,6 +34,7 @@ pub fn serve(args: ServeArgs) -> Result<ServeOptions, String> {
         allow_plaintext: args.listen.allow_plaintext,
         max_connections: args.listen.max_connections,
         handshake_timeout: args.listen.handshake_timeout,
+        poll_time: args.listen.poll,
         exit_last: args.life.exit_last,
         pid_file: args.life.pid_file.clone(),
         ready_fd: args.life.ready_fd,

@@ -107,8 +107,9 @@ pub fn run(options: ServeOptions, inherited: Inherited) -> Result<Outcome, Error
         pid_file: options.pid_file.clone(),
     };
     let budget = Budget::new(BUDGET_LEN_DEFAULT);
-    let served =
-        exports.into_iter().map(|export| (Arc::clone(&export), Shards::new(export, Arc::clone(&budget))));
+    let served = exports
+        .into_iter()
+        .map(|export| (Arc::clone(&export), Shards::new(export, Arc::clone(&budget), options.poll_time)));
     let clients = Clients::new(options.max_connections, handshakes_max);
     let server = Arc::new(Server {
         exports: Exports::new(served.collect(), Arc::clone(&clients)),

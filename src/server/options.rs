@@ -23,6 +23,8 @@ pub struct ServeOptions {
     pub max_connections: u32,
     /// Time that a client has for choosing one.
     pub handshake_timeout: Duration,
+    /// How long a session may look at its socket before it parks; zero is not at all.
+    pub poll_time: Duration,
     /// End after the last client has gone.
     pub exit_last: bool,
     /// Where the process id goes.

@@ -208,12 +208,14 @@ impl OutBuf {
         self.used = self.used.min(mark);
     }
 
-    /// Sends as much as the socket takes, once; returns whether all of it is gone.
-    pub fn send(&mut self, socket: impl AsFd) -> io::Result<bool> {
+    /// Sends as much as the socket takes, once; returns whether all of it is gone. With `more` the
+    /// network may wait for what is sent next.
+    pub fn send(&mut self, socket: impl AsFd, more: bool) -> io::Result<bool> {
+        let flags = if more { SendFlags::NOSIGNAL | SendFlags::MORE } else { SendFlags::NOSIGNAL };
         if let Some(bytes) = self.memory.get(self.sent..self.used)
             && !bytes.is_empty()
         {
-            self.sent += send(socket, bytes, SendFlags::NOSIGNAL)?;
+            self.sent += send(socket, bytes, flags)?;
         }
         if self.sent < self.used {
             return Ok(false);
@@ -291,7 +293,7 @@ mod tests {
         out.cut_back(mark);
         out.room(3).unwrap().copy_from_slice(b"def");
         out.push(3);
-        assert!(out.send(&there).unwrap());
+        assert!(out.send(&there, false).unwrap());
         drop(there);
         let mut got = String::new();
         here.read_to_string(&mut got).unwrap();

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nbd_img_formats::{Error, ReadPlan, WritePlan};
 use tokio::io::Interest;
@@ -14,6 +14,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::buffers::{InBuf, OutBuf};
 use super::pending::{PENDING_MAX, Pending, Work};
+use super::poll::Poller;
 use super::shard::{SessionCell, Shard};
 use super::shards::Connection;
 use crate::nbd::errno::NbdError;
@@ -78,6 +79,9 @@ pub struct Session {
     pub(super) scratch: Vec<u8>,
     pub(super) read_plan: ReadPlan,
     pub(super) write_plan: WritePlan,
+    poller: Poller,
+    /// Requests since the last park.
+    batch: u32,
     refused: Option<Refused>,
     ending: Option<End>,
 }
@@ -113,6 +117,8 @@ impl Session {
             scratch: Vec::new(),
             read_plan: ReadPlan::default(),
             write_plan: WritePlan::default(),
+            poller: Poller::new(shard.poll_time),
+            batch: 0,
             refused: None,
             ending: None,
             shard,
@@ -150,6 +156,9 @@ impl Session {
     /// One round: answers, requests, sending, receiving. Returns what to wait for if nothing came.
     async fn turn(&mut self) -> Result<Option<Needs>, End> {
         self.cell.idle.set(false);
+        if self.poller.is_on() {
+            self.shard.activity.note(self.cell.id, Instant::now());
+        }
         self.answer_ready().await?;
         let needs = match self.work().await {
             Ok(needs) => needs,
@@ -208,6 +217,7 @@ impl Session {
 
     /// Starts a request that was found in order; returns whether it could (a write needs its payload).
     async fn start(&mut self, request: Request) -> Result<bool, End> {
+        self.batch = self.batch.saturating_add(1);
         if request.command == Command::Write {
             return self.start_write(request).await;
         }
@@ -321,9 +331,14 @@ impl Session {
 
     /// Sends the batch.
     pub(super) async fn send_all(&mut self) -> Result<(), End> {
+        self.send_batch(false).await
+    }
+
+    /// Sends the batch; with `more` something else is sent right behind it.
+    pub(super) async fn send_batch(&mut self, more: bool) -> Result<(), End> {
         while !self.out.is_empty() {
             let out = &mut self.out;
-            match self.socket.try_io(Interest::WRITABLE, |socket| out.send(socket)) {
+            match self.socket.try_io(Interest::WRITABLE, |socket| out.send(socket, more)) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     drop(self.socket.writable().await.map_err(End::Socket)?);
@@ -373,13 +388,47 @@ impl Session {
         if !self.input.is_empty() || self.refused.is_some() {
             return self.park_unfinished(needs).await;
         }
+        let batch = std::mem::take(&mut self.batch);
+        let begin = self.poller.is_on().then(Instant::now);
+        if needs == Needs::Input && self.poll_socket(batch, begin)? {
+            return Ok(());
+        }
         self.shard.want_sweep();
         tokio::select! {
             biased;
             ready = self.socket.readable(), if needs == Needs::Input => drop(ready.map_err(End::Socket)?),
             () = self.cell.wake.notified() => self.release_if_idle(),
         }
+        if let Some(begin) = begin {
+            self.poller.note_gap(begin.elapsed());
+        }
         Ok(())
+    }
+
+    /// Looks at the socket for a little while, if that is likely to pay; returns whether something came.
+    fn poll_socket(&mut self, batch: u32, begin: Option<Instant>) -> Result<bool, End> {
+        let Some(begin) = begin else { return Ok(false) };
+        // Answers of pending requests come by the shard's loop, which stands still meanwhile.
+        let alone = self.cell.pending.borrow().is_empty() && self.shard.activity.is_quiet(begin);
+        let Some(poll) = self.poller.start(batch, alone) else { return Ok(false) };
+        loop {
+            match self.input.receive(self.socket.get_ref()) {
+                Ok(0) => return Err(End::Eof),
+                Ok(_) => {
+                    self.poller.note_poll(true);
+                    self.poller.note_gap(begin.elapsed());
+                    return Ok(true);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(End::Socket(error)),
+            }
+            if poll.is_over() {
+                self.poller.note_poll(false);
+                return Ok(false);
+            }
+            std::hint::spin_loop();
+        }
     }
 
     /// Parks in the middle of a request: it may not stand still for ever.

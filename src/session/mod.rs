@@ -5,9 +5,10 @@
 //! | [`shards`] | the threads of an export, and how connections get to them |
 //! | [`shard`] | one thread: its sessions, and the answers on their way to them |
 //! | [`engine`] | one session's life: receive, work, send, park |
-//! | `read`, `write`, `calls` | how each command is served |
+//! | `read`, `sendfile`, `write`, `calls` | how each command is served; `layout` frames reads |
 //! | [`pending`] | requests that wait for the disk |
 //! | [`buffers`], [`budget`] | their memory |
+//! | [`poll`] | looking at a socket a little longer before sleeping |
 //! | [`watch`] | when buffered writes are handed off |
 //!
 //! The protocol's bytes are made and read in [`crate::nbd`]; where an image's bytes lie is the driver's
@@ -17,13 +18,17 @@ pub mod budget;
 pub mod buffers;
 mod calls;
 pub mod engine;
+mod layout;
 pub mod pending;
+pub mod poll;
 mod read;
 mod registration;
+mod sendfile;
 pub mod shard;
 pub mod shards;
 pub mod watch;
 mod write;
 
 pub use budget::{BUDGET_LEN_DEFAULT, Budget};
+pub use poll::POLL_TIME_DEFAULT;
 pub use shards::{Connection, Shards};

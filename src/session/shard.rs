@@ -17,6 +17,7 @@ use tokio::sync::Notify;
 
 use super::budget::Budget;
 use super::pending::{Pending, PendingSlots};
+use super::poll::Activity;
 use super::registration::watch_queue;
 use super::watch::WriteWatch;
 use crate::export::Export;
@@ -34,8 +35,13 @@ pub struct Shard {
     pub queue: Arc<Queue>,
     /// When writes are handed off; shared by all shards of the export.
     pub watch: Arc<WriteWatch>,
+    /// How long a session may look at its socket before it parks.
+    pub poll_time: Duration,
+    /// Which sessions worked last.
+    pub activity: Activity,
     routes: RefCell<HashMap<u64, Route>>,
     next_token: Cell<u64>,
+    next_session: Cell<u64>,
     cells: RefCell<Vec<Weak<SessionCell>>>,
     draining: Cell<bool>,
     sweep_wanted: Notify,
@@ -51,6 +57,8 @@ struct Route {
 /// The part of a session that answers find, and that outlives its task.
 #[derive(Default)]
 pub struct SessionCell {
+    /// Its number on the shard.
+    pub id: u64,
     /// Wakes the session: something is ready, or it is to drain or to give buffers back.
     pub wake: Notify,
     /// What waits.
@@ -65,13 +73,21 @@ pub struct SessionCell {
 
 impl Shard {
     /// A shard whose operations fall back on the export's workers.
-    pub fn new(export: Arc<Export>, budget: Arc<Budget>, watch: Arc<WriteWatch>) -> io::Result<Rc<Self>> {
+    pub fn new(
+        export: Arc<Export>,
+        budget: Arc<Budget>,
+        watch: Arc<WriteWatch>,
+        poll_time: Duration,
+    ) -> io::Result<Rc<Self>> {
         let queue = Arc::new(Queue::new(Arc::clone(export.workers()))?);
         Ok(Rc::new(Shard {
             export,
             budget,
             queue,
             watch,
+            poll_time,
+            activity: Activity::new(),
+            next_session: Cell::new(0),
             routes: RefCell::default(),
             next_token: Cell::new(0),
             cells: RefCell::default(),
@@ -83,7 +99,9 @@ impl Shard {
 
     /// A cell for a new session.
     pub fn add_session(&self) -> Rc<SessionCell> {
-        let cell = Rc::new(SessionCell::default());
+        let id = self.next_session.get();
+        self.next_session.set(id.wrapping_add(1));
+        let cell = Rc::new(SessionCell { id, ..SessionCell::default() });
         let mut cells = self.cells.borrow_mut();
         cells.retain(|cell| cell.strong_count() > 0);
         cells.push(Rc::downgrade(&cell));

@@ -6,6 +6,7 @@
 use std::io;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use nbd_img_formats::Result;
 use nbd_img_formats::workers::Lane;
@@ -39,6 +40,7 @@ pub struct Shards {
     export: Arc<Export>,
     budget: Arc<Budget>,
     watch: Arc<WriteWatch>,
+    poll_time: Duration,
     threads: Mutex<Threads>,
     threads_max: usize,
     /// Number of sessions that have not ended.
@@ -74,12 +76,14 @@ impl Drop for Active {
 }
 
 impl Shards {
-    /// No threads yet; sessions take their memory from `budget`.
-    pub fn new(export: Arc<Export>, budget: Arc<Budget>) -> Arc<Self> {
+    /// No threads yet; sessions take their memory from `budget`, and look at their sockets for up to
+    /// `poll_time` before they park where that pays (zero: never).
+    pub fn new(export: Arc<Export>, budget: Arc<Budget>, poll_time: Duration) -> Arc<Self> {
         Arc::new(Shards {
             export,
             budget,
             watch: Arc::default(),
+            poll_time,
             threads: Mutex::default(),
             threads_max: thread::available_parallelism().map_or(1, usize::from),
             active: Arc::new(watch::Sender::new(0)),
@@ -161,9 +165,10 @@ impl Shards {
         let (sender, receiver) = mpsc::unbounded_channel();
         let (export, budget, watch) =
             (Arc::clone(&self.export), Arc::clone(&self.budget), Arc::clone(&self.watch));
+        let poll_time = self.poll_time;
         let name = format!("s{index}-{}", export.name()).chars().take(15).filter(|c| *c != '\0').collect();
         thread::Builder::new().name(name).spawn(move || {
-            if let Err(error) = run_shard(export, budget, watch, receiver) {
+            if let Err(error) = run_shard(|| Shard::new(export, budget, watch, poll_time), receiver) {
                 tracing::error!(%error, "a thread of an export ended; its connections are closed");
             }
         })?;
@@ -172,15 +177,13 @@ impl Shards {
 }
 
 fn run_shard(
-    export: Arc<Export>,
-    budget: Arc<Budget>,
-    watch: Arc<WriteWatch>,
+    make: impl FnOnce() -> io::Result<std::rc::Rc<Shard>>,
     mut receiver: mpsc::UnboundedReceiver<Message>,
 ) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async move {
-        let shard = Shard::new(export, budget, watch)?;
+        let shard = make()?;
         let reaper = tokio::task::spawn_local(std::rc::Rc::clone(&shard).reap());
         let sweeper = tokio::task::spawn_local(std::rc::Rc::clone(&shard).sweep());
         while let Some(message) = receiver.recv().await {

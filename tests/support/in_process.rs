@@ -11,7 +11,7 @@ use std::time::Duration;
 use nbd_img::export::{Export, ExportSpec};
 use nbd_img::nbd::export_info::{ExportDirectory, ExportInfo, ExportSummary, Refusal};
 use nbd_img::nbd::negotiate::{Agreed, Negotiation, NegotiationConfig, Next};
-use nbd_img::session::{Budget, Connection, Shards};
+use nbd_img::session::{Budget, Connection, POLL_TIME_DEFAULT, Shards};
 use nbd_img::transport::Stream;
 use nbd_img_formats::raw::{RawDriver, RawOptions};
 use nbd_img_formats::storage::{
@@ -154,7 +154,7 @@ impl InProcess {
         let driver = RawDriver::open(storage, options).unwrap();
         let export = Export::of_driver(&ExportSpec::default(), driver).unwrap();
         let budget = Budget::new(budget_len);
-        let shards = Shards::new(Arc::clone(&export), Arc::clone(&budget));
+        let shards = Shards::new(Arc::clone(&export), Arc::clone(&budget), POLL_TIME_DEFAULT);
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("s");
         let listener = UnixListener::bind(&socket).unwrap();

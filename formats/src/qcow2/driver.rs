@@ -406,6 +406,7 @@ fn facts(header: &Header, backing: Option<&Arc<dyn BlockDriver>>) -> Facts {
         // A request of a cluster touches one entry, and decompresses nothing twice.
         block_preferred_len: u32::try_from(preferred).unwrap_or(4096),
         fast_zero: false,
+        sendable: true,
         holes_in_storage: backing.is_some_and(|backing| backing.facts().holes_in_storage),
     }
 }

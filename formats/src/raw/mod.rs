@@ -82,6 +82,7 @@ impl RawDriver {
                 block_min_len: facts.block_len,
                 block_preferred_len: BLOCK_PREFERRED_LEN.max(facts.block_len),
                 fast_zero: facts.writable,
+                sendable: true,
                 holes_in_storage: facts.kind != StorageKind::BlockDevice,
             },
             size,

@@ -19,7 +19,7 @@ use super::room::{Room, Target};
 use super::{
     Durability, InPlace, Operation, Queue, Run, Storage, StorageFacts, StorageKind, TryRead, engine,
 };
-use super::{blkdev, place};
+use super::{blkdev, cachestat, place};
 use crate::address::{HostOffset, HostRange};
 use crate::driver::Provision;
 use crate::error::{Error, ErrorKind, Result};
@@ -273,6 +273,20 @@ impl Storage for FileStorage {
             return Ok(());
         }
         Ok(rustix::fs::fadvise(&self.file, range.at().0, Some(len), Advice::WillNeed)?)
+    }
+
+    fn can_send(&self, range: HostRange) -> bool {
+        let cached = match self.facts.reads {
+            InPlace::Always => true,
+            InPlace::Ask => cachestat::is_cached(self.file.as_fd(), range),
+            InPlace::Never => false,
+        };
+        cached && self.facts.kind == StorageKind::File
+    }
+
+    fn send(&self, socket: BorrowedFd<'_>, at: HostOffset, len: usize) -> io::Result<usize> {
+        let mut from = at.0;
+        Ok(retry(|| rustix::fs::sendfile(socket, &self.file, Some(&mut from), len))?)
     }
 
     fn submit(self: Arc<Self>, operations: &mut Vec<Operation>, queue: &Arc<Queue>) {

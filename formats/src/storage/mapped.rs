@@ -242,6 +242,14 @@ impl Storage for MappedStorage {
         self.file.prefetch(range)
     }
 
+    fn can_send(&self, range: HostRange) -> bool {
+        self.file.can_send(range)
+    }
+
+    fn send(&self, socket: BorrowedFd<'_>, at: HostOffset, len: usize) -> io::Result<usize> {
+        self.file.send(socket, at, len)
+    }
+
     fn submit(self: Arc<Self>, operations: &mut Vec<Operation>, queue: &Arc<Queue>) {
         engine::submit(&self, operations, queue);
     }

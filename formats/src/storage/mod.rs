@@ -5,6 +5,7 @@
 
 mod blkdev;
 mod buffer;
+mod cachestat;
 mod direct;
 mod engine;
 pub mod failing;
@@ -22,6 +23,7 @@ mod sigbus;
 mod sparse;
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 
 pub use buffer::IoBuf;
@@ -172,6 +174,21 @@ pub trait Storage: Send + Sync {
 
     /// Asks for the range to be brought into memory; returns at once.
     fn prefetch(&self, range: HostRange) -> io::Result<()>;
+
+    /// Whether [`send`](Self::send) of the range would neither wait nor copy, as far as can be told.
+    /// Storages without a descriptor of their own cannot.
+    fn can_send(&self, range: HostRange) -> bool {
+        let _ = range;
+        false
+    }
+
+    /// Sends up to `len` bytes from `at` to a connected stream socket, without bringing them here, and
+    /// returns how many; 0 is the storage's end. The socket decides whether it waits. The receiver sees
+    /// what the storage holds when it *receives*: never send what may be freed or moved before that.
+    fn send(&self, socket: BorrowedFd<'_>, at: HostOffset, len: usize) -> io::Result<usize> {
+        let _ = (socket, at, len);
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Starts the operations; each is answered exactly once on `queue`, in any order, possibly before
     /// this call returns. The buffers belong to the operations until then. Drains `operations`.

@@ -1,0 +1,138 @@
+//! Large reads that leave by sendfile: from the page cache to the socket without a copy here.
+//!
+//! Only where nothing that a plan names can be freed before the client has received it
+//! ([`Facts::sendable`](nbd_img_formats::Facts)), and only what is in memory, so that nothing waits.
+//! The data's header is out before the data is known to be there; a file that turns out too short ends a
+//! simple reply by closing, a structured one by padding and an error chunk.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use nbd_img_formats::mover::{short_read, storage_error};
+use nbd_img_formats::{Error, HostOffset, HostRange, Place, Storage};
+use tokio::io::Interest;
+
+use super::engine::{End, Session};
+use super::layout::{Framing, Run, chunks, put_header};
+use crate::nbd::errno::NbdError;
+use crate::nbd::reply::{self, OFFSET_DATA_HEADER_LEN};
+use crate::nbd::request::Request;
+
+/// From this length on saving the copy is worth a system call of its own (prototype: measured from
+/// 64 KiB up).
+const SEND_LEN_MIN: usize = 64 << 10;
+
+impl Session {
+    /// Whether every run of the plan is either a hole that is told as such or large, plain and cached.
+    pub(super) fn can_send(&self, runs: &[Run], framing: Framing) -> bool {
+        let driver = self.shard.export.driver();
+        if runs.first().is_none_or(|run| run.len < SEND_LEN_MIN) || !driver.facts().sendable {
+            return false;
+        }
+        self.read_plan.pieces.iter().zip(runs).all(|(piece, run)| match piece.place {
+            Place::Zero { .. } => run.is_hole(framing),
+            Place::Slow(_) => false,
+            Place::Data { storage, at } => {
+                let storage = driver.storages().get(usize::from(storage.0));
+                let range = HostRange::new(at, piece.len);
+                run.len >= SEND_LEN_MIN
+                    && storage.zip(range).is_some_and(|(storage, range)| storage.can_send(range))
+            }
+        })
+    }
+
+    /// Sends the reply of the plan, for which [`can_send`](Self::can_send) holds.
+    pub(super) async fn send_read(
+        &mut self,
+        request: Request,
+        framing: Framing,
+        runs: &[Run],
+    ) -> Result<(), End> {
+        let plan = std::mem::take(&mut self.read_plan);
+        let driver = Arc::clone(self.shard.export.driver());
+        for chunk in chunks(runs, framing) {
+            if !self.out.make_room_for(OFFSET_DATA_HEADER_LEN) {
+                self.send_all().await?;
+                self.out.make_room_for(OFFSET_DATA_HEADER_LEN);
+            }
+            // Never the last chunk: an error may have to follow.
+            put_header(&mut self.out, request.cookie, request.offset, framing, false, &chunk);
+            let pieces = plan.pieces.get(chunk.first_run..chunk.end_run).unwrap_or_default();
+            let mut left = chunk.len;
+            for (piece, run) in pieces.iter().zip(runs.get(chunk.first_run..).unwrap_or_default()) {
+                let Place::Data { storage, at } = piece.place else { continue };
+                let Some(storage) = driver.storages().get(usize::from(storage.0)) else { continue };
+                self.send_batch(true).await?;
+                if let Err((sent, error)) = self.send_run(storage, at, run.len).await? {
+                    return self.fail_sent(&request, framing, left - sent, error).await;
+                }
+                left -= run.len;
+            }
+        }
+        match framing {
+            Framing::Simple | Framing::Bare => Ok(()),
+            Framing::Chunks | Framing::OneChunk => self.reply_success(&request).await,
+        }
+    }
+
+    /// Sends one run. The inner error is the storage's, with the bytes that were sent before it.
+    async fn send_run(
+        &mut self,
+        storage: &Arc<dyn Storage>,
+        at: HostOffset,
+        len: usize,
+    ) -> Result<Result<(), (usize, Error)>, End> {
+        let mut sent = 0;
+        while sent < len {
+            let from = HostOffset(at.0.saturating_add(sent as u64));
+            let send = |socket: &crate::transport::Stream| storage.send(socket.as_fd(), from, len - sent);
+            match self.socket.try_io(Interest::WRITABLE, send) {
+                Ok(0) => return Ok(Err((sent, short_read(storage, at, sent)))),
+                Ok(more) => sent += more,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    drop(self.socket.writable().await.map_err(End::Socket)?);
+                }
+                Err(error) if is_the_socket(&error) => return Err(End::Socket(error)),
+                Err(error) => return Ok(Err((sent, storage_error(storage, "cannot read", from, error)))),
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// The data stopped before its announced length: fills it up and says so, or closes.
+    async fn fail_sent(
+        &mut self,
+        request: &Request,
+        framing: Framing,
+        missing: usize,
+        error: Error,
+    ) -> Result<(), End> {
+        match framing {
+            Framing::Simple | Framing::Bare => Err(End::BrokenReply(error)),
+            Framing::Chunks | Framing::OneChunk => {
+                self.put_zeroes(missing).await?;
+                let errno = NbdError::from_os(error.errno(), request.command, request.flags);
+                tracing::warn!(export = %self.shard.export.name().escape_debug(), ?request, %error, "request failed");
+                self.scratch.clear();
+                let text = error.to_string();
+                reply::push_error(&mut self.scratch, request.cookie, errno, &text, reply::Place::Last);
+                self.put_scratch().await
+            }
+        }
+    }
+}
+
+/// Whether sendfile failed because of the socket rather than the file.
+fn is_the_socket(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::NotConnected
+            | io::ErrorKind::TimedOut
+            | io::ErrorKind::HostUnreachable
+            | io::ErrorKind::NetworkUnreachable
+    )
+}
