@@ -13,7 +13,7 @@ use smallvec::SmallVec;
 use super::budget::FLOOR_LEN;
 use super::buffers::OutBuf;
 use super::engine::{End, Session};
-use super::layout::{Framing, Run, Runs, chunks, framed_len, no_room, put_header, runs_of};
+use super::layout::{Chunk, Framing, Run, Runs, chunks, framed_len, no_room, put_header, runs_of};
 use super::pending::{Part, PartBytes, Pending, Work};
 use crate::nbd::reply::{self, OFFSET_DATA_HEADER_LEN};
 use crate::nbd::request::{CommandFlags, Request};
