@@ -288,6 +288,18 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
+fn parse_poll(text: &str) -> Result<Duration, String> {
+    match text {
+        "auto" => Ok(POLL_TIME_DEFAULT),
+        "off" => Ok(Duration::ZERO),
+        // A millisecond: more would only burn a processor that sleeping leaves to others.
+        number => match number.parse::<u64>() {
+            Ok(micros) if micros <= 1000 => Ok(Duration::from_micros(micros)),
+            Ok(_) | Err(_) => Err("expected auto, off, or microseconds up to 1000".to_owned()),
+        },
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -299,23 +311,21 @@ mod tests {
     }
 
     #[test]
+    fn poll_times() {
+        assert_eq!(parse_poll("auto"), Ok(POLL_TIME_DEFAULT));
+        assert_eq!(parse_poll("off"), Ok(Duration::ZERO));
+        assert_eq!(parse_poll("20"), Ok(Duration::from_micros(20)));
+        for text in ["", "on", "-1", "1001", "20us"] {
+            assert!(parse_poll(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
     fn seconds() {
         assert_eq!(parse_seconds("0.25"), Ok(Duration::from_millis(250)));
         assert_eq!(parse_seconds("0"), Ok(Duration::ZERO));
         for text in ["", "-1", "nan", "inf", "86401", "5s"] {
             assert!(parse_seconds(text).is_err(), "{text}");
         }
-    }
-}
-
-fn parse_poll(text: &str) -> Result<Duration, String> {
-    match text {
-        "auto" => Ok(POLL_TIME_DEFAULT),
-        "off" => Ok(Duration::ZERO),
-        // A millisecond: more would only burn a processor that sleeping leaves to others.
-        number => match number.parse::<u64>() {
-            Ok(micros) if micros <= 1000 => Ok(Duration::from_micros(micros)),
-            Ok(_) | Err(_) => Err("expected auto, off, or microseconds up to 1000".to_owned()),
-        },
     }
 }
