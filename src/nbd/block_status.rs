@@ -3,17 +3,15 @@
 //! The rules (BLOCK_STATUS in the protocol): neighbours of equal flags are one extent; extents lie back to back
 //! from the request's offset; all but the last end within the request; the last may run past it but never past the
 //! end of the export, nor past the request when REQ_ONE was asked; an extent is not empty, and fits 32 bits;
-//! extents end at multiples of the block size except at the end of the export.
+//! extents end at multiples of the minimum block size except at the end of the export. The protocol would have
+//! multiples of 512 "where possible"; drivers give them, save for the padding behind a file of an odd size, which
+//! readers can then know to be zero to the byte, as with QEMU.
 
 use super::request::{CommandFlags, Request, SessionRules};
 use super::wire::StatusExtent;
 
 /// Most extents in one chunk. The protocol's limit is 2^20; our choice is QEMU's, which keeps a chunk at 1 MiB.
 pub const EXTENTS_MAX: usize = 128 * 1024;
-
-/// Extents end at multiples of this, or of the minimum block size if that is larger: the protocol wants multiples
-/// of 512 "where possible".
-const STATUS_UNIT: u64 = 512;
 
 /// An extent that has to be cut to fit 32 bits ends at a multiple of this, the largest minimum block size that the
 /// protocol permits.
@@ -63,7 +61,7 @@ impl Builder {
             position: start,
             end,
             size: rules.size,
-            unit: STATUS_UNIT.max(u64::from(rules.block_min_len).next_power_of_two()),
+            unit: u64::from(rules.block_min_len.max(1)).next_power_of_two(),
             req_one: request.flags.contains(CommandFlags::REQ_ONE),
             extents_max: EXTENTS_MAX,
             extents: Vec::new(),
