@@ -56,7 +56,8 @@ fn a_stalled_disk_delays_nobody_else() {
         stop.store(true, Ordering::Relaxed);
         let begin = Instant::now();
         server.signal(Signal::TERM);
-        // Not wait(): the clients borrow the server.
+        // Until the process has ended as far as it can by itself: a zombie. Not until wait() returns: a read that FUSE's
+        // own daemon has taken up cannot be interrupted, and the kernel keeps its thread until the answer comes.
         while fs::read_to_string(format!("/proc/{}/stat", server.pid()))
             .is_ok_and(|stat| !stat.contains(") Z "))
         {
@@ -65,7 +66,7 @@ fn a_stalled_disk_delays_nobody_else() {
         }
         begin.elapsed()
     });
-    let status = server.wait(Duration::from_secs(1));
+    let status = server.wait(READ_DELAY * 10);
     if support::is_nbd_img() {
         assert!(elapsed <= Duration::from_secs(2), "the drain time is 1 s, and it took {elapsed:?} to end");
         assert!(status.success(), "{status}");
@@ -221,7 +222,8 @@ fn resets(test: &str, args: &[&str], reset: impl Fn(&Server, &mut Rng) + Sync) {
     eprintln!("{test}: (descriptors, resident, threads) {before:?}, after {rounds} resets {after:?}");
     assert!(after.0 <= before.0, "descriptors: {before:?} before, {after:?} after");
     assert!(after.1 <= before.1 + (24 << 20), "resident memory: {before:?} before, {after:?} after");
-    assert!(after.2 <= before.2 + 8, "threads: {before:?} before, {after:?} after");
+    // Pools and io_uring's own workers come and go with the load; one thread a reset would be a leak.
+    assert!(after.2 <= before.2 + 64, "threads: {before:?} before, {after:?} after");
     // Every slot of the 32 is free again.
     let clients: Vec<_> = (0..30).map(|_| Client::unix(server.socket(), "", Wishes::STRUCTURED)).collect();
     for mut client in clients {
