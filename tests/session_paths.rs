@@ -152,6 +152,52 @@ fn a_failure_inside_a_large_read_is_an_error_or_a_hang_up_but_never_data() {
 }
 
 #[test]
+fn what_is_sent_from_the_file_is_what_is_read() {
+    let content = content();
+    let server = InProcess::serve(Disk::sending(&content), 256 << 20);
+    for (wishes, flags) in
+        [(Wishes::SIMPLE, 0), (Wishes::STRUCTURED, 0), (Wishes::STRUCTURED, command_flag::DF)]
+    {
+        let mut client = Client::unix(server.socket(), "", wishes);
+        let mut sent = Vec::new();
+        for len in LENGTHS {
+            let offset = (DISK_LEN - len) as u64 / 2;
+            let request = Request::new(command::READ, offset, len).flags(flags);
+            sent.push((client.send(request, &[]).unwrap(), offset as usize, len));
+        }
+        for _ in LENGTHS {
+            let reply = client.reply().unwrap();
+            assert_eq!(reply.error, 0, "{}", reply.text);
+            let (_, offset, len) = *sent.iter().find(|(cookie, ..)| *cookie == reply.cookie).unwrap();
+            assert_same("a read", &reply.data, &content[offset..][..len]);
+        }
+        client.disconnect();
+    }
+    server.assert_clean();
+}
+
+#[test]
+fn a_file_that_ends_while_it_is_sent_is_an_error_or_a_hang_up_but_never_data() {
+    let content = content();
+    let disk = Disk::sending(&content);
+    disk.fails_from.store(20 << 20, std::sync::atomic::Ordering::Relaxed);
+    let server = InProcess::serve(disk, 256 << 20);
+    for flags in [0, command_flag::DF] {
+        let mut client = Client::unix(server.socket(), "", Wishes::STRUCTURED);
+        let request = Request::new(command::READ, (20 << 20) - 70_000, 1 << 20).flags(flags);
+        let reply = client.ask(request, &[]);
+        assert_eq!(reply.error, libc::EIO as u32);
+        assert!(reply.text.contains("truncated"), "{}", reply.text);
+        assert_same("what follows", &client.read(1 << 20, 1 << 20), &content[1 << 20..2 << 20]);
+        client.disconnect();
+    }
+    let mut client = Client::unix(server.socket(), "", Wishes::SIMPLE);
+    client.send(Request::new(command::READ, (20 << 20) - 70_000, 1 << 20), &[]).unwrap();
+    assert!(is_hangup(&client.reply().unwrap_err()));
+    server.assert_clean();
+}
+
+#[test]
 fn a_disconnect_waits_for_what_is_in_flight() {
     let disk = Disk::new(&content());
     disk.first_read_ms.store(300, std::sync::atomic::Ordering::Relaxed);

@@ -2,6 +2,7 @@
 //! be brought about from outside: storages that wait or fail when they are told to, and a budget that can be looked at.
 
 use std::io::{self, Read, Write};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -28,18 +29,29 @@ pub struct Disk {
     pub fails_from: AtomicU64,
     /// How long a read at offset 0 takes, in milliseconds.
     pub first_read_ms: AtomicU64,
+    /// Whether it can send to sockets by itself, as a file in memory can; then `fails_from` is where it ends.
+    pub sends: bool,
 }
 
 impl Disk {
     pub fn new(content: &[u8]) -> Arc<Self> {
+        Arc::new(Self::waiting(content))
+    }
+
+    pub fn sending(content: &[u8]) -> Arc<Self> {
+        Arc::new(Disk { sends: true, ..Self::waiting(content) })
+    }
+
+    fn waiting(content: &[u8]) -> Self {
         let inner = MemoryStorage::copy_of(content).unwrap();
         let facts = StorageFacts { reads: InPlace::Never, writes: InPlace::Never, ..inner.facts().clone() };
-        Arc::new(Disk {
+        Disk {
             inner,
             facts,
             fails_from: AtomicU64::new(u64::MAX),
             first_read_ms: AtomicU64::new(0),
-        })
+            sends: false,
+        }
     }
 }
 
@@ -100,6 +112,18 @@ impl Storage for Disk {
 
     fn prefetch(&self, range: HostRange) -> io::Result<()> {
         self.inner.prefetch(range)
+    }
+
+    fn can_send(&self, _range: HostRange) -> bool {
+        self.sends
+    }
+
+    fn send(&self, socket: BorrowedFd<'_>, at: HostOffset, len: usize) -> io::Result<usize> {
+        // Odd pieces, as a socket may take them.
+        let left = self.fails_from.load(Ordering::Relaxed).saturating_sub(at.0);
+        let mut piece = vec![0; len.min(100_003).min(usize::try_from(left).unwrap_or(usize::MAX))];
+        let got = self.inner.pread(&mut piece, at)?;
+        Ok(rustix::net::send(socket, &piece[..got], rustix::net::SendFlags::NOSIGNAL)?)
     }
 
     fn submit(self: Arc<Self>, operations: &mut Vec<Operation>, queue: &Arc<Queue>) {
