@@ -53,7 +53,18 @@ impl FuseFile {
 
 impl Drop for FuseFile {
     fn drop(&mut self) {
-        let _ = Command::new("fusermount3").arg("-u").arg(self.path()).status();
+        let unmount =
+            |how: &str| Command::new("fusermount3").arg(how).arg(self.path()).stderr(Stdio::null()).status();
+        // Busy for a moment: the child that another test starts has our descriptors until it runs its program.
+        let end = Instant::now() + Duration::from_secs(5);
+        while !unmount("-u").is_ok_and(|status| status.success()) {
+            if Instant::now() > end {
+                let _ = unmount("-uz");
+                let _ = self.child.kill();
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
         let _ = self.child.wait();
     }
 }
