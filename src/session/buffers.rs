@@ -97,6 +97,11 @@ impl InBuf {
         Ok(got)
     }
 
+    /// Whether there is anything to give back.
+    pub fn has_memory(&self) -> bool {
+        self.bytes.capacity() > 0
+    }
+
     /// Gives the memory back if nothing waits in it.
     pub fn release(&mut self) {
         if self.is_empty() {
@@ -223,6 +228,11 @@ impl OutBuf {
         self.sent = 0;
         self.used = 0;
         Ok(true)
+    }
+
+    /// Whether there is anything to give back.
+    pub fn has_memory(&self) -> bool {
+        !self.memory.is_empty()
     }
 
     /// Gives the memory back if nothing waits in it.

@@ -393,11 +393,21 @@ impl Session {
         if needs == Needs::Input && self.poll_socket(batch, begin)? {
             return Ok(());
         }
-        self.shard.want_sweep();
-        tokio::select! {
-            biased;
-            ready = self.socket.readable(), if needs == Needs::Input => drop(ready.map_err(End::Socket)?),
-            () = self.cell.wake.notified() => self.release_if_idle(),
+        self.note_memory();
+        loop {
+            tokio::select! {
+                biased;
+                ready = self.socket.readable(), if needs == Needs::Input => {
+                    drop(ready.map_err(End::Socket)?);
+                    break;
+                }
+                () = self.cell.wake.notified() => {}
+            }
+            if self.shard.is_draining() || !self.cell.ready.borrow().is_empty() {
+                break;
+            }
+            // It was the sweep. To go through a turn for it would take a new buffer and ask for the next one.
+            self.release_if_idle();
         }
         if let Some(begin) = begin {
             self.poller.note_gap(begin.elapsed());
@@ -447,6 +457,15 @@ impl Session {
             self.input.release();
             self.out.release();
             self.scratch = Vec::new();
+            self.cell.holds_memory.set(false);
+        }
+    }
+
+    /// Has the sweep look at this session if there is anything to give back.
+    fn note_memory(&self) {
+        if self.input.has_memory() || self.out.has_memory() || self.scratch.capacity() > 0 {
+            self.cell.holds_memory.set(true);
+            self.shard.want_sweep();
         }
     }
 }

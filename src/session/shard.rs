@@ -69,6 +69,8 @@ pub struct SessionCell {
     pub gone: Cell<bool>,
     /// Set by the sweep, cleared by the session whenever it works.
     pub idle: Cell<bool>,
+    /// The session sleeps on buffers that the sweep should ask for.
+    pub holds_memory: Cell<bool>,
 }
 
 impl Shard {
@@ -175,12 +177,10 @@ impl Shard {
             tokio::time::sleep(SWEEP_TIME).await;
             self.sweep_pending.set(false);
             let mut busy = false;
-            self.for_each_cell(|cell| {
-                if cell.idle.get() {
-                    cell.wake.notify_one();
-                } else {
-                    busy = true;
-                }
+            self.for_each_cell(|cell| match (cell.holds_memory.get(), cell.idle.get()) {
+                (false, _) => {}
+                (true, true) => cell.wake.notify_one(),
+                (true, false) => busy = true,
             });
             if busy {
                 self.want_sweep();
