@@ -259,3 +259,24 @@ fn a_hole_fits_into_a_batch_that_is_nearly_full() {
     }
     server.assert_clean();
 }
+
+#[test]
+fn answers_do_not_wait_for_the_payload_of_a_streamed_write() {
+    let disk = Disk::new(&content());
+    disk.first_read_ms.store(100, std::sync::atomic::Ordering::Relaxed);
+    let server = InProcess::serve(disk, 64 << 20);
+    let mut client = Client::unix(server.socket(), "", Wishes::SIMPLE);
+    // One is answered at once and one while the write is under way, which is larger than any buffer.
+    let at_once = Request::new(command::READ, 0, 0);
+    let slow = Request::new(command::READ, 0, 4096);
+    let write = Request::new(command::WRITE, 0, 8 << 20);
+    let cookies = [at_once, slow, write].map(|request| client.register(request));
+    let all = [at_once.bytes(cookies[0]), slow.bytes(cookies[1]), write.bytes(cookies[2])].concat();
+    client.stream().write_all(&all).unwrap();
+    assert_eq!(client.reply().unwrap().cookie, cookies[0]);
+    assert_eq!(client.reply().unwrap().cookie, cookies[1]);
+    client.stream().write_all(&vec![1; 8 << 20]).unwrap();
+    assert_eq!(client.reply().unwrap().cookie, cookies[2]);
+    client.disconnect();
+    server.assert_clean();
+}

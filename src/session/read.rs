@@ -267,6 +267,8 @@ impl Session {
         range: GuestRange,
         framing: Framing,
     ) -> Result<(), End> {
+        // What was answered before must not wait for the disk.
+        self.send_all().await?;
         let framing = self.begin_stream(&request, framing).await?;
         let mut rest = range;
         while !rest.is_empty() {
