@@ -273,3 +273,56 @@ fn an_idle_connection_gives_its_memory_back() {
     client.disconnect();
     server.assert_clean();
 }
+
+#[test]
+fn a_hole_fits_into_a_batch_that_is_nearly_full() {
+    let mut content = content();
+    content[1 << 20..][..64 << 10].fill(0);
+    let disk = Disk::cold(&content);
+    disk.answers_at_once.store(true, std::sync::atomic::Ordering::Relaxed);
+    let server = InProcess::serve(disk, 64 << 20);
+    let mut client = Client::unix(server.socket(), "", Wishes::STRUCTURED);
+    let zero = client.ask(Request::new(command::WRITE_ZEROES, 1 << 20, 64 << 10), &[]);
+    assert_eq!(zero.error, 0);
+    client.disconnect();
+    // Around the 64 KiB that a batch has at first: headers of data have 28 bytes, of holes 32.
+    for rest in (0..80).step_by(4) {
+        let mut client = Client::unix(server.socket(), "", Wishes::STRUCTURED);
+        let len = (64 << 10) - 28 - rest;
+        let first = Request::new(command::READ, 0, len);
+        let second = Request::new(command::READ, 1 << 20, 68 << 10);
+        let cookies = [client.register(first), client.register(second)];
+        let both = [first.bytes(cookies[0]), second.bytes(cookies[1])].concat();
+        client.stream().write_all(&both).unwrap();
+        for _ in cookies {
+            let reply = client.reply().unwrap();
+            let (offset, len) = if reply.cookie == cookies[0] { (0, len) } else { (1 << 20, 68 << 10) };
+            assert_eq!(reply.error, 0, "{}", reply.text);
+            assert_eq!(reply.chunks, 1 + usize::from(offset > 0), "the second has a hole");
+            assert_same("a read", &reply.data, &content[offset..][..len]);
+        }
+        client.disconnect();
+    }
+    server.assert_clean();
+}
+
+#[test]
+fn answers_do_not_wait_for_the_payload_of_a_streamed_write() {
+    let disk = Disk::new(&content());
+    disk.first_read_ms.store(100, std::sync::atomic::Ordering::Relaxed);
+    let server = InProcess::serve(disk, 64 << 20);
+    let mut client = Client::unix(server.socket(), "", Wishes::SIMPLE);
+    // One is answered at once and one while the write is under way, which is larger than any buffer.
+    let at_once = Request::new(command::READ, 0, 0);
+    let slow = Request::new(command::READ, 0, 4096);
+    let write = Request::new(command::WRITE, 0, 8 << 20);
+    let cookies = [at_once, slow, write].map(|request| client.register(request));
+    let all = [at_once.bytes(cookies[0]), slow.bytes(cookies[1]), write.bytes(cookies[2])].concat();
+    client.stream().write_all(&all).unwrap();
+    assert_eq!(client.reply().unwrap().cookie, cookies[0]);
+    assert_eq!(client.reply().unwrap().cookie, cookies[1]);
+    client.stream().write_all(&vec![1; 8 << 20]).unwrap();
+    assert_eq!(client.reply().unwrap().cookie, cookies[2]);
+    client.disconnect();
+    server.assert_clean();
+}

@@ -364,12 +364,17 @@ impl Session {
         }
     }
 
-    /// Receives at least one byte, waiting for it; for requests that are streamed.
+    /// Receives at least one byte, waiting for it; for requests that are streamed. Others are answered
+    /// meanwhile.
     pub(super) async fn receive_more(&mut self) -> Result<(), End> {
         while self.receive()? == 0 {
-            match tokio::time::timeout(STALL_TIME, self.socket.readable()).await {
-                Ok(ready) => drop(ready.map_err(End::Socket)?),
-                Err(_) => return Err(End::Stalled),
+            self.answer_ready().await?;
+            self.send_all().await?;
+            tokio::select! {
+                biased;
+                ready = self.socket.readable() => drop(ready.map_err(End::Socket)?),
+                () = self.cell.wake.notified() => {}
+                () = tokio::time::sleep(STALL_TIME) => return Err(End::Stalled),
             }
         }
         Ok(())

@@ -11,6 +11,12 @@ use crate::nbd::reply::{self, OFFSET_DATA_HEADER_LEN, SIMPLE_HEADER_LEN};
 /// Shorter runs of zeroes are sent as data: a chunk of their own costs more than they do. Our choice.
 const HOLE_LEN_MIN: usize = 4096;
 
+/// The longest that stands before a chunk's bytes, or instead of them.
+pub(super) const CHUNK_HEADER_LEN_MAX: usize = {
+    assert!(OFFSET_DATA_HEADER_LEN >= SIMPLE_HEADER_LEN && reply::OFFSET_HOLE_LEN >= OFFSET_DATA_HEADER_LEN);
+    reply::OFFSET_HOLE_LEN
+};
+
 /// A run of the reply: its length, and whether it is all zeroes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Run {
@@ -68,7 +74,7 @@ pub(super) fn framed_len(runs: &[Run], framing: Framing) -> usize {
     let headers = match framing {
         Framing::Simple => SIMPLE_HEADER_LEN,
         Framing::OneChunk => OFFSET_DATA_HEADER_LEN,
-        Framing::Chunks => chunks(runs, framing).count() * reply::OFFSET_HOLE_LEN.max(OFFSET_DATA_HEADER_LEN),
+        Framing::Chunks => chunks(runs, framing).count() * CHUNK_HEADER_LEN_MAX,
         Framing::Bare => 0,
     };
     let bytes: usize =

@@ -7,15 +7,17 @@ use nbd_img_formats::mover::{short_read, storage_error};
 use nbd_img_formats::plan::MapMode;
 use nbd_img_formats::storage::{InPlace, IoBuf, Operation, OperationKind, TryRead};
 use nbd_img_formats::workers::Lane;
-use nbd_img_formats::{BlockDriver, Error, GuestRange, Place};
+use nbd_img_formats::{BlockDriver, Error, ErrorKind, GuestRange, Place};
 use smallvec::SmallVec;
 
 use super::budget::FLOOR_LEN;
 use super::buffers::OutBuf;
 use super::engine::{End, Session};
-use super::layout::{Chunk, Framing, Run, Runs, chunks, framed_len, no_room, put_header, runs_of};
+use super::layout::{
+    CHUNK_HEADER_LEN_MAX, Chunk, Framing, Run, Runs, chunks, framed_len, no_room, put_header, runs_of,
+};
 use super::pending::{Part, PartBytes, Pending, Work};
-use crate::nbd::reply::{self, OFFSET_DATA_HEADER_LEN};
+use crate::nbd::reply;
 use crate::nbd::request::{CommandFlags, Request};
 
 /// From this length on a read of raw is worth asking the file system for holes (issue: 64 KiB).
@@ -211,24 +213,40 @@ impl Session {
             .map(|part| Run { len: part.len, zero: matches!(part.bytes, PartBytes::Zero) })
             .collect();
         for chunk in chunks(&runs, framing) {
-            if !self.out.make_room_for(OFFSET_DATA_HEADER_LEN) {
-                self.send_all().await?;
-                self.out.make_room_for(OFFSET_DATA_HEADER_LEN);
-            }
-            if !put_header(&mut self.out, request.cookie, request.offset, framing, true, &chunk) {
-                return Err(End::BrokenReply(no_room()));
-            }
+            self.put_chunk_header(request.cookie, request.offset, framing, true, &chunk).await?;
             if chunk.hole {
                 continue;
             }
             for part in &parts[chunk.first_run..chunk.end_run] {
                 match &part.bytes {
                     PartBytes::Read(buf) => self.put_all(buf).await?,
-                    PartBytes::Zero | PartBytes::Awaited => self.put_zeroes(part.len).await?,
+                    PartBytes::Zero => self.put_zeroes(part.len).await?,
+                    // Never zeroes in the place of data.
+                    PartBytes::Awaited => return Err(End::BrokenReply(never_came())),
                 }
             }
         }
         Ok(())
+    }
+
+    /// Puts what stands before a chunk into the batch, sending on the way if it does not fit.
+    pub(super) async fn put_chunk_header(
+        &mut self,
+        cookie: u64,
+        offset: u64,
+        framing: Framing,
+        last: bool,
+        chunk: &Chunk,
+    ) -> Result<(), End> {
+        if !self.out.make_room_for(CHUNK_HEADER_LEN_MAX) {
+            self.send_all().await?;
+            self.out.make_room_for(CHUNK_HEADER_LEN_MAX);
+        }
+        if put_header(&mut self.out, cookie, offset, framing, last, chunk) {
+            Ok(())
+        } else {
+            Err(End::BrokenReply(no_room()))
+        }
     }
 
     pub(super) async fn put_zeroes(&mut self, mut len: usize) -> Result<(), End> {
@@ -249,6 +267,8 @@ impl Session {
         range: GuestRange,
         framing: Framing,
     ) -> Result<(), End> {
+        // What was answered before must not wait for the disk.
+        self.send_all().await?;
         let framing = self.begin_stream(&request, framing).await?;
         let mut rest = range;
         while !rest.is_empty() {
@@ -334,13 +354,7 @@ impl Session {
         }
         let run = [Run { len, zero: false }];
         for chunk in chunks(&run, framing) {
-            if !self.out.make_room_for(OFFSET_DATA_HEADER_LEN) {
-                self.send_all().await?;
-                self.out.make_room_for(OFFSET_DATA_HEADER_LEN);
-            }
-            if !put_header(&mut self.out, request.cookie, offset, framing, last, &chunk) {
-                return Err(End::BrokenReply(no_room()));
-            }
+            self.put_chunk_header(request.cookie, offset, framing, last, &chunk).await?;
         }
         self.put_all(&buf).await?;
         Ok(Ok(()))
@@ -353,6 +367,11 @@ impl Session {
             Framing::Simple | Framing::OneChunk | Framing::Bare => Err(End::BrokenReply(error)),
         }
     }
+}
+
+/// A defect of the server: a request was answered before its last part came.
+fn never_came() -> Error {
+    Error::new(ErrorKind::Io, "a part of the reply never came; this is a defect of the server")
 }
 
 /// Reads or zeroes one run into the room of the out buffer.

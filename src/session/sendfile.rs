@@ -14,9 +14,9 @@ use nbd_img_formats::{Error, HostOffset, HostRange, Place, Storage};
 use tokio::io::Interest;
 
 use super::engine::{End, Session};
-use super::layout::{Framing, Run, chunks, put_header};
+use super::layout::{Framing, Run, chunks};
 use crate::nbd::errno::NbdError;
-use crate::nbd::reply::{self, OFFSET_DATA_HEADER_LEN};
+use crate::nbd::reply;
 use crate::nbd::request::Request;
 
 /// From this length on saving the copy is worth a system call of its own (prototype: measured from
@@ -52,12 +52,8 @@ impl Session {
         let plan = std::mem::take(&mut self.read_plan);
         let driver = Arc::clone(self.shard.export.driver());
         for chunk in chunks(runs, framing) {
-            if !self.out.make_room_for(OFFSET_DATA_HEADER_LEN) {
-                self.send_all().await?;
-                self.out.make_room_for(OFFSET_DATA_HEADER_LEN);
-            }
             // Never the last chunk: an error may have to follow.
-            put_header(&mut self.out, request.cookie, request.offset, framing, false, &chunk);
+            self.put_chunk_header(request.cookie, request.offset, framing, false, &chunk).await?;
             let pieces = plan.pieces.get(chunk.first_run..chunk.end_run).unwrap_or_default();
             let mut left = chunk.len;
             for (piece, run) in pieces.iter().zip(runs.get(chunk.first_run..).unwrap_or_default()) {

@@ -5,6 +5,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
+use std::convert::Infallible;
 use std::io;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
@@ -13,12 +14,13 @@ use std::time::Duration;
 use nbd_img_formats::storage::{Completed, IoBuf, Queue};
 use nbd_img_formats::workers::Lane;
 use nbd_img_formats::{BlockDriver, Error, ErrorKind, Result};
+use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
 use super::budget::Budget;
 use super::pending::{Pending, PendingSlots};
 use super::poll::Activity;
-use super::registration::watch_queue;
+use super::registration::QueueFd;
 use super::watch::WriteWatch;
 use crate::export::Export;
 
@@ -155,9 +157,8 @@ impl Shard {
         }
     }
 
-    /// Brings answers from the queue to their sessions, for ever.
-    pub async fn reap(self: Rc<Self>) -> io::Result<()> {
-        let fd = watch_queue(&self.queue)?;
+    /// Brings answers from the queue, which `fd` watches, to their sessions, for ever.
+    pub async fn reap(self: Rc<Self>, fd: AsyncFd<QueueFd>) -> io::Result<Infallible> {
         let mut completed = Vec::new();
         loop {
             fd.readable().await?.clear_ready();

@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::budget::Budget;
 use super::engine::Session;
+use super::registration::watch_queue;
 use super::shard::Shard;
 use super::watch::WriteWatch;
 use crate::export::Export;
@@ -107,6 +108,24 @@ impl Shards {
         if threads.draining {
             return Err(io::Error::other("the export is shutting down"));
         }
+        let message = Message::Serve(Box::new(connection), Active::new(&self.active));
+        let Err(message) = self.send_to_next(&mut threads, message)? else { return Ok(()) };
+        // That thread has ended, as one does that cannot get its descriptors. It has no sessions, and the
+        // next one may have more luck.
+        threads.senders.retain(|sender| !sender.is_closed());
+        match self.send_to_next(&mut threads, message)? {
+            Ok(()) => Ok(()),
+            Err(_) => Err(io::Error::other("the export's threads have ended")),
+        }
+    }
+
+    /// Sends to the thread whose turn it is, starting it if need be; gives the message back if that one
+    /// has ended. Fails when there is no thread at all.
+    fn send_to_next(
+        &self,
+        threads: &mut Threads,
+        message: Message,
+    ) -> io::Result<std::result::Result<(), Message>> {
         let turn = threads.next % self.threads_max;
         threads.next = threads.next.wrapping_add(1);
         if turn >= threads.senders.len() {
@@ -119,11 +138,10 @@ impl Shards {
             }
         }
         let turn = turn % threads.senders.len();
-        let message = Message::Serve(Box::new(connection), Active::new(&self.active));
-        match threads.senders.get(turn).map(|sender| sender.send(message)) {
-            Some(Ok(())) => Ok(()),
-            Some(Err(_)) | None => Err(io::Error::other("the export's thread has ended")),
-        }
+        Ok(match threads.senders.get(turn) {
+            Some(sender) => sender.send(message).map_err(|error| error.0),
+            None => Err(message),
+        })
     }
 
     /// From now on no connection is taken; sessions answer what they have received, then end.
@@ -184,22 +202,80 @@ fn run_shard(
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async move {
         let shard = make()?;
-        let reaper = tokio::task::spawn_local(std::rc::Rc::clone(&shard).reap());
+        let answers = watch_queue(&shard.queue)?;
+        let mut reaper = tokio::task::spawn_local(std::rc::Rc::clone(&shard).reap(answers));
         let sweeper = tokio::task::spawn_local(std::rc::Rc::clone(&shard).sweep());
-        while let Some(message) = receiver.recv().await {
+        loop {
+            let message = tokio::select! {
+                message = receiver.recv() => message,
+                // Without it no answer would ever come: better to hang up than to let the clients wait.
+                ended = &mut reaper => return Err(ended.map_or_else(io::Error::other, |ended| match ended {
+                    Ok(never) => match never {},
+                    Err(error) => error,
+                })),
+            };
             match message {
-                Message::Serve(connection, active) => {
+                Some(Message::Serve(connection, active)) => {
                     let shard = std::rc::Rc::clone(&shard);
                     tokio::task::spawn_local(async move {
                         Session::serve(shard, *connection).await;
                         drop(active);
                     });
                 }
-                Message::Drain => shard.drain(),
+                Some(Message::Drain) => shard.drain(),
+                None => break,
             }
         }
         sweeper.abort();
         reaper.abort();
         Ok(())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::export::ExportSpec;
+    use nbd_img_formats::raw::{RawDriver, RawOptions};
+    use nbd_img_formats::storage::MemoryStorage;
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    fn shards() -> Arc<Shards> {
+        let driver = RawDriver::open(MemoryStorage::new(4096).unwrap(), RawOptions::default()).unwrap();
+        let export = Export::of_driver(&ExportSpec::default(), driver).unwrap();
+        Shards::new(export, Budget::new(1 << 20), Duration::ZERO)
+    }
+
+    fn connection(shards: &Shards) -> (Connection, UnixStream) {
+        let (here, there) = UnixStream::pair().unwrap();
+        there.set_nonblocking(true).unwrap();
+        let agreed = Agreed {
+            export: String::new(),
+            info: shards.export().info(),
+            structured: false,
+            contexts: Vec::new(),
+            block_size_asked: false,
+            no_zeroes: true,
+        };
+        let stream = Stream::Unix(there);
+        let permit = Box::new(());
+        (Connection { stream, agreed, leftover: Vec::new(), peer: "test".to_owned(), permit }, here)
+    }
+
+    #[test]
+    fn a_thread_that_has_ended_is_replaced() {
+        let shards = shards();
+        shards.threads.lock().senders.push(mpsc::unbounded_channel().0);
+        for _ in 0..8 {
+            let (connection, mut client) = connection(&shards);
+            shards.hand_over(connection).unwrap();
+            // A read of the first byte.
+            let mut request = [0; 28];
+            request[..4].copy_from_slice(&0x2560_9513_u32.to_be_bytes());
+            request[27] = 1;
+            io::Write::write_all(&mut client, &request).unwrap();
+            client.read_exact(&mut [0; 17]).unwrap();
+        }
+    }
 }

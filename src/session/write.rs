@@ -181,6 +181,8 @@ impl Session {
         range: GuestRange,
         durability: Durability,
     ) -> Result<(), End> {
+        // What was answered before must not wait for the disk.
+        self.send_all().await?;
         let len = request.len as usize;
         let mut result = Ok(());
         let mut done = 0;
@@ -195,6 +197,8 @@ impl Session {
 
     /// Writes a payload that is larger than the input can become: as it arrives.
     async fn stream_write(&mut self, request: Request) -> Result<(), End> {
+        // What was answered before must not wait for the disk.
+        self.send_all().await?;
         let export = Arc::clone(&self.shard.export);
         let durability = export.durability(request.flags.contains(CommandFlags::FUA));
         let mut left = request.len as usize;

@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use nbd_img::export::{Export, ExportSpec};
@@ -18,7 +18,7 @@ use nbd_img_formats::raw::{RawDriver, RawOptions};
 use nbd_img_formats::storage::{
     Completed, InPlace, MemoryStorage, Operation, OperationKind, Queue, Run, StorageFacts, TryRead,
 };
-use nbd_img_formats::workers::Lane;
+use nbd_img_formats::workers::{Job, Lane};
 use nbd_img_formats::{Durability, Error, Format, HostOffset, HostRange, Provision, Storage};
 
 /// Memory that behaves like a disk: nothing is there at once, and it fails where it is told to.
@@ -31,6 +31,8 @@ pub struct Disk {
     pub first_read_ms: AtomicU64,
     /// Whether it can send to sockets by itself, as a file in memory can; then `fails_from` is where it ends.
     pub sends: bool,
+    /// Operations are answered before `submit` returns, so that those of a batch are answered together.
+    pub answers_at_once: AtomicBool,
 }
 
 impl Disk {
@@ -51,7 +53,15 @@ impl Disk {
             fails_from: AtomicU64::new(u64::MAX),
             first_read_ms: AtomicU64::new(0),
             sends: false,
+            answers_at_once: AtomicBool::new(false),
         }
+    }
+
+    /// The same, which can be asked for what is in memory, and for holes: nothing is in memory.
+    pub fn cold(content: &[u8]) -> Arc<Self> {
+        let mut disk = Arc::into_inner(Self::new(content)).unwrap();
+        disk.facts.reads = InPlace::Ask;
+        Arc::new(disk)
     }
 }
 
@@ -131,7 +141,7 @@ impl Storage for Disk {
             let (disk, queue) = (Arc::clone(&self), Arc::clone(queue));
             let workers = Arc::clone(queue.workers());
             let lane = if operation.kind == OperationKind::Read { Lane::Read } else { Lane::Write };
-            let job = Box::new(move || {
+            let job: Job = Box::new(move || {
                 let Operation { kind, at, mut buf, token } = operation;
                 let result = match kind {
                     OperationKind::Read => disk.pread(&mut buf, at),
@@ -141,7 +151,11 @@ impl Storage for Disk {
                 let result = result.map_err(|e| Error::io("the test's disk", e));
                 queue.complete(Completed { token, buf, result });
             });
-            assert!(workers.spawn(lane, job).is_ok());
+            if self.answers_at_once.load(Ordering::Relaxed) {
+                job();
+            } else {
+                assert!(workers.spawn(lane, job).is_ok());
+            }
         }
     }
 
