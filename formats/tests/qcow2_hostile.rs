@@ -61,7 +61,16 @@ fn memory_driver(bytes: &[u8], snapshot: Option<&str>) -> Result<Arc<Qcow2Driver
     };
     let caches = Caches::new(0, [header.geometry]);
     let snapshot = snapshot.map(str::to_owned);
-    Qcow2Driver::open(Parts { image, header, data_file, backing, number: ImageNumber(0), caches, snapshot })
+    Qcow2Driver::open(Parts {
+        image,
+        header,
+        data_file,
+        backing,
+        number: ImageNumber(0),
+        caches,
+        snapshot,
+        write: None,
+    })
 }
 
 /// One poke of the header: name, offset, bytes, and what the error must say.
@@ -457,8 +466,16 @@ fn memory_driver_on(bytes: &[u8], base: &Path) -> Result<Arc<Qcow2Driver>> {
     let base = MemoryStorage::copy_of(&std::fs::read(base).unwrap()).unwrap();
     let backing: Option<Arc<dyn BlockDriver>> = Some(RawDriver::open(base, RawOptions::default())?);
     let caches = Caches::new(1 << 20, [header.geometry]);
-    let parts =
-        Parts { image, header, data_file: None, backing, number: ImageNumber(0), caches, snapshot: None };
+    let parts = Parts {
+        image,
+        header,
+        data_file: None,
+        backing,
+        number: ImageNumber(0),
+        caches,
+        snapshot: None,
+        write: None,
+    };
     Qcow2Driver::open(parts)
 }
 

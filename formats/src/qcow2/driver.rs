@@ -25,6 +25,9 @@ const BLOCK_PREFERRED_LEN: std::ops::RangeInclusive<u64> = 4096..=65536;
 /// Most bytes of L1 tables, over a chain of images: four of the largest ones that QEMU opens. Our
 /// choice: a hostile chain of small sparse files cannot take more.
 const CHAIN_L1_LEN_MAX: u64 = 4 * header::L1_LEN_MAX;
+/// Most bytes of changed metadata in memory before a commit starts. Our choice: the tables of 8 GiB of new
+/// clusters of 64 KiB; writing them takes milliseconds.
+const DIRTY_LEN_MAX: u64 = 8 << 20;
 /// The storage of the image file.
 const IMAGE_STORAGE: StorageId = StorageId(0);
 /// The storage of an external data file.
@@ -83,6 +86,24 @@ pub struct Parts {
     pub caches: Arc<Caches>,
     /// Serve this internal snapshot (id or name) instead of the active state.
     pub snapshot: Option<String>,
+    /// How to write; `None` opens read-only, and then nothing is ever written.
+    pub write: Option<WriteOptions>,
+}
+
+/// How an image is written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct WriteOptions {
+    /// Whether a discard gives room back; else it does nothing.
+    pub discard: bool,
+    /// So many bytes of changed metadata in memory start a commit. What is changed while one is under
+    /// way comes on top.
+    pub dirty_len_max: u64,
+}
+
+impl Default for WriteOptions {
+    fn default() -> Self {
+        WriteOptions { discard: true, dirty_len_max: DIRTY_LEN_MAX }
+    }
 }
 
 /// A qcow2 image, read-only.
@@ -171,6 +192,11 @@ impl Qcow2Driver {
             return Err(Error::new(ErrorKind::Failed, "the image has been closed"));
         }
         Ok(())
+    }
+
+    fn check_writing(&self) -> Result<()> {
+        check_writable(self)?;
+        Err(Error::new(ErrorKind::Unsupported, "writing qcow2 images is not there yet; use --read-only"))
     }
 
     fn read_run(&self, run: LayerRun, buf: &mut [u8]) -> Result<()> {
@@ -312,24 +338,24 @@ impl BlockDriver for Qcow2Driver {
 
     fn prepare_write(&self, _range: GuestRange, _mode: MapMode, plan: &mut WritePlan) -> Result<()> {
         plan.reset();
-        check_writable(self)
+        self.check_writing()
     }
 
     fn finish_write(&self, plan: &mut WritePlan, _written: bool) -> Result<()> {
         plan.reset();
-        check_writable(self)
+        self.check_writing()
     }
 
     fn write_slow(&self, _offset: u64, _buf: &[u8]) -> Result<()> {
-        check_writable(self)
+        self.check_writing()
     }
 
     fn write_zeroes(&self, _range: GuestRange, _request: ZeroRequest) -> Result<()> {
-        check_writable(self)
+        self.check_writing()
     }
 
     fn discard(&self, _range: GuestRange, _durability: Durability) -> Result<()> {
-        check_writable(self)
+        self.check_writing()
     }
 
     /// Nothing can be dirty.
@@ -369,7 +395,7 @@ impl BlockDriver for Qcow2Driver {
 }
 
 fn open_parts(parts: Parts) -> Result<Qcow2Driver> {
-    let Parts { image, header, data_file, backing, number, caches, snapshot } = parts;
+    let Parts { image, header, data_file, backing, number, caches, snapshot, write } = parts;
     let snapshots = snapshots::load(&image, &header)?;
     let (l1_at, virtual_size) = match &snapshot {
         Some(wanted) => {
@@ -384,7 +410,7 @@ fn open_parts(parts: Parts) -> Result<Qcow2Driver> {
     let data_len = len_of(data_file.as_ref().unwrap_or(&image))?;
     let storages = flat_storages(image, &header, data_file, backing.as_ref())?;
     Ok(Qcow2Driver {
-        facts: facts(&header, backing.as_ref()),
+        facts: facts(&header, backing.as_ref(), write),
         header,
         snapshots,
         bitmaps,
@@ -399,12 +425,12 @@ fn open_parts(parts: Parts) -> Result<Qcow2Driver> {
     })
 }
 
-fn facts(header: &Header, backing: Option<&Arc<dyn BlockDriver>>) -> Facts {
+fn facts(header: &Header, backing: Option<&Arc<dyn BlockDriver>>, write: Option<WriteOptions>) -> Facts {
     let preferred =
         header.geometry.cluster_len().clamp(*BLOCK_PREFERRED_LEN.start(), *BLOCK_PREFERRED_LEN.end());
     Facts {
         format: Format::Qcow2,
-        writable: false,
+        writable: write.is_some(),
         block_min_len: 1,
         // A request of a cluster touches one entry, and decompresses nothing twice.
         block_preferred_len: u32::try_from(preferred).unwrap_or(4096),

@@ -25,7 +25,7 @@ mod snapshots;
 mod tables;
 mod types;
 
-pub use driver::{Caches, Parts, Qcow2Driver};
+pub use driver::{Caches, Parts, Qcow2Driver, WriteOptions};
 pub use extensions::Extensions;
 pub use header::{Autoclear, Compatible, Compression, Header, Incompatible, TableLocation};
 pub use tables::ImageNumber;
