@@ -129,7 +129,7 @@ impl Case {
 fn cluster_lengths() {
     Case::new("512", "cluster_size=512", MIB).run();
     Case::new("4k", "cluster_size=4k", 4 * MIB).run();
-    Case::new("64k", "", 8 * MIB + 5 * 512).run();
+    Case::new("64k", "cluster_size=64k", 8 * MIB + 5 * 512).run();
     Case::new("2M", "cluster_size=2M", 16 * MIB).run();
 }
 
@@ -158,7 +158,7 @@ fn backing_files() {
     for (name, len) in [("as long", MIB), ("shorter", MIB / 2 + 700), ("longer", 2 * MIB)] {
         Case { backing: Some(len), ..Case::new(name, "cluster_size=4k", MIB) }.run();
     }
-    Case { backing: Some(4 * MIB), ..Case::new("64k over backing", "", 4 * MIB + 512) }.run();
+    Case { backing: Some(4 * MIB), ..Case::new("64k over backing", "cluster_size=64k", 4 * MIB + 512) }.run();
 }
 
 #[test]
@@ -170,7 +170,7 @@ fn compressed_content() {
 #[test]
 fn snapshots_stay_as_they_are() {
     Case { snapshots: 3, ..Case::new("snapshots 1k", "cluster_size=1k", MIB) }.run();
-    Case { snapshots: 2, ..Case::new("snapshots 64k", "", 4 * MIB) }.run();
+    Case { snapshots: 2, ..Case::new("snapshots 64k", "cluster_size=64k", 4 * MIB) }.run();
     Case { snapshots: 2, compressed: true, ..Case::new("compressed", "cluster_size=4k", MIB) }.run();
 }
 
