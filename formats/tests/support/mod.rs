@@ -2,5 +2,9 @@
 
 #![allow(dead_code)] // Each test program uses its own part of it.
 
+pub mod checker;
+pub mod image;
+pub mod maker;
 pub mod model;
 pub mod random;
+pub mod reader;
