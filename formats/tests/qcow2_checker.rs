@@ -75,6 +75,10 @@ fn changed_images_are_judged_as_qemu_does() {
     let mut random = Random::new(Random::seed("changed images"));
     let mut codes = [0; 4];
     for (options, maker) in images() {
+        if options.contains("extended_l2") {
+            // Subclusters are not judged; images with them are not written.
+            continue;
+        }
         let good = maker.bytes();
         // Changing 50 MiB again and again shows nothing that 50 KiB do not show.
         let pokes = if good.len() > 1 << 22 { 5 } else { POKES };

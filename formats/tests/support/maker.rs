@@ -78,9 +78,11 @@ pub fn qemu_check(bytes: &[u8]) -> (i32, String) {
     Maker::of(bytes).check()
 }
 
-/// What `qemu-img check` says of a file.
+/// What `qemu-img check` says of a file, whatever has become of its backing file.
 pub fn check_file(path: &Path) -> (i32, String) {
-    let output = try_run("qemu-img", &["check", "-f", "qcow2", text(path)]);
+    let file = format!(r#"{{"driver":"file","filename":"{}"}}"#, text(path));
+    let image = format!(r#"json:{{"driver":"qcow2","backing":null,"file":{file}}}"#);
+    let output = try_run("qemu-img", &["check", &image]);
     let said = [output.stdout, output.stderr].concat();
     (output.status.code().unwrap(), String::from_utf8_lossy(&said).into_owned())
 }
