@@ -7,20 +7,18 @@
 
 mod support;
 
-use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use nbd_img_formats::storage::{
-    Change, Log, Operation, Queue, Run as StorageRun, Storage, StorageFacts, TryRead,
-};
+use nbd_img_formats::storage::{Change, Log, Storage};
 use nbd_img_formats::sync::Arc;
-use nbd_img_formats::{BlockDriver, Durability, HostOffset, HostRange, Provision};
+use nbd_img_formats::{BlockDriver, Durability, HostOffset};
 use support::crash::{self, Run};
 use support::image::{COPIED, Image};
 use support::random::Random;
 use support::scene::{CLUSTER, Scene};
 use support::steps::{Action, KINDS, Kind, Step};
 use support::units::{Journal, painted};
+use support::wrapped::{Hooks, Wrapped};
 
 /// States looked at in each run of a sequence.
 const STATES_PER_RUN: u64 = 30;
@@ -134,56 +132,18 @@ fn an_image_that_is_not_written_stays_as_it_is() {
 
 // That the rig finds what it is there to find.
 
-/// A storage that drops some syncs, as the numbers of the calls say.
+/// Drops some syncs, as the numbers of the calls say.
 struct Lying {
-    inner: Arc<dyn Storage>,
     syncs: AtomicU64,
-    drops: fn(u64) -> bool,
+    drops: Drops,
 }
 
-impl Storage for Lying {
-    fn facts(&self) -> &StorageFacts {
-        self.inner.facts()
-    }
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
-    }
-    fn pread(&self, buf: &mut [u8], at: HostOffset) -> io::Result<usize> {
-        self.inner.pread(buf, at)
-    }
-    fn try_pread(&self, buf: &mut [u8], at: HostOffset) -> io::Result<TryRead> {
-        self.inner.try_pread(buf, at)
-    }
-    fn pwrite(&self, buf: &[u8], at: HostOffset, _durability: Durability) -> io::Result<()> {
-        self.inner.pwrite(buf, at, Durability::Later)
-    }
-    fn sync(&self) -> io::Result<()> {
-        let number = self.syncs.fetch_add(1, Ordering::Relaxed);
-        if (self.drops)(number) { Ok(()) } else { self.inner.sync() }
-    }
-    fn is_failed(&self) -> bool {
-        self.inner.is_failed()
-    }
-    fn zero(&self, range: HostRange, provision: Provision, fast: bool) -> io::Result<()> {
-        self.inner.zero(range, provision, fast)
-    }
-    fn discard(&self, range: HostRange) -> io::Result<()> {
-        self.inner.discard(range)
-    }
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.inner.set_len(len)
-    }
-    fn run_at(&self, at: HostOffset) -> io::Result<StorageRun> {
-        self.inner.run_at(at)
-    }
-    fn prefetch(&self, range: HostRange) -> io::Result<()> {
-        self.inner.prefetch(range)
-    }
-    fn submit(self: Arc<Self>, operations: &mut Vec<Operation>, queue: &Arc<Queue>) {
-        Arc::clone(&self.inner).submit(operations, queue);
-    }
-    fn close(&self) -> io::Result<()> {
-        self.inner.close()
+/// Whether the sync with this number is dropped.
+type Drops = fn(u64) -> bool;
+
+impl Hooks for Lying {
+    fn drops_sync(&self) -> bool {
+        (self.drops)(self.syncs.fetch_add(1, Ordering::Relaxed))
     }
 }
 
@@ -251,11 +211,11 @@ fn the_rig_tells_right_orders_from_wrong_ones() {
 #[test]
 fn every_sync_of_a_flush_is_needed() {
     let scenes = Scene::all();
-    let lies: [(&str, fn(u64) -> bool); 3] =
+    let lies: [(&str, Drops); 3] =
         [("first", |number| number % 2 == 0), ("second", |number| number % 2 == 1), ("every", |_| true)];
     for (name, drops) in lies {
         let lying = |inner: Arc<dyn Storage>| -> Arc<dyn Storage> {
-            Arc::new(Lying { inner, syncs: AtomicU64::new(0), drops })
+            Wrapped::new(inner, Lying { syncs: AtomicU64::new(0), drops })
         };
         let mut found = 0;
         for seed in 0..40 {

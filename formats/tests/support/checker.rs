@@ -130,7 +130,7 @@ impl<'a, 'b> Walk<'a, 'b> {
         self.disk("active", image.l1_at, image.l1_entries, Kind::ActiveData);
         for snapshot in &image.snapshots {
             let name = format!("snapshot {}", snapshot.name);
-            if snapshot.l1_at % image.cluster_len() != 0 || snapshot.l1_entries > (32 << 20) / 8 {
+            if !snapshot.l1_at.is_multiple_of(image.cluster_len()) || snapshot.l1_entries > (32 << 20) / 8 {
                 self.report.corruptions.push(format!("{name}: its L1 table is misplaced or too long"));
                 continue;
             }
@@ -154,10 +154,10 @@ impl<'a, 'b> Walk<'a, 'b> {
                 continue;
             }
             let l2_at = entry & OFFSET_MASK;
-            if entry & L1_RESERVED != 0 || l2_at % self.image.cluster_len() != 0 {
+            if entry & L1_RESERVED != 0 || !l2_at.is_multiple_of(self.image.cluster_len()) {
                 self.report.corruptions.push(format!("{name}: L1 entry {index} is {entry:#x}"));
             }
-            if l2_at % self.image.cluster_len() == 0 {
+            if l2_at.is_multiple_of(self.image.cluster_len()) {
                 self.refer(&format!("{name}: L2 table {index}"), l2_at, self.image.cluster_len(), Kind::L2);
                 self.l2_table(name, l2_at, data);
             }
@@ -184,7 +184,7 @@ impl<'a, 'b> Walk<'a, 'b> {
                     self.refer(&said("blob"), host, len, Kind::Blob);
                 }
                 Entry::Data { host } | Entry::Zero { host: Some(host) }
-                    if host % self.image.cluster_len() != 0 =>
+                    if !host.is_multiple_of(self.image.cluster_len()) =>
                 {
                     self.report.corruptions.push(said("misaligned"));
                 }
@@ -217,7 +217,7 @@ impl<'a, 'b> Walk<'a, 'b> {
         let image = self.image;
         for (index, &entry) in image.refcount_table.iter().enumerate() {
             let block = entry & !TABLE_RESERVED;
-            if entry & TABLE_RESERVED != 0 || block % image.cluster_len() != 0 {
+            if entry & TABLE_RESERVED != 0 || !block.is_multiple_of(image.cluster_len()) {
                 self.report.corruptions.push(format!("refcount table entry {index} is {entry:#x}"));
             } else if block != 0 {
                 self.refer(&format!("refcount block {index}"), block, image.cluster_len(), Kind::Metadata);
@@ -282,7 +282,7 @@ fn compare(image: &Image<'_>, uses: &[Use], report: &mut Report) {
 fn check_copied(image: &Image<'_>, report: &mut Report) {
     for (index, entry) in image.bytes.table(image.l1_at, image.l1_entries).into_iter().enumerate() {
         let l2_at = entry & OFFSET_MASK;
-        if l2_at == 0 || l2_at % image.cluster_len() != 0 {
+        if l2_at == 0 || !l2_at.is_multiple_of(image.cluster_len()) {
             continue;
         }
         let mut check = |what: &str, index: usize, entry: u64, host: u64| {

@@ -13,3 +13,4 @@ pub mod scene;
 pub mod session;
 pub mod steps;
 pub mod units;
+pub mod wrapped;

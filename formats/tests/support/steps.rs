@@ -106,6 +106,13 @@ impl Step {
         from..from + self.len as usize / UNIT_LEN
     }
 
+    /// Whether it changes something that the L2 table with this number maps.
+    pub fn touches(&self, table: usize) -> bool {
+        let span = 64 * CLUSTER;
+        let (from, to) = (self.at / span, (self.at + self.len).div_ceil(span));
+        self.action != Action::Flush && (from..to).contains(&(table as u64))
+    }
+
     /// Whether it is durable on return.
     pub fn is_fua(&self) -> bool {
         self.action == Action::Write(Durability::Fua)

@@ -14,7 +14,7 @@ pub type Writer = u32;
 
 /// Fills `buf`, which begins at `offset` of the disk, with what `writer` writes there.
 pub fn paint(buf: &mut [u8], offset: u64, writer: Writer) {
-    assert!(buf.len() % UNIT_LEN == 0 && offset % UNIT_LEN as u64 == 0);
+    assert!(buf.len().is_multiple_of(UNIT_LEN) && offset.is_multiple_of(UNIT_LEN as u64));
     for (index, unit) in buf.chunks_exact_mut(UNIT_LEN).enumerate() {
         let number = (offset / UNIT_LEN as u64) as u32 + index as u32;
         let mut word = [0; 8];
@@ -142,6 +142,11 @@ impl Journal {
             }
         }
         Ok(())
+    }
+
+    /// Some content of the range that `check` accepts.
+    pub fn any_allowed(&self, offset: u64, len: u64) -> Vec<u8> {
+        self.now()[offset as usize..(offset + len) as usize].to_vec()
     }
 
     /// What the disk holds now, if every operation so far has done what it was to do.
