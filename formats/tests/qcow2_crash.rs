@@ -94,6 +94,23 @@ fn long_sequences() {
     explore_all("long sequences", &Scene::all(), &sequences, states() * 3 / 10);
 }
 
+/// The refcount table itself gets too small, and moves.
+#[test]
+fn a_growing_refcount_table() {
+    let scenes = [Scene::near_table_growth(), Scene::near_table_growth().on_device()];
+    let mut random = Random::new(Random::seed("a growing refcount table"));
+    let states = (states() / 50).max(300);
+    let mut grown = 0;
+    for number in 0..20 {
+        let kinds = [Kind::WritePart, Kind::Grow, random.pick(&KINDS), Kind::Grow, random.pick(&KINDS)];
+        let steps = kinds.map(|kind| Step::random(kind, &mut random)).to_vec();
+        let run = crash::run(&scenes[number % 2], steps, &honest);
+        run.explore(states / 20, &mut random).unwrap_or_else(|what| panic!("run {number}: {what}"));
+        grown += u64::from(run.image_now(|image| image.table_clusters) > 1);
+    }
+    assert!(grown >= 10, "the table has grown in {grown} of 20 runs");
+}
+
 /// A flush of an image with nothing to write ends up at one sync, and stays there.
 #[test]
 fn a_clean_flush_is_one_sync() {

@@ -182,7 +182,7 @@ impl<'a> Trial<'a> {
     /// Cluster by cluster, as some may be unreadable in a failed image.
     fn read_and_check(&self, driver: &dyn BlockDriver, live: bool) {
         let journal = if live { &self.live } else { &self.disk };
-        let mut content = vec![0; SIZE as usize];
+        let mut content = vec![0; driver.size() as usize];
         for (number, cluster) in content.chunks_mut(CLUSTER as usize).enumerate() {
             match driver.pread(number as u64 * CLUSTER, cluster) {
                 Ok(()) => {}
@@ -263,6 +263,22 @@ fn every_call_may_fail() {
     let trials = trials.into_inner();
     eprintln!("{trials} trials");
     assert!(trials > 1000, "{trials} calls have failed: the scripts do not reach the file");
+}
+
+/// The same while the refcount table grows; there are many calls, so only some of them fail.
+#[test]
+fn calls_of_a_growing_refcount_table_may_fail() {
+    let scene = Scene::near_table_growth();
+    let mut random = Random::new(Random::seed("a growing refcount table"));
+    let steps = [Kind::WritePart, Kind::Grow, Kind::Flush, Kind::Grow, Kind::FuaWrite]
+        .map(|kind| Step::random(kind, &mut random));
+    let counts = Trial::new(&scene, &steps, None).run();
+    for (class, count) in CLASSES.iter().zip(counts) {
+        let faults: Vec<_> = (0..count).flat_map(|call| ways(*class, call)).collect();
+        for _ in 0..faults.len().min(30) {
+            Trial::new(&scene, &steps, Some(random.pick(&faults))).run();
+        }
+    }
 }
 
 /// A file system that is full at any length: the request fails with ENOSPC, nothing is lost, and when

@@ -147,6 +147,12 @@ impl Run<'_> {
         assert!(content == self.journal.now(), "{}: the closed image has another content", self.name());
     }
 
+    /// Something of the image as it is in the end.
+    pub fn image_now<T>(&self, see: impl FnOnce(&Image<'_>) -> T) -> T {
+        let bytes = self.log.replay(IMAGE, self.log.len());
+        see(&Image::parse(&bytes).unwrap())
+    }
+
     /// Looks at `count` states that a crash may have left; an error says which one is wrong, and why.
     pub fn explore(&self, count: u64, random: &mut Random) -> Result<(), String> {
         for _ in 0..count {

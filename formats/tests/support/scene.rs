@@ -104,6 +104,29 @@ impl Scene {
         Scene::finish(name, &maker, backing, compressed)
     }
 
+    /// As `mixed` without a snapshot, with so much more data behind it that the next few dozen clusters need
+    /// a larger refcount table.
+    pub fn near_table_growth() -> Scene {
+        // A block of 512 bytes counts 64 clusters, the table of one cluster names 64 blocks.
+        let full = 64 * 64;
+        let maker = Maker::new("cluster_size=512,refcount_bits=64", 4 << 20);
+        maker.write(0, &painted(0, 16 * CLUSTER, IMAGE), false);
+        let mut next = SIZE;
+        loop {
+            let clusters = maker.bytes().len() as u64 / CLUSTER;
+            let missing = (full - 16u64).saturating_sub(clusters);
+            if missing == 0 {
+                break;
+            }
+            // Tables and refcount blocks come on top.
+            let len = (missing * 60 / 64).max(1) * CLUSTER;
+            maker.write(next, &painted(next, len, IMAGE), false);
+            next += len;
+        }
+        assert_eq!(maker.check().0, 0);
+        Scene::finish("near the growth of the refcount table", &maker, None, 0..0)
+    }
+
     fn finish(
         name: &'static str,
         maker: &Maker,
