@@ -1,10 +1,11 @@
 //! A storage around another one, with a say in what gets through.
 
+use std::collections::BTreeSet;
 use std::io;
 
 use nbd_img_formats::storage::{Operation, Queue, Run, Storage, StorageFacts, TryRead};
-use nbd_img_formats::sync::Arc;
 use nbd_img_formats::sync::atomic::{AtomicU64, Ordering};
+use nbd_img_formats::sync::{Arc, Mutex};
 use nbd_img_formats::{Durability, HostOffset, HostRange, Provision};
 
 /// What gets through. By default all of it.
@@ -14,10 +15,13 @@ pub trait Hooks: Send + Sync + 'static {
         false
     }
 
-    /// Whether the file may be as long as this.
-    fn allows_len(&self, _len: u64) -> bool {
+    /// Whether there is room for the range.
+    fn takes_room(&self, _at: u64, _len: u64) -> bool {
         true
     }
+
+    /// The room of the range has been given back.
+    fn gives_room(&self, _at: u64, _len: u64) {}
 
     /// Whether a close gets through.
     fn closes(&self) -> bool {
@@ -34,12 +38,50 @@ impl Hooks for NeverClosed {
     }
 }
 
-/// A file system with room for a file of this length: ENOSPC behind it.
-pub struct Limited(pub AtomicU64);
+/// A file system with room for so many bytes in the file, counted where something was written: holes take
+/// none, and making the file longer takes none, but the first write into a hole does.
+pub struct Limited {
+    room: AtomicU64,
+    written: Mutex<BTreeSet<u64>>,
+}
+
+/// Bytes that a file system gives or takes at a time.
+const BLOCK_LEN: u64 = 512;
+
+impl Limited {
+    /// A file of `len` bytes without holes, and room for `more`.
+    pub fn new(len: u64, more: u64) -> Self {
+        let blocks = len.div_ceil(BLOCK_LEN);
+        Limited {
+            room: AtomicU64::new(blocks * BLOCK_LEN + more),
+            written: Mutex::new((0..blocks).collect()),
+        }
+    }
+
+    /// There is room again.
+    pub fn make_room(&self) {
+        self.room.store(u64::MAX, Ordering::Relaxed);
+    }
+}
 
 impl Hooks for Limited {
-    fn allows_len(&self, len: u64) -> bool {
-        len <= self.0.load(Ordering::Relaxed)
+    fn takes_room(&self, at: u64, len: u64) -> bool {
+        let mut written = self.written.lock();
+        for block in at / BLOCK_LEN..(at + len).div_ceil(BLOCK_LEN) {
+            let full = (written.len() as u64 + 1) * BLOCK_LEN > self.room.load(Ordering::Relaxed);
+            if full && !written.contains(&block) {
+                return false;
+            }
+            written.insert(block);
+        }
+        true
+    }
+
+    fn gives_room(&self, at: u64, len: u64) {
+        let mut written = self.written.lock();
+        for block in at.div_ceil(BLOCK_LEN)..(at + len) / BLOCK_LEN {
+            written.remove(&block);
+        }
     }
 
     fn closes(&self) -> bool {
@@ -59,8 +101,8 @@ impl<H: Hooks> Wrapped<H> {
         Arc::new(Wrapped { inner, hooks })
     }
 
-    fn check_len(&self, len: u64) -> io::Result<()> {
-        if self.hooks.allows_len(len) { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ENOSPC)) }
+    fn check_room(&self, at: u64, len: u64) -> io::Result<()> {
+        if self.hooks.takes_room(at, len) { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ENOSPC)) }
     }
 }
 
@@ -86,7 +128,7 @@ impl<H: Hooks> Storage for Wrapped<H> {
     }
 
     fn pwrite(&self, buf: &[u8], at: HostOffset, durability: Durability) -> io::Result<()> {
-        self.check_len(at.0 + buf.len() as u64)?;
+        self.check_room(at.0, buf.len() as u64)?;
         if durability.is_fua() {
             self.inner.pwrite(buf, at, Durability::Later)?;
             return self.sync();
@@ -103,18 +145,20 @@ impl<H: Hooks> Storage for Wrapped<H> {
     }
 
     fn zero(&self, range: HostRange, provision: Provision, fast: bool) -> io::Result<()> {
-        if provision == Provision::Allocate {
-            self.check_len(range.end().0)?;
+        if provision == Provision::Unmap {
+            self.hooks.gives_room(range.at().0, range.len());
+        } else {
+            self.check_room(range.at().0, range.len())?;
         }
         self.inner.zero(range, provision, fast)
     }
 
     fn discard(&self, range: HostRange) -> io::Result<()> {
+        self.hooks.gives_room(range.at().0, range.len());
         self.inner.discard(range)
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.check_len(len)?;
         self.inner.set_len(len)
     }
 
