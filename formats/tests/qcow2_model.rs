@@ -9,6 +9,7 @@
 
 mod support;
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nbd_img_formats::BlockDriver;
@@ -173,15 +174,19 @@ fn fill(maker: &Maker, size: u64, cluster: u64, compressed: bool, snapshot: bool
         let at = random.below(clusters);
         (at * cluster, cluster * (1 + random.below(6)).min(clusters - at))
     };
+    // First the compressed ones: QEMU compresses only where nothing is yet.
+    let mut places = BTreeSet::new();
+    while compressed && places.len() < 6 {
+        let at = random.below(clusters) * cluster;
+        if places.insert(at) {
+            maker.write(at, &vec![places.len() as u8; cluster as usize], true);
+        }
+    }
     for round in 0..8 {
         let (at, len) = some(random);
         maker.write(at, &random.bytes(len), false);
-        let (at, len) = some(random);
-        if compressed && round < 4 {
-            // QEMU refuses to compress over data, so where there is some the cluster is dropped before.
-            maker.io(&[format!("discard -q {at} {cluster}")]);
-            maker.write(at, &vec![round + 1; cluster as usize], true);
-        } else if round == 5 {
+        if round == 5 {
+            let (at, len) = some(random);
             maker.io(&[format!("discard -q {at} {len}")]);
         }
         if snapshot && round % 4 == 3 {
