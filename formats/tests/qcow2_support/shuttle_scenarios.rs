@@ -72,6 +72,12 @@ fn explore(scene: std::sync::Arc<Scene>, scenario: fn(Stage)) {
     shuttle::check_pct(move || scenario(Stage::new(&again)), schedules() / 2, 3);
 }
 
+fn join<const N: usize>(threads: [thread::JoinHandle<()>; N]) {
+    for thread in threads {
+        thread.join().unwrap();
+    }
+}
+
 fn write(driver: &dyn BlockDriver, at: u64, len: u64, writer: u32) {
     driver.pwrite(at, &painted(at, len, writer), LATER).unwrap();
 }
@@ -84,7 +90,7 @@ fn allocate_against_allocate_in_one_cluster() {
             let at = 40 * CLUSTER;
             let threads = [0, 1, 2]
                 .map(|part| stage.spawn(move |driver| write(driver, at + part * 128, 128, part as u32 + 1)));
-            threads.map(|thread| thread.join().unwrap());
+            join(threads);
             let parts = [0, 1, 2].map(|part| painted(at + part * 128, 128, part as u32 + 1));
             stage.finish(at, &parts.concat());
         });
@@ -101,7 +107,7 @@ fn a_planned_cluster_against_a_part_of_it() {
         });
         let part = stage.spawn(move |driver| write(driver, at + 64, 64, 2));
         let flush = stage.spawn(|driver| driver.flush().unwrap());
-        [whole, part, flush].map(|thread| thread.join().unwrap());
+        join([whole, part, flush]);
         let mut got = vec![0; CLUSTER as usize];
         stage.driver.pread(at, &mut got).unwrap();
         let (mut one, two) = (painted(at, CLUSTER, 1), painted(at + 64, 64, 2));
@@ -140,7 +146,7 @@ fn a_mapped_read_against_zero_and_reuse() {
             driver.flush().unwrap();
             write(driver, 130 * CLUSTER, 6 * CLUSTER, 7);
         });
-        [reader, changer].map(|thread| thread.join().unwrap());
+        join([reader, changer]);
         stage.finish(130 * CLUSTER, &painted(130 * CLUSTER, 6 * CLUSTER, 7));
     });
 }
@@ -173,7 +179,7 @@ fn a_mapped_write_against_discard_and_reuse() {
             driver.flush().unwrap();
             write(driver, 130 * CLUSTER, 6 * CLUSTER, 7);
         });
-        [writer, changer].map(|thread| thread.join().unwrap());
+        join([writer, changer]);
         stage.finish(130 * CLUSTER, &painted(130 * CLUSTER, 6 * CLUSTER, 7));
     });
 }
@@ -193,7 +199,7 @@ fn commit_against_write_and_commit() {
                 assert!(disk[at as usize..at as usize + 128] == painted(at, 128, number as u32 + 1));
             })
         });
-        threads.map(|thread| thread.join().unwrap());
+        join(threads);
         let at = 82 * CLUSTER + 64;
         stage.finish(at, &painted(at, 128, 2));
     });
@@ -214,7 +220,7 @@ fn eviction_against_change() {
                 assert!(got == painted(cluster * CLUSTER, CLUSTER, cluster as u32));
             })
         });
-        threads.map(|thread| thread.join().unwrap());
+        join(threads);
         stage.finish(140 * CLUSTER, &painted(140 * CLUSTER, CLUSTER, 140));
     });
 }
@@ -257,7 +263,7 @@ fn failure_against_write() {
                 drop((written, flushed));
             })
         });
-        threads.map(|thread| thread.join().unwrap());
+        join(threads);
         assert!(stage.faults.count(CallClass::Sync) > first);
         assert_eq!(stage.driver.state(), State::Failed);
         assert!(stage.driver.flush().is_err());
