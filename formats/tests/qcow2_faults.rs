@@ -229,7 +229,8 @@ fn ways(class: CallClass, call: u64) -> Vec<Fault> {
         ways.extend([full, Fault { sticky: true, ..full }]);
     }
     if class == CallClass::Write {
-        ways.extend([100, 512].map(|written_len| Fault { written_len, ..once }));
+        // Whole units: what is torn inside of one cannot be told from another's.
+        ways.extend([128, 512].map(|written_len| Fault { written_len, ..once }));
         ways.push(Fault { written_len: 512, errno: libc::ENOSPC, ..once });
     }
     ways

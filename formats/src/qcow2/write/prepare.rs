@@ -5,8 +5,8 @@
 //! of the write is lost, the old content is what is there. A whole new cluster elsewhere is claimed,
 //! written, and mapped when the write has ended. All else is `Slow`.
 //!
-//! A plan with a slow piece has no claims: whoever carries out that piece may have to wait for the claims
-//! of others, who would wait for these.
+//! A plan is slow as a whole or not at all, and a slow one has neither claims nor a pin: whoever carries it
+//! out may have to wait for claims or clusters of others, who would wait for these.
 
 use super::super::driver::Qcow2Driver;
 use super::super::map;
@@ -37,16 +37,14 @@ pub fn prepare(
     }
     // Before any look at a mapping.
     let slot = SlotGuard { writer, slot: writer.pins.pin() };
-    let mut pass =
-        Pass { driver, writer, mode, claiming: true, claims: Vec::new(), slow: false, settled: true };
+    let mut pass = Pass { driver, writer, mode, claims: Vec::new(), slow: None, settled: true };
     pass.run(range, plan)?;
-    if pass.slow && !pass.claims.is_empty() {
-        end_claims(driver, writer, std::mem::take(&mut pass.claims), false);
+    if let Some(reason) = pass.slow {
         plan.pieces.clear();
-        pass.claiming = false;
-        pass.run(range, plan)?;
+        push_slow(plan, range, reason);
+        return Ok(());
     }
-    plan.durable_in_place = pass.settled && !pass.slow && pass.claims.is_empty();
+    plan.durable_in_place = pass.settled && pass.claims.is_empty();
     let write = if pass.claims.is_empty() { 0 } else { note_write(writer, std::mem::take(&mut pass.claims)) };
     plan.pin = Some(slot.into_pin(write));
     Ok(())
@@ -151,10 +149,9 @@ struct Pass<'a> {
     driver: &'a Qcow2Driver,
     writer: &'a Writer,
     mode: MapMode,
-    /// Whether claims may be taken.
-    claiming: bool,
     claims: Vec<Claim>,
-    slow: bool,
+    /// Why the plan is slow, if it is.
+    slow: Option<SlowReason>,
     /// No metadata that leads to the pieces is in memory only.
     settled: bool,
 }
@@ -171,19 +168,18 @@ impl Pass<'_> {
     fn run(&mut self, range: GuestRange, plan: &mut WritePlan) -> Result<()> {
         let geometry = self.driver.geometry();
         let mut rest = range;
-        self.slow = false;
-        while !rest.is_empty() {
+        while !rest.is_empty() && self.slow.is_none() {
             let coverage = geometry.slice_coverage_len();
             let part = rest.prefix(map::up_to_boundary(rest.offset(), coverage));
             rest = rest.skip(part.len());
             let table = self.driver.l1().raw(geometry.l1_index(part.offset()));
             if !geometry.is_owned(table) {
-                self.push_slow(plan, part, SlowReason::Allocate);
-                continue;
+                self.slow = Some(SlowReason::Allocate);
+                break;
             }
             match map::slice_at(self.driver, part.offset(), self.mode)? {
                 Some(slice) => self.plan_slice(part, &slice, plan),
-                None => self.push_slow(plan, part, SlowReason::ColdTable),
+                None => self.slow = Some(SlowReason::ColdTable),
             }
         }
         Ok(())
@@ -210,19 +206,13 @@ impl Pass<'_> {
                 self.settled = false;
                 host = changing.place(self, cluster, piece.len() == geometry.cluster_len());
             }
-            match host {
-                Some(host) => {
-                    let place = Place::Data { storage: self.driver.data_storage_id(), at: host.at(within) };
-                    plan.pieces.push(Piece { len: piece.len(), place, depth: 1 });
-                }
-                None => self.push_slow(plan, piece, SlowReason::Allocate),
-            }
+            let Some(host) = host else {
+                self.slow = Some(SlowReason::Allocate);
+                return;
+            };
+            let place = Place::Data { storage: self.driver.data_storage_id(), at: host.at(within) };
+            plan.pieces.push(Piece { len: piece.len(), place, depth: 1 });
         }
-    }
-
-    fn push_slow(&mut self, plan: &mut WritePlan, part: GuestRange, reason: SlowReason) {
-        self.slow = true;
-        push_slow(plan, part, reason);
     }
 }
 
@@ -278,7 +268,7 @@ impl<'a> Changing<'a> {
             self.meta.set_entry(self.driver, self.slice, cluster, geometry.encode_owned(host));
             return Some(host);
         }
-        if whole && pass.claiming { self.claim(pass, cluster, entry, raw) } else { None }
+        if whole { self.claim(pass, cluster, entry, raw) } else { None }
     }
 
     fn claim(

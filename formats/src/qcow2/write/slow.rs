@@ -50,16 +50,20 @@ enum Step {
 
 fn write_in_cluster(driver: &Qcow2Driver, writer: &Arc<Writer>, offset: u64, buf: &[u8]) -> Result<()> {
     let geometry = driver.geometry();
-    let _pin = writer.pin();
     loop {
         own_table(driver, writer, offset)?;
         let Some(slice) = map::slice_at(driver, offset, MapMode::Wait)? else { continue };
+        // Let go before anything is waited for: room may have to come from what it keeps.
+        let pin = writer.pin();
         match step(driver, writer, &slice, geometry.cluster_of(offset))? {
             Step::InPlace(host) => {
                 return write_data(driver, host.at(geometry.offset_in_cluster(offset)), buf);
             }
             Step::Copy(claim, old) => return copy(driver, claim, old, offset, buf),
-            Step::Need(need) => satisfy(driver, writer, need)?,
+            Step::Need(need) => {
+                drop(pin);
+                satisfy(driver, writer, need)?;
+            }
             Step::Again => {}
         }
     }

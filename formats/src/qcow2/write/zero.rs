@@ -14,7 +14,7 @@ use crate::address::{GuestRange, HostRange};
 use crate::driver::{Provision, ZeroRequest};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{check_writable, storage_error};
-use crate::plan::MapMode;
+use crate::plan::{self, MapMode, ReadPlan};
 use crate::sync::Arc;
 
 /// Bytes of zeroes that are written at a time. Our choice.
@@ -27,6 +27,8 @@ enum Goal {
     Unmap,
     /// They read as zeroes; room stays.
     Keep,
+    /// Those that are not allocated read as zeroes; the others stay as they are.
+    Unallocated,
     /// They may read as zeroes; where that takes writing they stay as they are.
     Discard,
 }
@@ -124,11 +126,42 @@ fn zero_part(
     provision: Provision,
 ) -> Result<()> {
     for part in by_cluster(driver, range) {
+        let geometry = driver.geometry();
+        if provision != Provision::Allocate {
+            if reads_zero(driver, part)? {
+                continue;
+            }
+            if geometry.zero_flag() && below_is_zero_around(driver, part)? {
+                let start = part.offset() - geometry.offset_in_cluster(part.offset());
+                let cluster = GuestRange::new(start, geometry.cluster_len()).unwrap_or(part);
+                change_clusters(driver, writer, cluster, Goal::Unallocated)?;
+            }
+        }
+        // What was done just now, or by others meanwhile, shows here.
         if provision == Provision::Allocate || !reads_zero(driver, part)? {
             write_zero_bytes(driver, writer, part)?;
         }
     }
     Ok(())
+}
+
+/// Whether the backing file reads as zeroes in the cluster of `part`, `part` itself apart: a cluster that
+/// is not allocated can become a zero cluster then. What is below never changes.
+fn below_is_zero_around(driver: &Qcow2Driver, part: GuestRange) -> Result<bool> {
+    let Some(backing) = driver.backing() else { return Ok(false) };
+    let geometry = driver.geometry();
+    let start = part.offset() - geometry.offset_in_cluster(part.offset());
+    let end = start + geometry.cluster_len();
+    let mut plan = ReadPlan::default();
+    for (from, to) in [(start, part.offset()), (part.end(), end)] {
+        let len = to.min(backing.size()).saturating_sub(from);
+        let Some(range) = GuestRange::new(from, len).filter(|range| !range.is_empty()) else { continue };
+        backing.map_read(range, MapMode::Holes, &mut plan)?;
+        if plan.pieces.iter().any(|piece| !matches!(piece.place, plan::Place::Zero { .. })) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 fn write_zero_bytes(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) -> Result<()> {
@@ -237,6 +270,9 @@ fn change_entry(
     let entry = slice.entry(cluster).map_err(|_| Stop::Fault("an L2 entry is bad"))?;
     let owned = geometry.is_owned(slice.raw(geometry.index_in_slice(cluster)));
     let kept: Option<HostCluster> = match entry {
+        L2Entry::Zero { .. } | L2Entry::Data { .. } | L2Entry::Compressed(_) if goal == Goal::Unallocated => {
+            return Ok(());
+        }
         L2Entry::Zero { host: None } => return Ok(()),
         L2Entry::Unallocated if !driver.backing_reaches(cluster) => return Ok(()),
         L2Entry::Zero { host: Some(_) } if goal == Goal::Keep => return Ok(()),
@@ -270,13 +306,16 @@ fn allocate_clusters(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRan
 fn allocate_cluster(driver: &Qcow2Driver, writer: &Arc<Writer>, offset: u64) -> Result<()> {
     let geometry = driver.geometry();
     let cluster = geometry.cluster_of(offset);
-    let _pin = writer.pin();
     loop {
         slow::own_table(driver, writer, offset)?;
         let Some(slice) = map::slice_at(driver, offset, MapMode::Wait)? else { continue };
+        let pin = writer.pin();
         match place_for(driver, writer, &slice, cluster)? {
             Place::Again => {}
-            Place::Need(need) => satisfy(driver, writer, need)?,
+            Place::Need(need) => {
+                drop(pin);
+                satisfy(driver, writer, need)?;
+            }
             Place::There(host) => return zero_host(driver, host),
             Place::New(claim) => {
                 zero_host(driver, claim.host()?)?;
