@@ -172,8 +172,16 @@ fn memory_driver_on(bytes: &[u8], base: &Path) -> Result<Arc<Qcow2Driver>> {
     let base = MemoryStorage::copy_of(&std::fs::read(base).unwrap()).unwrap();
     let backing: Option<Arc<dyn BlockDriver>> = Some(RawDriver::open(base, RawOptions::default())?);
     let caches = Caches::new(1 << 20, [&header])?;
-    let parts =
-        Parts { image, header, data_file: None, backing, number: ImageNumber(0), caches, snapshot: None };
+    let parts = Parts {
+        image,
+        header,
+        data_file: None,
+        backing,
+        number: ImageNumber(0),
+        caches,
+        snapshot: None,
+        write: None,
+    };
     Qcow2Driver::open(parts)
 }
 

@@ -55,6 +55,7 @@ fn open_on(image: Arc<dyn Storage>, table_cache_len: u64) -> Result<(Arc<Qcow2Dr
         number: ImageNumber(0),
         caches: Arc::clone(&caches),
         snapshot: None,
+        write: None,
     };
     Ok((Qcow2Driver::open(parts)?, caches))
 }

@@ -10,7 +10,7 @@ use super::probe::{magic_name, probe};
 use super::{Backing, OpenOptions};
 use crate::driver::{BlockDriver, Format};
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::{Caches, DataFile, Header, ImageNumber, Parts, Qcow2Driver};
+use crate::qcow2::{Caches, DataFile, Header, ImageNumber, Parts, Qcow2Driver, WriteOptions};
 use crate::raw::{RawDriver, RawOptions};
 use crate::storage::{FileOptions, FileStorage, LockMode, MappedStorage, Storage};
 use crate::sync::Arc;
@@ -48,10 +48,13 @@ pub fn open_raw(
     Ok(RawDriver::open(storage, raw_options)?)
 }
 
-/// Opens the qcow2 image at `path` and what is below it, all of it read-only.
+/// Opens the qcow2 image at `path`, and what is below it read-only.
 pub fn open_qcow2(path: &Path, options: &OpenOptions) -> Result<Arc<dyn BlockDriver>> {
+    check_qcow2_options(path, options)?;
     let mut chain = Chain { options, layers: Vec::new(), seen: Vec::new() };
-    let top = chain.open_named_by_operator(path)?;
+    let lock = if options.writable { LockMode::Writer } else { reader_lock(options) };
+    let file_options = FileOptions { writable: options.writable, direct: options.direct, lock };
+    let top = chain.open_named_by_operator(path, &file_options)?;
     let bottom = chain.descend(top)?;
     chain.assemble(bottom)
 }
@@ -79,8 +82,8 @@ struct Chain<'a> {
 }
 
 impl Chain<'_> {
-    fn open_named_by_operator(&mut self, path: &Path) -> Result<Link> {
-        let file = FileStorage::open(path, &self.file_options())?;
+    fn open_named_by_operator(&mut self, path: &Path, file_options: &FileOptions) -> Result<Link> {
+        let file = FileStorage::open(path, file_options)?;
         self.note(FileIdentity::of(&*file)?, path, path)?;
         let gate = Arc::new(Gate::new(path, &self.options.allow_dirs)?);
         Ok(Link { storage: file, path: path.to_owned(), gate })
@@ -95,7 +98,7 @@ impl Chain<'_> {
     ) -> Result<Link> {
         let named = gate.open(image, name, role)?;
         self.note(named.identity, image, &named.path)?;
-        let storage = FileStorage::from_fd(named.file, &named.path, &self.file_options())?;
+        let storage = FileStorage::from_fd(named.file, &named.path, &self.backing_file_options())?;
         Ok(Link { storage, path: named.path, gate: Arc::clone(gate) })
     }
 
@@ -142,7 +145,9 @@ impl Chain<'_> {
         let wanted = if self.layers.is_empty() { &self.options.backing } else { &Backing::Follow };
         match (wanted, &header.backing_name) {
             (Backing::None, _) | (Backing::Follow, None) => Ok(None),
-            (Backing::Path(path), _) => self.open_named_by_operator(path).map(Some),
+            (Backing::Path(path), _) => {
+                self.open_named_by_operator(path, &self.backing_file_options()).map(Some)
+            }
             (Backing::Follow, Some(name)) => {
                 self.open_named_by_image(&link.path, &link.gate, name, Role::Backing).map(Some)
             }
@@ -172,13 +177,15 @@ impl Chain<'_> {
             let snapshot = if depth == 0 { self.options.snapshot.clone() } else { None };
             let Layer { image, header, data_file } = layer;
             let caches = Arc::clone(&caches);
-            let parts = Parts { image, header, data_file, backing, number, caches, snapshot };
+            let write = (depth == 0 && self.options.writable)
+                .then(|| WriteOptions { discard: self.options.discard, ..WriteOptions::default() });
+            let parts = Parts { image, header, data_file, backing, number, caches, snapshot, write };
             backing = Some(Qcow2Driver::open(parts)?);
         }
         backing.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "the chain has no image"))
     }
 
-    fn file_options(&self) -> FileOptions {
+    fn backing_file_options(&self) -> FileOptions {
         FileOptions { writable: false, direct: self.options.direct, lock: reader_lock(self.options) }
     }
 }
@@ -206,6 +213,14 @@ fn backing_format(stated: Option<&str>, below: &Link) -> Result<Format> {
 
 fn reader_lock(options: &OpenOptions) -> LockMode {
     if options.force_share { LockMode::ForceShare } else { LockMode::Reader }
+}
+
+fn check_qcow2_options(path: &Path, options: &OpenOptions) -> Result<()> {
+    if options.force_share && options.writable {
+        let what = "--force-share is for reading (--read-only)";
+        return Err(Error::new(ErrorKind::InvalidInput, what).with_path(path));
+    }
+    Ok(())
 }
 
 fn check_raw_options(path: &Path, options: &OpenOptions) -> Result<()> {

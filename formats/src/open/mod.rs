@@ -18,7 +18,7 @@ pub use chain::CHAIN_MAX;
 pub use info::{BitmapInfo, ImageInfo, SnapshotInfo};
 
 use crate::driver::{BlockDriver, Format};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::storage::{FileOptions, FileStorage, LockMode, Storage};
 use crate::sync::Arc;
 
@@ -94,10 +94,7 @@ pub fn open(path: &Path, options: &OpenOptions) -> Result<Opened> {
     };
     let driver = match format {
         Format::Raw | Format::MmapRaw => chain::open_raw(path, options, format, probed)?,
-        Format::Qcow2 => {
-            check_read_only(path, options)?;
-            chain::open_qcow2(path, options)?
-        }
+        Format::Qcow2 => chain::open_qcow2(path, options)?,
     };
     Ok(Opened { driver, probed })
 }
@@ -107,12 +104,4 @@ fn probe_path(path: &Path) -> Result<Format> {
     let file_options = FileOptions { writable: false, direct: false, lock: LockMode::Off };
     let storage: Arc<dyn Storage> = FileStorage::open(path, &file_options)?;
     probe::probe(&storage)
-}
-
-fn check_read_only(path: &Path, options: &OpenOptions) -> Result<()> {
-    if !options.writable {
-        return Ok(());
-    }
-    Err(Error::new(ErrorKind::Unsupported, "writing qcow2 images is not there yet; use --read-only")
-        .with_path(path))
 }

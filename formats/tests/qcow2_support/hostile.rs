@@ -65,5 +65,14 @@ pub fn memory_driver(bytes: &[u8], snapshot: Option<&str>) -> Result<Arc<Qcow2Dr
     };
     let caches = Caches::new(0, [&header])?;
     let snapshot = snapshot.map(str::to_owned);
-    Qcow2Driver::open(Parts { image, header, data_file, backing, number: ImageNumber(0), caches, snapshot })
+    Qcow2Driver::open(Parts {
+        image,
+        header,
+        data_file,
+        backing,
+        number: ImageNumber(0),
+        caches,
+        snapshot,
+        write: None,
+    })
 }

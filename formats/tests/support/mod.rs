@@ -2,5 +2,15 @@
 
 #![allow(dead_code)] // Each test program uses its own part of it.
 
+pub mod checker;
+pub mod crash;
+pub mod image;
+pub mod maker;
 pub mod model;
 pub mod random;
+pub mod reader;
+pub mod scene;
+pub mod session;
+pub mod steps;
+pub mod units;
+pub mod wrapped;

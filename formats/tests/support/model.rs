@@ -43,12 +43,21 @@ pub fn operations() -> u64 {
 }
 
 /// Does random operations on `driver` and compares. Images that cannot be written are only read.
-pub fn run(mut driver: Arc<dyn BlockDriver>, mut model: Model<'_>) -> Arc<dyn BlockDriver> {
+pub fn run(driver: Arc<dyn BlockDriver>, model: Model<'_>) -> Arc<dyn BlockDriver> {
+    run_operations(driver, model, operations())
+}
+
+/// The same with so many operations.
+pub fn run_operations(
+    mut driver: Arc<dyn BlockDriver>,
+    mut model: Model<'_>,
+    operations: u64,
+) -> Arc<dyn BlockDriver> {
     let mut random = Random::new(Random::seed(model.name));
     let size = model.content.len() as u64;
     assert_eq!(driver.size(), size);
     let writable = driver.facts().writable;
-    for number in 0..operations() {
+    for number in 0..operations {
         let range = random_range(&mut random, size, model.len_max);
         let step = if writable { random.below(22) } else { random.below(10) };
         match step {

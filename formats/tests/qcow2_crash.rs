@@ -1,0 +1,250 @@
+//! What a crash at any moment leaves of a qcow2 image that is being written: never worse than leaks, and
+//! everything that a flush or a FUA write has promised.
+//!
+//! `NBD_IMG_CRASH_STATES` says how many states are looked at, `NBD_IMG_MODEL_SEED` which.
+
+#![allow(clippy::unwrap_used)] // Helpers of tests are not told apart from a program's code.
+
+mod support;
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use nbd_img_formats::storage::{Change, Log, Storage};
+use nbd_img_formats::sync::Arc;
+use nbd_img_formats::{BlockDriver, Durability, HostOffset};
+use support::crash::{self, Run};
+use support::image::{COPIED, Image};
+use support::random::Random;
+use support::scene::{CLUSTER, Scene};
+use support::steps::{Action, KINDS, Kind, Step};
+use support::units::{Journal, painted};
+use support::wrapped::{Hooks, Wrapped};
+
+/// States looked at in each run of a sequence.
+const STATES_PER_RUN: u64 = 30;
+
+fn states() -> u64 {
+    std::env::var("NBD_IMG_CRASH_STATES").map_or(50_000, |text| text.parse().unwrap())
+}
+
+fn honest(storage: Arc<dyn Storage>) -> Arc<dyn Storage> {
+    storage
+}
+
+/// Every sequence of one, two and three kinds.
+fn sequences() -> Vec<Vec<Kind>> {
+    let ones: Vec<_> = KINDS.iter().map(|kind| vec![*kind]).collect();
+    let longer = |shorter: &[Vec<Kind>]| -> Vec<Vec<Kind>> {
+        let with = |first: &Vec<Kind>| KINDS.map(|kind| [first.as_slice(), &[kind]].concat());
+        shorter.iter().flat_map(with).collect()
+    };
+    let twos = longer(&ones);
+    let threes = longer(&twos);
+    [ones, twos, threes].concat()
+}
+
+/// Runs `count` sequences, on all processors; sequence `number` follows from the seed alone.
+fn in_parallel(count: usize, one: impl Fn(usize) + Sync) {
+    let next = AtomicUsize::new(0);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                loop {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    if number >= count {
+                        break;
+                    }
+                    one(number);
+                }
+            });
+        }
+    });
+}
+
+fn explore_all(name: &str, scenes: &[Scene], sequences: &[Vec<Kind>], states: u64) {
+    let seed = Random::seed(name);
+    let rounds = (states / STATES_PER_RUN / sequences.len() as u64).max(1);
+    let total = rounds as usize * sequences.len();
+    let each = states.div_ceil(total as u64);
+    let seen = AtomicU64::new(0);
+    in_parallel(total, |number| {
+        let mut random = Random::new(seed.wrapping_add(number as u64));
+        let scene = &scenes[(random.next() % scenes.len() as u64) as usize];
+        let kinds = &sequences[number % sequences.len()];
+        let steps: Vec<_> = kinds.iter().map(|kind| Step::random(*kind, &mut random)).collect();
+        let run = crash::run(scene, steps, &honest);
+        run.explore(each, &mut random).unwrap_or_else(|what| panic!("{name}, sequence {number}: {what}"));
+        seen.fetch_add(each, Ordering::Relaxed);
+    });
+    eprintln!("{name}: {} states of {total} runs", seen.into_inner());
+}
+
+#[test]
+fn short_sequences() {
+    explore_all("short sequences", &Scene::all(), &sequences(), states() * 7 / 10);
+}
+
+#[test]
+fn long_sequences() {
+    let mut random = Random::new(Random::seed("kinds of long sequences"));
+    let count = (states() / 1000).max(20);
+    let long = |_| (0..8 + random.below(30)).map(|_| random.pick(&KINDS)).collect();
+    let sequences: Vec<Vec<Kind>> = (0..count).map(long).collect();
+    explore_all("long sequences", &Scene::all(), &sequences, states() * 3 / 10);
+}
+
+/// The refcount table itself gets too small, and moves.
+#[test]
+fn a_growing_refcount_table() {
+    let scenes = [Scene::near_table_growth(), Scene::near_table_growth().on_device()];
+    let mut random = Random::new(Random::seed("a growing refcount table"));
+    let states = (states() / 50).max(300);
+    let mut grown = 0;
+    for number in 0..20 {
+        let kinds = [Kind::WritePart, Kind::Grow, random.pick(&KINDS), Kind::Grow, random.pick(&KINDS)];
+        let steps = kinds.map(|kind| Step::random(kind, &mut random)).to_vec();
+        let run = crash::run(&scenes[number % 2], steps, &honest);
+        run.explore(states / 20, &mut random).unwrap_or_else(|what| panic!("run {number}: {what}"));
+        grown += u64::from(run.image_now(|image| image.table_clusters) > 1);
+    }
+    assert!(grown >= 10, "the table has grown in {grown} of 20 runs");
+}
+
+/// A flush of an image with nothing to write ends up at one sync, and stays there.
+#[test]
+fn a_clean_flush_is_one_sync() {
+    for scene in Scene::all() {
+        let log = Log::new();
+        let recording = log.attach(scene.storage(&scene.image)).unwrap();
+        let driver = scene.open(recording).unwrap();
+        let syncs_of_flush = || {
+            let before = log.len();
+            driver.flush().unwrap();
+            log.records()[before..].iter().filter(|record| record.change == Change::Sync).count()
+        };
+        driver.pwrite(40 * CLUSTER, &[1; 512], Durability::Later).unwrap();
+        assert_eq!(syncs_of_flush(), 2, "{}: an allocation", scene.name);
+        assert_eq!(syncs_of_flush(), 1, "{}: nothing", scene.name);
+        driver.pwrite(40 * CLUSTER + 100, &[2; 100], Durability::Later).unwrap();
+        assert_eq!(syncs_of_flush(), 1, "{}: an overwrite in place", scene.name);
+        driver.close().unwrap();
+    }
+}
+
+/// Opening and closing without a write leaves every byte as it was.
+#[test]
+fn an_image_that_is_not_written_stays_as_it_is() {
+    for scene in Scene::all() {
+        let log = Log::new();
+        let recording = log.attach(scene.storage(&scene.image)).unwrap();
+        let driver = scene.open(recording).unwrap();
+        support::steps::read_all(&*driver).unwrap();
+        driver.flush().unwrap();
+        driver.close().unwrap();
+        let changes = log.records().into_iter().filter(|record| record.change != Change::Sync).count();
+        assert_eq!(changes, 0, "{}", scene.name);
+    }
+}
+
+// That the rig finds what it is there to find.
+
+/// Drops some syncs, as the numbers of the calls say.
+struct Lying {
+    syncs: AtomicU64,
+    drops: Drops,
+}
+
+/// Whether the sync with this number is dropped.
+type Drops = fn(u64) -> bool;
+
+impl Hooks for Lying {
+    fn drops_sync(&self) -> bool {
+        (self.drops)(self.syncs.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// One step of an allocating write done by hand.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Hand {
+    Data,
+    Refcounts,
+    Table,
+    Entry,
+    Sync,
+}
+
+/// Writes the first cluster of an empty image by hand, in the given order.
+fn by_hand<'a>(scene: &'a Scene, order: &[Hand]) -> Run<'a> {
+    let image = Image::parse(&scene.image).unwrap();
+    let end = (scene.image.len() as u64).next_multiple_of(CLUSTER);
+    let (table, data) = (end, end + CLUSTER);
+    let counts = image.refcount_table[0] + end / CLUSTER * 2;
+    let log = Log::new();
+    let storage = log.attach(scene.storage(&scene.image)).unwrap();
+    let mut journal = Journal::new(&scene.content);
+    let change = journal.begin(0, CLUSTER as usize / 64, 1, log.len());
+    for step in order {
+        let mut body = vec![0; CLUSTER as usize];
+        body[..8].copy_from_slice(&(data | COPIED).to_be_bytes());
+        let (bytes, at) = match step {
+            Hand::Data => (painted(0, CLUSTER, 1), data),
+            Hand::Refcounts => (vec![0, 1, 0, 1], counts),
+            Hand::Table => (body, table),
+            Hand::Entry => ((table | COPIED).to_be_bytes().to_vec(), image.l1_at),
+            Hand::Sync => {
+                storage.sync().unwrap();
+                continue;
+            }
+        };
+        storage.pwrite(&bytes, HostOffset(at), Durability::Later).unwrap();
+    }
+    journal.end(change, log.len(), true);
+    // The answer to the flush.
+    log.mark("answered");
+    Run { scene, steps: Vec::new(), log, journal, count_syncs: true }
+}
+
+#[test]
+fn the_rig_tells_right_orders_from_wrong_ones() {
+    use Hand::{Data, Entry, Refcounts, Sync, Table};
+    let scene = Scene::empty("by hand", "refcount_bits=16");
+    let verdict = |order: &[Hand]| by_hand(&scene, order).explore(2000, &mut Random::new(1));
+    for right in [[Data, Refcounts, Table, Sync, Entry, Sync], [Table, Refcounts, Data, Sync, Entry, Sync]] {
+        verdict(&right).unwrap();
+    }
+    let finds = |order: &[Hand], what: &str| {
+        let said = verdict(order).expect_err(what);
+        assert!(said.contains(what), "{order:?}: {said}");
+    };
+    finds(&[Data, Refcounts, Table, Entry, Sync], "corrupt");
+    finds(&[Data, Table, Sync, Entry, Refcounts, Sync], "counted 0");
+    finds(&[Data, Refcounts, Sync, Table, Entry, Sync], "unit 0 (offset 0x0)");
+    finds(&[Refcounts, Table, Sync, Entry, Sync, Data], "unit");
+    finds(&[Data, Refcounts, Table, Sync, Entry], "unit 0 (offset 0x0) is of 0");
+}
+
+/// The driver over a storage that drops its first, second or every sync is found out: each is needed.
+#[test]
+fn every_sync_of_a_flush_is_needed() {
+    let scenes = Scene::all();
+    let lies: [(&str, Drops); 3] =
+        [("first", |number| number % 2 == 0), ("second", |number| number % 2 == 1), ("every", |_| true)];
+    for (name, drops) in lies {
+        let lying = |inner: Arc<dyn Storage>| -> Arc<dyn Storage> {
+            Wrapped::new(inner, Lying { syncs: AtomicU64::new(0), drops })
+        };
+        let mut found = 0;
+        for seed in 0..40 {
+            let mut random = Random::new(seed);
+            let steps = [Kind::WritePart, Kind::Grow, Kind::WriteShared, Kind::WriteCluster]
+                .map(|kind| Step::random(kind, &mut random));
+            let flush = Step { action: Action::Flush, at: 0, len: 0, by_plan: false };
+            let steps = [&steps[..], &[flush], &steps[..1]].concat();
+            let scene = &scenes[(seed as usize) % scenes.len()];
+            let run = crash::run_without_sync_counts(scene, steps, &lying);
+            found += u64::from(run.explore(200, &mut random).is_err());
+        }
+        assert!(found >= 30, "the {name} sync was dropped, seen in {found} of 40 runs");
+    }
+}

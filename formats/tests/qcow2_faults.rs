@@ -1,0 +1,384 @@
+//! What becomes of a qcow2 image when any call to its file fails: an error for whoever asked, at most
+//! leaks in the file, and everything goes on when the fault has gone, unless it hit a commit.
+
+#![allow(clippy::unwrap_used)] // Helpers of tests are not told apart from a program's code.
+
+mod support;
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use nbd_img_formats::storage::{CallClass, Fault, Faults, MemoryStorage, Storage};
+use nbd_img_formats::sync::Arc;
+use nbd_img_formats::{BlockDriver, Durability, Error, State};
+use support::checker;
+use support::random::Random;
+use support::scene::{CLUSTER, SIZE, Scene};
+use support::steps::{Action, KINDS, Kind, Step};
+use support::units::{Journal, Writer, painted};
+use support::wrapped::{Limited, NeverClosed, Wrapped};
+
+/// The classes whose failure must be seen by somebody.
+const CLASSES: [CallClass; 7] = [
+    CallClass::Write,
+    CallClass::Sync,
+    CallClass::Read,
+    CallClass::Zero,
+    CallClass::SetLen,
+    CallClass::Discard,
+    CallClass::Len,
+];
+
+/// The scripts: each kind alone, twice with a flush between, and some longer ones.
+fn scripts() -> Vec<Vec<Kind>> {
+    let mut scripts = Vec::new();
+    for kind in KINDS {
+        scripts.push(vec![kind, Kind::Flush, kind, Kind::FuaWrite]);
+    }
+    scripts.push(vec![Kind::Grow, Kind::Grow, Kind::Discard, Kind::Flush, Kind::Grow]);
+    scripts.push(vec![Kind::WriteShared, Kind::Discard, Kind::Flush, Kind::OverwriteCompressed, Kind::Grow]);
+    scripts.push(vec![Kind::ZeroUnmap, Kind::WriteCluster, Kind::Flush, Kind::Flush, Kind::WritePart]);
+    scripts
+}
+
+/// A script under a fault.
+struct Trial<'a> {
+    scene: &'a Scene,
+    steps: &'a [Step],
+    fault: Option<Fault>,
+    faults: Arc<Faults>,
+    memory: Arc<MemoryStorage>,
+    /// What the guest reads while the image is live: a step that has succeeded is there.
+    live: Journal,
+    /// What is in the file at the worst: only what was flushed is there.
+    disk: Journal,
+    time: usize,
+    /// Steps that failed, with their errors.
+    failed: Vec<(Step, Error)>,
+    /// Whether the fault struck outside of a flush, a FUA write or a close.
+    outside_commit: bool,
+}
+
+impl<'a> Trial<'a> {
+    fn new(scene: &'a Scene, steps: &'a [Step], fault: Option<Fault>) -> Self {
+        Trial {
+            scene,
+            steps,
+            fault,
+            faults: Faults::new(),
+            memory: scene.storage(&scene.image),
+            live: Journal::new(&scene.content),
+            disk: Journal::new(&scene.content),
+            time: 1,
+            failed: Vec::new(),
+            outside_commit: false,
+        }
+    }
+
+    fn name(&self) -> String {
+        let (scene, fault) = (self.scene.name, self.fault);
+        format!("scene '{scene}', {:#?}, {fault:?}, failed {:#?}", self.steps, self.failed)
+    }
+
+    /// Runs it all; returns how many calls of each class there were.
+    fn run(mut self) -> [u64; CLASSES.len()] {
+        let storage = self.faults.attach(Wrapped::new(self.memory.clone(), NeverClosed));
+        let driver = self.scene.open(storage).unwrap();
+        let before = CLASSES.map(|class| self.faults.count(class));
+        if let Some(fault) = self.fault {
+            self.faults.arm(fault);
+        }
+        for number in 0..self.steps.len() {
+            self.step(&*driver, self.steps[number], number as Writer + 1);
+        }
+        let counts = CLASSES.map(|class| self.faults.count(class));
+        let fired = self.faults.fired();
+        self.faults.disarm();
+        self.check_seen(fired);
+        let state = driver.state();
+        match state {
+            State::Live => self.after_live(&*driver),
+            State::Failed => self.after_failed(&*driver),
+            State::Closed => panic!("{}: closed", self.name()),
+        }
+        self.check_file(state, driver.close().is_ok());
+        std::array::from_fn(|class| counts[class] - before[class])
+    }
+
+    fn step(&mut self, driver: &dyn BlockDriver, step: Step, writer: Writer) {
+        self.time += 1;
+        let fired = self.faults.fired();
+        let began = self.time;
+        let flush = step.action == Action::Flush;
+        let writer = if matches!(step.action, Action::Write(_)) { writer } else { 0 };
+        let changes = (!flush).then(|| {
+            let units = step.units();
+            let live = self.live.begin(units.start, units.end, writer, began);
+            (live, self.disk.begin(units.start, units.end, writer, began))
+        });
+        let outcome = step.carry_out(driver, writer);
+        self.time += 1;
+        if self.faults.fired() > fired && !flush && !step.is_fua() {
+            self.outside_commit |= fired == 0;
+        }
+        match outcome {
+            Err(error) => self.failed.push((step, error)),
+            Ok(()) if flush => {
+                self.disk.flushed(began, self.time);
+                self.live.flushed(began, self.time);
+            }
+            // What a discard leaves is the image's choice.
+            Ok(()) if step.action == Action::Discard => {}
+            Ok(()) => {
+                let (live, disk) = changes.unwrap();
+                self.live.end(live, self.time, true);
+                self.disk.end(disk, self.time, step.is_fua());
+            }
+        }
+    }
+
+    /// Whoever asked has seen the fault, with its errno or as EIO.
+    fn check_seen(&self, fired: u64) {
+        let Some(fault) = self.fault else {
+            return assert!(self.failed.is_empty(), "{}", self.name());
+        };
+        for (_, error) in &self.failed {
+            let errno = error.errno();
+            assert!(errno == fault.errno || errno == libc::EIO, "{}: errno {errno}", self.name());
+        }
+        // Not being able to give room back is no error; nor is a lack of room that a commit has ended.
+        let quiet = matches!(fault.class, Some(CallClass::Discard | CallClass::Len))
+            || (fault.errno == libc::ENOSPC && !fault.sticky && fault.class != Some(CallClass::Sync));
+        assert!(fired == 0 || quiet || !self.failed.is_empty(), "{}: not seen", self.name());
+    }
+
+    /// A later write works, and so does all else.
+    fn after_live(&mut self, driver: &dyn BlockDriver) {
+        assert!(
+            self.fault.is_none_or(|fault| fault.class != Some(CallClass::Sync) || self.failed.is_empty())
+        );
+        self.read_and_check(driver, true);
+        let again = [Kind::WriteShared, Kind::WritePart, Kind::Grow, Kind::Flush];
+        let mut random = Random::new(7);
+        for kind in again {
+            let failed = self.failed.len();
+            self.step(driver, Step::random(kind, &mut random), 500);
+            assert!(self.failed.len() == failed, "{}: the fault has gone", self.name());
+        }
+        self.read_and_check(driver, true);
+    }
+
+    /// Nothing can be written any more, and what was committed can be read.
+    fn after_failed(&mut self, driver: &dyn BlockDriver) {
+        let fault = self.fault.unwrap();
+        let allowed = fault.class == Some(CallClass::Sync) || !self.outside_commit || fault.sticky;
+        assert!(allowed, "{}: failed for good by a fault outside of a commit", self.name());
+        for outcome in [driver.pwrite(0, &[1; 512], Durability::Later), driver.flush()] {
+            let error = outcome.err().unwrap_or_else(|| panic!("{}: a failed image is written", self.name()));
+            assert_eq!(error.errno(), libc::EIO, "{}", self.name());
+        }
+        self.read_and_check(driver, false);
+    }
+
+    /// Cluster by cluster, as some may be unreadable in a failed image.
+    fn read_and_check(&self, driver: &dyn BlockDriver, live: bool) {
+        let journal = if live { &self.live } else { &self.disk };
+        let mut content = vec![0; driver.size() as usize];
+        for (number, cluster) in content.chunks_mut(CLUSTER as usize).enumerate() {
+            match driver.pread(number as u64 * CLUSTER, cluster) {
+                Ok(()) => {}
+                Err(error) => {
+                    let table = number / 64;
+                    let touched = self.steps.iter().any(|step| step.touches(table));
+                    assert!(!live && touched, "{}: cluster {number}: {error}", self.name());
+                    cluster.copy_from_slice(&self.disk.any_allowed(number as u64 * CLUSTER, CLUSTER));
+                }
+            }
+        }
+        journal.check(&content, usize::MAX).unwrap_or_else(|what| panic!("{}: {what}", self.name()));
+    }
+
+    /// The file is sound, holds what it must, and can be opened and written again.
+    fn check_file(&self, state: State, closed: bool) {
+        let memory: Arc<dyn Storage> = self.memory.clone();
+        let report = checker::check_storage(&*memory).unwrap();
+        assert!(report.is_sound(), "{}: closed {closed}\n{report}", self.name());
+        let content = self.scene.read(&&*memory).unwrap_or_else(|what| panic!("{}: {what}", self.name()));
+        let journal = if state == State::Live && closed { &self.live } else { &self.disk };
+        journal
+            .check(&content, usize::MAX)
+            .unwrap_or_else(|what| panic!("{}: in the file: {what}", self.name()));
+        assert!(state != State::Live || closed, "{}: close failed", self.name());
+        if self.fault.is_none() {
+            assert!(report.is_clean(), "{}: {report}", self.name());
+        }
+        let driver = self.scene.open(Wrapped::new(memory.clone(), NeverClosed)).unwrap();
+        driver.pwrite(130 * CLUSTER, &painted(130 * CLUSTER, 2 * CLUSTER, 600), Durability::Fua).unwrap();
+        driver.pwrite(64, &painted(64, 64, 600), Durability::Later).unwrap();
+        driver.close().unwrap();
+        let report = checker::check_storage(&*memory).unwrap();
+        assert!(report.is_sound(), "{}: written again\n{report}", self.name());
+    }
+}
+
+/// Every way in which call `call` of a class can fail.
+fn ways(class: CallClass, call: u64) -> Vec<Fault> {
+    let once = Fault { class: Some(class), ..Fault::at(call) };
+    let mut ways = vec![once, Fault { sticky: true, ..once }];
+    if matches!(class, CallClass::Write | CallClass::SetLen | CallClass::Zero) {
+        let full = Fault { errno: libc::ENOSPC, ..once };
+        ways.extend([full, Fault { sticky: true, ..full }]);
+    }
+    if class == CallClass::Write {
+        // Whole units: what is torn inside of one cannot be told from another's.
+        ways.extend([128, 512].map(|written_len| Fault { written_len, ..once }));
+        ways.push(Fault { written_len: 512, errno: libc::ENOSPC, ..once });
+    }
+    ways
+}
+
+#[test]
+fn every_call_may_fail() {
+    let seed = Random::seed("every call may fail");
+    let (scenes, scripts) = (Scene::all(), scripts());
+    let (next, trials) = (AtomicUsize::new(0), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                loop {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(kinds) = scripts.get(number) else { break };
+                    let mut random = Random::new(seed.wrapping_add(number as u64));
+                    let scene = &scenes[(random.next() % scenes.len() as u64) as usize];
+                    let steps: Vec<_> = kinds.iter().map(|kind| Step::random(*kind, &mut random)).collect();
+                    let counts = Trial::new(scene, &steps, None).run();
+                    for (class, count) in CLASSES.iter().zip(counts) {
+                        for fault in (0..count).flat_map(|call| ways(*class, call)) {
+                            Trial::new(scene, &steps, Some(fault)).run();
+                            trials.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
+                }
+            });
+        }
+    });
+    let trials = trials.into_inner();
+    eprintln!("{trials} trials");
+    assert!(trials > 1000, "{trials} calls have failed: the scripts do not reach the file");
+}
+
+/// The same while the refcount table grows; there are many calls, so only some of them fail.
+#[test]
+fn calls_of_a_growing_refcount_table_may_fail() {
+    let scene = Scene::near_table_growth();
+    let mut random = Random::new(Random::seed("a growing refcount table"));
+    let steps = [Kind::WritePart, Kind::Grow, Kind::Flush, Kind::Grow, Kind::FuaWrite]
+        .map(|kind| Step::random(kind, &mut random));
+    let counts = Trial::new(&scene, &steps, None).run();
+    for (class, count) in CLASSES.iter().zip(counts) {
+        let faults: Vec<_> = (0..count).flat_map(|call| ways(*class, call)).collect();
+        for _ in 0..faults.len().min(30) {
+            Trial::new(&scene, &steps, Some(random.pick(&faults))).run();
+        }
+    }
+}
+
+/// A file system that is full at any moment: the request fails with ENOSPC, nothing is lost, and when
+/// there is room again writing goes on.
+#[test]
+fn a_full_file_system_is_survived() {
+    for scene in Scene::all().into_iter().filter(|scene| scene.device_len.is_none()) {
+        let mut outcomes = [0; 2];
+        for more in 0..150 {
+            let refused = survive(&scene, more * CLUSTER, more);
+            outcomes[usize::from(refused)] += 1;
+        }
+        assert!(outcomes[0] > 0 && outcomes[1] > 10, "{}: {outcomes:?}", scene.name);
+    }
+}
+
+/// Whether there was too little room.
+fn survive(scene: &Scene, more: u64, seed: u64) -> bool {
+    let memory = scene.storage(&scene.image);
+    let storage = Wrapped::new(memory.clone(), Limited::new(scene.image.len() as u64, more));
+    let driver = scene.open(storage.clone()).unwrap();
+    let mut random = Random::new(seed);
+    let mut journal = Journal::new(&scene.content);
+    let mut refused = false;
+    let name = format!("scene '{}', room for {more} more bytes", scene.name);
+    for number in 0..12 {
+        let kind =
+            random.pick(&[Kind::WritePart, Kind::WriteCluster, Kind::WriteShared, Kind::Grow, Kind::Flush]);
+        let step = Step::random(kind, &mut random);
+        let writer = number + 1;
+        let change = journal.begin(step.units().start, step.units().end, writer, 1);
+        match step.carry_out(&*driver, writer) {
+            Ok(()) => journal.end(change, 2, true),
+            Err(error) => {
+                // A flush may need room for tables that were only in memory.
+                assert_eq!(error.errno(), libc::ENOSPC, "{name}: {step:?}: {error}");
+                refused = true;
+            }
+        }
+        assert_eq!(driver.state(), State::Live, "{name}: {step:?}");
+    }
+    let content = support::steps::read_all(&*driver).unwrap();
+    journal.check(&content, usize::MAX).unwrap_or_else(|what| panic!("{name}: {what}"));
+    storage.hooks.make_room();
+    driver.pwrite(0, &painted(0, SIZE, 100), Durability::Later).unwrap_or_else(|e| panic!("{name}: {e}"));
+    driver.close().unwrap_or_else(|e| panic!("{name}: {e}"));
+    let memory: Arc<dyn Storage> = memory;
+    let report = checker::check_storage(&*memory).unwrap();
+    assert!(report.is_clean(), "{name}: {report}");
+    assert!(scene.read(&&*memory).unwrap() == painted(0, SIZE, 100), "{name}");
+    refused
+}
+
+/// A device has an end: what does not fit is refused, and what is given back can be used again.
+#[test]
+fn the_end_of_a_device_is_survived() {
+    let mut scene = Scene::mixed("full device", "refcount_bits=16", None, true).on_device();
+    let image_len = scene.image.len() as u64;
+    let mut outcomes = [0; 2];
+    for more in (0..200).step_by(3) {
+        scene.device_len = Some((image_len + more * CLUSTER).next_multiple_of(CLUSTER));
+        let name = format!("{more} clusters");
+        let memory = scene.storage(&scene.image);
+        let driver = scene.open(Wrapped::new(memory.clone(), NeverClosed)).unwrap();
+        let mut journal = Journal::new(&scene.content);
+        let mut full = false;
+        for (number, cluster) in (0..192).rev().enumerate() {
+            let (at, writer) = (cluster * CLUSTER, number as Writer + 1);
+            let units = (at / 64) as usize..(at / 64 + 8) as usize;
+            let change = journal.begin(units.start, units.end, writer, 1);
+            match driver.pwrite(at, &painted(at, CLUSTER, writer), Durability::Later) {
+                Ok(()) => journal.end(change, 2, true),
+                Err(error) => {
+                    assert_eq!(error.errno(), libc::ENOSPC, "{name}: {error}");
+                    units.for_each(|unit| journal.take_back(change, unit));
+                    full = true;
+                }
+            }
+            assert_eq!(driver.state(), State::Live, "{name}");
+        }
+        outcomes[usize::from(full)] += 1;
+        let content = support::steps::read_all(&*driver).unwrap();
+        assert!(content == journal.now(), "{name}");
+        if full {
+            // Giving something back makes room, for which whoever needs it commits by himself.
+            let free = nbd_img_formats::GuestRange::new(0, 16 * CLUSTER).unwrap();
+            driver.discard(free, Durability::Later).unwrap();
+            if more % 2 == 0 {
+                driver.flush().unwrap();
+            }
+            let at = 66 * CLUSTER;
+            driver
+                .pwrite(at, &painted(at, CLUSTER, 999), Durability::Later)
+                .unwrap_or_else(|e| panic!("{name}: {e}"));
+        }
+        driver.close().unwrap();
+        let memory: Arc<dyn Storage> = memory;
+        let report = checker::check_storage(&*memory).unwrap();
+        assert!(report.is_clean(), "{name}: {report}");
+    }
+    assert!(outcomes[0] > 0 && outcomes[1] > 0, "{outcomes:?}");
+}

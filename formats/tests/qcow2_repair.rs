@@ -1,0 +1,202 @@
+//! Images that were not closed, or are damaged, opened for writing: repaired first, or refused, and what
+//! contradicts itself is never written into.
+
+#![allow(clippy::unwrap_used)] // Helpers of tests are not told apart from a program's code.
+
+mod support;
+
+use nbd_img_formats::storage::{FileId, Log, Storage};
+use nbd_img_formats::sync::Arc;
+use nbd_img_formats::{BlockDriver, Durability, ErrorKind, State};
+use support::checker;
+use support::crash::content_of;
+use support::image::{Bytes, Image, OFFSET_MASK};
+use support::maker;
+use support::random::Random;
+use support::scene::{CLUSTER, Scene};
+use support::steps::read_all;
+use support::units::painted;
+use support::wrapped::{NeverClosed, Wrapped};
+
+/// Incompatible feature bits, the low byte of them, of a version 3 image.
+const INCOMPATIBLE_AT: usize = 79;
+
+fn version_3() -> Vec<Scene> {
+    Scene::all().into_iter().filter(|scene| scene.image[7] == 3).collect()
+}
+
+/// The image after a crash of a program that uses the dirty bit: refcounts of any value.
+fn spoil(scene: &Scene, random: &mut Random) -> Vec<u8> {
+    let mut bytes = scene.image.clone();
+    bytes[INCOMPATIBLE_AT] |= 1;
+    let image = Image::parse(&scene.image).unwrap();
+    let end = scene.image.len();
+    for block in image.refcount_table.iter().filter(|block| **block != 0) {
+        for _ in 0..20 {
+            let at = *block as usize + random.below(CLUSTER) as usize;
+            if at < end {
+                bytes[at] = random.pick(&[0, 0, 1, 2, 0xff]);
+            }
+        }
+    }
+    bytes
+}
+
+#[test]
+fn a_dirty_image_is_repaired_first() {
+    let mut random = Random::new(Random::seed("dirty images"));
+    for scene in version_3() {
+        for round in 0..20 {
+            let spoilt = spoil(&scene, &mut random);
+            let log = Log::new();
+            let memory = scene.storage(&spoilt);
+            let storage = Wrapped::new(log.attach(memory.clone()).unwrap(), NeverClosed);
+            let driver = scene.open(storage).unwrap_or_else(|e| panic!("{}: {e}", scene.name));
+            let opened = log.len();
+            let memory: Arc<dyn Storage> = memory;
+            let report = checker::check_storage(&*memory).unwrap();
+            assert!(report.is_clean(), "{}, round {round}: after the open\n{report}", scene.name);
+            driver.pwrite(40 * CLUSTER, &painted(40 * CLUSTER, CLUSTER, 1), Durability::Later).unwrap();
+            driver.close().unwrap();
+            let report = checker::check_storage(&*memory).unwrap();
+            assert!(report.is_clean(), "{}, round {round}: after the close\n{report}", scene.name);
+            let mut content = scene.content.clone();
+            let at = 40 * CLUSTER as usize;
+            content[at..at + CLUSTER as usize].copy_from_slice(&painted(at as u64, CLUSTER, 1));
+            assert!(scene.read(&&*memory).unwrap() == content, "{}", scene.name);
+            crash_in_repair(&scene, &log, opened, &mut random);
+        }
+    }
+}
+
+/// As long as the repair is not durable, the bit says that one is needed.
+fn crash_in_repair(scene: &Scene, log: &Log, opened: usize, random: &mut Random) {
+    for _ in 0..20 {
+        let cut = random.below(opened as u64 + 1) as usize;
+        let bytes = log.after_crash(FileId(0), cut, |_, _| match random.below(3) {
+            0 => nbd_img_formats::storage::Fate::Kept,
+            1 => nbd_img_formats::storage::Fate::Lost,
+            _ => nbd_img_formats::storage::Fate::Scattered(random.next()),
+        });
+        let report = checker::check(&bytes).unwrap();
+        assert!(report.dirty || report.is_sound(), "{}, cut {cut}:\n{report}", scene.name);
+        let memory = scene.storage(&content_of(&bytes));
+        let driver = scene.open(Wrapped::new(memory.clone(), NeverClosed)).unwrap();
+        driver.close().unwrap();
+        let memory: Arc<dyn Storage> = memory;
+        let report = checker::check_storage(&*memory).unwrap();
+        assert!(report.is_sound(), "{}, cut {cut}: repaired again\n{report}", scene.name);
+        assert!(scene.read(&&*memory).unwrap() == scene.content, "{}", scene.name);
+    }
+}
+
+/// What an entry of the table is made to name, for which the image must not be written.
+fn damages(image: &Image<'_>, bytes: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
+    let owned = bytes.to_vec();
+    let l2 = (owned.be64(image.l1_at) & OFFSET_MASK) as usize;
+    // The entry of the disk's cluster 2.
+    let entry = l2 + 16;
+    let pointing = |host: u64| {
+        let mut bytes = bytes.to_vec();
+        bytes[entry..entry + 8].copy_from_slice(&(host | 1 << 63).to_be_bytes());
+        bytes
+    };
+    let mut damages = vec![
+        ("a data entry names the L1 table", pointing(image.l1_at)),
+        ("a data entry names the refcount table", pointing(image.table_at)),
+        ("a data entry names a refcount block", pointing(image.refcount_table[0])),
+        ("a data entry names an L2 table", pointing(l2 as u64)),
+    ];
+    if let Some(snapshot) = image.snapshots.first() {
+        damages.push(("a data entry names a snapshot's L1 table", pointing(snapshot.l1_at)));
+        damages.push(("a data entry names the snapshot table", pointing(image.snapshots_at)));
+    }
+    damages
+}
+
+#[test]
+fn metadata_is_never_overwritten_by_data() {
+    for scene in version_3().into_iter().filter(|scene| scene.content[..64] != [0; 64]) {
+        let image = Image::parse(&scene.image).unwrap();
+        for (what, bytes) in damages(&image, &scene.image) {
+            let name = format!("{}: {what}", scene.name);
+            let memory = scene.storage(&bytes);
+            let storage: Arc<dyn Storage> = Wrapped::new(memory.clone(), NeverClosed);
+            let Ok(driver) = scene.open(Arc::clone(&storage)) else { continue };
+            let error = driver.pwrite(2 * CLUSTER, &[0x5a; 512], Durability::Later).expect_err(&name);
+            assert_eq!(error.errno(), libc::EIO, "{name}: {error}");
+            assert_eq!(driver.state(), State::Failed, "{name}");
+            let _ = driver.close();
+            let memory: Arc<dyn Storage> = memory;
+            let after = content_of(&nbd_img_formats::storage::SparseBytes::load(&*memory).unwrap());
+            let mut expected = bytes.clone();
+            expected[INCOMPATIBLE_AT] |= 2;
+            assert!(after[..expected.len()] == expected, "{name}: more than the corrupt bit was written");
+            // Refused from now on, and readable.
+            let error =
+                scene.open(Arc::clone(&storage)).err().unwrap_or_else(|| panic!("{name}: opened again"));
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{name}: {error}");
+            assert!(error.to_string().contains("qemu-img check"), "{name}: {error}");
+            let reader = support::scene::open_over(storage, scene.backing_driver(), None, 0).unwrap();
+            reader.pread(5 * CLUSTER, &mut [0; 512]).unwrap();
+        }
+    }
+}
+
+/// A free cluster is taken only if its refcount is 0 and nobody uses it: refcounts that are too low lead to
+/// an error, never to another's cluster being overwritten.
+#[test]
+fn refcounts_that_are_too_low_do_not_lose_data() {
+    for scene in version_3().into_iter().filter(|scene| scene.content[..64] != [0; 64]) {
+        let mut bytes = scene.image.clone();
+        let image = Image::parse(&scene.image).unwrap();
+        for block in image.refcount_table.iter().filter(|block| **block != 0) {
+            // All of them are free, it says.
+            bytes[*block as usize..*block as usize + CLUSTER as usize].fill(0);
+        }
+        let memory = scene.storage(&bytes);
+        let Ok(driver) = scene.open(Wrapped::new(memory.clone(), NeverClosed)) else { continue };
+        for cluster in [40, 41, 130, 131, 132, 70] {
+            // It may succeed: behind the end of the file all is free indeed.
+            let at = cluster * CLUSTER;
+            let _ = driver.pwrite(at, &painted(at, CLUSTER, 3), Durability::Later);
+        }
+        let _ = driver.flush();
+        let _ = driver.close();
+        let memory: Arc<dyn Storage> = memory;
+        let bytes = content_of(&nbd_img_formats::storage::SparseBytes::load(&*memory).unwrap());
+        // The tables that were there lead where they led.
+        let now = Image::parse(&bytes).unwrap_or_else(|e| panic!("{}: {e}", scene.name));
+        assert_eq!((now.l1_at, now.table_at), (image.l1_at, image.table_at), "{}", scene.name);
+        let content = support::reader::read_disk(
+            &bytes,
+            support::reader::Disk::Active,
+            scene.backing.as_deref().unwrap_or_default(),
+        );
+        let content = content.unwrap_or_else(|e| panic!("{}: {e}", scene.name));
+        let kept = content[..16 * CLUSTER as usize] == scene.content[..16 * CLUSTER as usize];
+        // Without space that is known to be free, nothing tells a free cluster from one in use.
+        assert!(kept || scene.device_len.is_some(), "{}", scene.name);
+    }
+}
+
+#[test]
+fn what_cannot_be_written_is_refused_untouched() {
+    let refused = |bytes: &[u8], kind: ErrorKind| {
+        let memory: Arc<dyn Storage> = nbd_img_formats::storage::MemoryStorage::copy_of(bytes).unwrap();
+        let error =
+            support::scene::open_over(Arc::clone(&memory), None, Some(Default::default()), 0).err().unwrap();
+        assert_eq!(error.kind(), kind, "{error}");
+        let after = content_of(&nbd_img_formats::storage::SparseBytes::load(&*memory).unwrap());
+        assert!(after == bytes, "it was touched");
+        let reader = support::scene::open_over(memory, None, None, 0).unwrap();
+        read_all(&*reader).unwrap();
+    };
+    let bitmaps = maker::Maker::new("cluster_size=64k", 1 << 20);
+    maker::run("qemu-img", &["bitmap", "--add", maker::text(&bitmaps.path()), "b"]);
+    refused(&bitmaps.bytes(), ErrorKind::Unsupported);
+    refused(&maker::Maker::new("cluster_size=64k,extended_l2=on", 1 << 20).bytes(), ErrorKind::Unsupported);
+    let mut corrupt = maker::Maker::new("cluster_size=64k", 1 << 20).bytes();
+    corrupt[INCOMPATIBLE_AT] |= 2;
+    refused(&corrupt, ErrorKind::Corrupt);
+}

@@ -1,0 +1,276 @@
+//! Two or three threads on a tiny image, under the interleavings that shuttle chooses.
+
+use nbd_img_formats::plan::MapMode;
+use nbd_img_formats::storage::{CallClass, Fault, Faults, MemoryOptions, MemoryStorage, Storage};
+use nbd_img_formats::sync::{Arc, thread};
+use nbd_img_formats::{
+    BlockDriver, Durability, GuestRange, HostOffset, Place, Provision, ReadPlan, State, WritePlan,
+    ZeroRequest,
+};
+
+use crate::support::checker;
+use crate::support::scene::{self, CLUSTER, Scene};
+use crate::support::units::painted;
+use crate::support::wrapped::{NeverClosed, Wrapped};
+
+const LATER: Durability = Durability::Later;
+
+fn schedules() -> usize {
+    std::env::var("NBD_IMG_SCHEDULES").map_or(300, |text| text.parse().unwrap())
+}
+
+/// A scene's image in a storage whose free space is poisoned.
+struct Stage {
+    scene: std::sync::Arc<Scene>,
+    storage: Arc<dyn Storage>,
+    faults: Arc<Faults>,
+    driver: Arc<dyn BlockDriver>,
+}
+
+impl Stage {
+    fn new(scene: &std::sync::Arc<Scene>) -> Stage {
+        let options = MemoryOptions { len: 0, grows: true, poisoned: true };
+        let memory = MemoryStorage::with(options).unwrap();
+        memory.pwrite(&scene.image, HostOffset(0), LATER).unwrap();
+        let storage: Arc<dyn Storage> = Wrapped::new(memory, NeverClosed);
+        let faults = Faults::new();
+        let failing = faults.attach(Arc::clone(&storage));
+        let driver = scene::open_over(failing, scene.backing_driver(), Some(Default::default()), 0).unwrap();
+        Stage { scene: std::sync::Arc::clone(scene), storage, faults, driver }
+    }
+
+    fn spawn(&self, body: impl FnOnce(&dyn BlockDriver) + Send + 'static) -> thread::JoinHandle<()> {
+        let driver = Arc::clone(&self.driver);
+        thread::spawn(move || body(&*driver))
+    }
+
+    /// The image is closed and clean, and holds `content` at `at`.
+    fn finish(self, at: u64, content: &[u8]) {
+        let mut got = vec![0; content.len()];
+        self.driver.pread(at, &mut got).unwrap();
+        assert!(got == content, "the driver reads something else at {at}");
+        self.driver.close().unwrap();
+        let report = checker::check_storage(&*self.storage).unwrap();
+        assert!(report.is_clean(), "{report}");
+        let disk = self.scene.read(&&*self.storage).unwrap();
+        assert!(disk[at as usize..at as usize + content.len()] == *content, "the file holds something else");
+    }
+}
+
+fn overlay() -> std::sync::Arc<Scene> {
+    std::sync::Arc::new(Scene::mixed("overlay", "refcount_bits=16", Some(150 * CLUSTER), true))
+}
+
+fn plain() -> std::sync::Arc<Scene> {
+    std::sync::Arc::new(Scene::mixed("plain", "refcount_bits=64", None, true))
+}
+
+/// Each thread's body over the same scene, as often as there are schedules: at random, and by priorities.
+fn explore(scene: std::sync::Arc<Scene>, scenario: fn(Stage)) {
+    let again = std::sync::Arc::clone(&scene);
+    shuttle::check_random(move || scenario(Stage::new(&scene)), schedules() / 2);
+    shuttle::check_pct(move || scenario(Stage::new(&again)), schedules() / 2, 3);
+}
+
+fn join<const N: usize>(threads: [thread::JoinHandle<()>; N]) {
+    for thread in threads {
+        thread.join().unwrap();
+    }
+}
+
+fn write(driver: &dyn BlockDriver, at: u64, len: u64, writer: u32) {
+    driver.pwrite(at, &painted(at, len, writer), LATER).unwrap();
+}
+
+/// Parts of one cluster, which each allocating write has to keep for the other.
+#[test]
+fn allocate_against_allocate_in_one_cluster() {
+    for scene in [overlay(), plain()] {
+        explore(scene, |stage| {
+            let at = 40 * CLUSTER;
+            let threads = [0, 1, 2]
+                .map(|part| stage.spawn(move |driver| write(driver, at + part * 128, 128, part as u32 + 1)));
+            join(threads);
+            let parts = [0, 1, 2].map(|part| painted(at + part * 128, 128, part as u32 + 1));
+            stage.finish(at, &parts.concat());
+        });
+    }
+}
+
+/// The same with whole clusters planned by a session on one side.
+#[test]
+fn a_planned_cluster_against_a_part_of_it() {
+    explore(overlay(), |stage| {
+        let at = 41 * CLUSTER;
+        let whole = stage.spawn(move |driver| {
+            crate::support::session::write(driver, at, &painted(at, CLUSTER, 1), LATER).unwrap();
+        });
+        let part = stage.spawn(move |driver| write(driver, at + 64, 64, 2));
+        let flush = stage.spawn(|driver| driver.flush().unwrap());
+        join([whole, part, flush]);
+        let mut got = vec![0; CLUSTER as usize];
+        stage.driver.pread(at, &mut got).unwrap();
+        let (mut one, two) = (painted(at, CLUSTER, 1), painted(at + 64, 64, 2));
+        let first = got == one;
+        one[64..128].copy_from_slice(&two);
+        assert!(first || got == one, "neither order");
+        stage.finish(at, &got);
+    });
+}
+
+/// A read holds its plan while the cluster is zeroed, discarded, freed by a commit and reused.
+#[test]
+fn a_mapped_read_against_zero_and_reuse() {
+    explore(plain(), |stage| {
+        let at = 2 * CLUSTER;
+        let old = stage.scene.content[at as usize..(at + CLUSTER) as usize].to_vec();
+        let reader = stage.spawn(move |driver| {
+            let mut plan = ReadPlan::default();
+            driver.map_read(GuestRange::new(at, CLUSTER).unwrap(), MapMode::Wait, &mut plan).unwrap();
+            shuttle::thread::yield_now();
+            let mut got = vec![0; CLUSTER as usize];
+            match plan.pieces[0].place {
+                Place::Data { storage, at } => {
+                    driver.storages()[usize::from(storage.0)].pread(&mut got, at).unwrap();
+                }
+                Place::Zero { .. } => {}
+                Place::Slow(_) => driver.read_slow(at, &mut got).unwrap(),
+            }
+            assert!(got == old || got.iter().all(|byte| *byte == 0), "a reused cluster was read");
+        });
+        let changer = stage.spawn(move |driver| {
+            let range = GuestRange::new(at, CLUSTER).unwrap();
+            let request = ZeroRequest { provision: Provision::Unmap, fast: false, durability: LATER };
+            driver.write_zeroes(range, request).unwrap();
+            driver.flush().unwrap();
+            driver.flush().unwrap();
+            write(driver, 130 * CLUSTER, 6 * CLUSTER, 7);
+        });
+        join([reader, changer]);
+        stage.finish(130 * CLUSTER, &painted(130 * CLUSTER, 6 * CLUSTER, 7));
+    });
+}
+
+/// A write holds its plan while the cluster is discarded and reused: it must not land in another's.
+#[test]
+fn a_mapped_write_against_discard_and_reuse() {
+    explore(plain(), |stage| {
+        let at = 3 * CLUSTER;
+        let writer = stage.spawn(move |driver| {
+            let mut plan = WritePlan::default();
+            driver.prepare_write(GuestRange::new(at, CLUSTER).unwrap(), MapMode::Wait, &mut plan).unwrap();
+            shuttle::thread::yield_now();
+            let bytes = painted(at, CLUSTER, 5);
+            match plan.pieces[0].place {
+                Place::Data { storage, at } => {
+                    driver.storages()[usize::from(storage.0)].pwrite(&bytes, at, LATER).unwrap();
+                    driver.finish_write(&mut plan, true).unwrap();
+                }
+                Place::Slow(_) => {
+                    driver.finish_write(&mut plan, true).unwrap();
+                    driver.write_slow(at, &bytes).unwrap();
+                }
+                Place::Zero { .. } => panic!("a write plan has no zeroes"),
+            }
+        });
+        let changer = stage.spawn(move |driver| {
+            driver.discard(GuestRange::new(at, CLUSTER).unwrap(), LATER).unwrap();
+            driver.flush().unwrap();
+            driver.flush().unwrap();
+            write(driver, 130 * CLUSTER, 6 * CLUSTER, 7);
+        });
+        join([writer, changer]);
+        stage.finish(130 * CLUSTER, &painted(130 * CLUSTER, 6 * CLUSTER, 7));
+    });
+}
+
+/// What was written before a flush began is in the file after it, however many flushes there are.
+#[test]
+fn commit_against_write_and_commit() {
+    explore(overlay(), |stage| {
+        let threads = [0u64, 1, 2].map(|number| {
+            let storage = Arc::clone(&stage.storage);
+            let scene = std::sync::Arc::clone(&stage.scene);
+            stage.spawn(move |driver| {
+                let at = (32 + number * 50) * CLUSTER + 64;
+                write(driver, at, 128, number as u32 + 1);
+                driver.flush().unwrap();
+                let disk = scene.read(&&*storage).unwrap();
+                assert!(disk[at as usize..at as usize + 128] == painted(at, 128, number as u32 + 1));
+            })
+        });
+        join(threads);
+        let at = 82 * CLUSTER + 64;
+        stage.finish(at, &painted(at, 128, 2));
+    });
+}
+
+/// Three tables and a cache of two slices: each step throws out what another one needs.
+#[test]
+fn eviction_against_change() {
+    explore(plain(), |stage| {
+        let threads = [40u64, 90, 140].map(|cluster| {
+            stage.spawn(move |driver| {
+                write(driver, cluster * CLUSTER, CLUSTER, cluster as u32);
+                let mut got = vec![0; CLUSTER as usize];
+                for other in [40u64, 90, 140] {
+                    driver.pread(other * CLUSTER, &mut got).unwrap();
+                }
+                driver.pread(cluster * CLUSTER, &mut got).unwrap();
+                assert!(got == painted(cluster * CLUSTER, CLUSTER, cluster as u32));
+            })
+        });
+        join(threads);
+        stage.finish(140 * CLUSTER, &painted(140 * CLUSTER, CLUSTER, 140));
+    });
+}
+
+/// A close against writes: each write is in the file or has failed.
+#[test]
+fn close_against_write() {
+    explore(overlay(), |stage| {
+        let at = 42 * CLUSTER;
+        let driver = Arc::clone(&stage.driver);
+        let writer = thread::spawn(move || driver.pwrite(at, &painted(at, 192, 9), LATER).is_ok());
+        let closer = stage.spawn(|driver| driver.close().unwrap());
+        let written = writer.join().unwrap();
+        closer.join().unwrap();
+        assert_eq!(stage.driver.state(), State::Closed);
+        let report = checker::check_storage(&*stage.storage).unwrap();
+        assert!(report.is_sound(), "{report}");
+        let disk = stage.scene.read(&&*stage.storage).unwrap();
+        let got = &disk[at as usize..at as usize + 192];
+        let there = got == painted(at, 192, 9);
+        let old = got == &stage.scene.content[at as usize..at as usize + 192];
+        assert!(there || (old && !written), "written: {written}, there: {there}");
+    });
+}
+
+/// A sync fails under two writers: nobody is told that all is well afterwards, and the file is sound.
+#[test]
+fn failure_against_write() {
+    explore(overlay(), |stage| {
+        let first = stage.faults.count(CallClass::Sync);
+        stage.faults.arm(Fault { class: Some(CallClass::Sync), ..Fault::at(1) });
+        let threads = [0u64, 1].map(|number| {
+            stage.spawn(move |driver| {
+                let at = (33 + number * 100) * CLUSTER;
+                let written = driver.pwrite(at, &painted(at, 100 * 64, number as u32 + 1), LATER);
+                let flushed = driver.flush();
+                if driver.state() == State::Failed {
+                    assert!(driver.flush().is_err() && driver.pwrite(at, &[1; 64], LATER).is_err());
+                }
+                drop((written, flushed));
+            })
+        });
+        join(threads);
+        assert!(stage.faults.count(CallClass::Sync) > first);
+        assert_eq!(stage.driver.state(), State::Failed);
+        assert!(stage.driver.flush().is_err());
+        let mut cluster = vec![0; CLUSTER as usize];
+        stage.driver.pread(20 * CLUSTER, &mut cluster).unwrap_or_else(|e| panic!("a committed cluster: {e}"));
+        let _ = stage.driver.close();
+        let report = checker::check_storage(&*stage.storage).unwrap();
+        assert!(report.is_sound(), "{report}");
+    });
+}

@@ -1,0 +1,283 @@
+//! Runs sequences over a recording storage, and looks at what a crash at any moment may leave.
+
+use nbd_img_formats::storage::{Change, Fate, FileId, Log, SparseBytes, Storage};
+use nbd_img_formats::sync::Arc;
+use nbd_img_formats::{BlockDriver, HostOffset};
+
+use super::image::Image;
+use super::random::Random;
+use super::scene::Scene;
+use super::steps::{Action, Step, read_all};
+use super::units::{Journal, UNIT_LEN, Writer, writer_of};
+use super::{checker, maker};
+
+/// The image file: the only one that is recorded.
+const IMAGE: FileId = FileId(0);
+
+/// One state in so many is also given to `qemu-img check`.
+const QEMU_ONE_IN: u64 = 100;
+/// One state in so many is opened again and written.
+const REOPEN_ONE_IN: u64 = 50;
+
+/// What lies between the driver and the recording storage.
+pub type Between<'a> = &'a dyn Fn(Arc<dyn Storage>) -> Arc<dyn Storage>;
+
+/// A sequence that has been carried out.
+pub struct Run<'a> {
+    pub scene: &'a Scene,
+    pub steps: Vec<Step>,
+    pub log: Arc<Log>,
+    pub journal: Journal,
+    /// Whether the syncs of each flush are counted.
+    pub count_syncs: bool,
+}
+
+/// Carries `steps` out on a copy of the scene, and then flushes and closes.
+pub fn run<'a>(scene: &'a Scene, steps: Vec<Step>, between: Between<'_>) -> Run<'a> {
+    run_with(scene, steps, between, true)
+}
+
+/// The same, whatever number of syncs reaches the recording.
+pub fn run_without_sync_counts<'a>(scene: &'a Scene, steps: Vec<Step>, between: Between<'_>) -> Run<'a> {
+    run_with(scene, steps, between, false)
+}
+
+fn run_with<'a>(scene: &'a Scene, steps: Vec<Step>, between: Between<'_>, count_syncs: bool) -> Run<'a> {
+    let log = Log::new();
+    let recording = log.attach(scene.storage(&scene.image)).unwrap();
+    let driver = scene.open(between(recording)).unwrap();
+    let mut run = Run { scene, steps, log, journal: Journal::new(&scene.content), count_syncs };
+    for number in 0..run.steps.len() {
+        run.step(&*driver, number);
+    }
+    let flush = Step { action: Action::Flush, at: 0, len: 0, by_plan: false };
+    run.flush(&*driver, flush);
+    let content = read_all(&*driver).unwrap();
+    if content != run.journal.now() {
+        panic!(
+            "{}: the driver reads what nobody wrote: {:?}",
+            run.name(),
+            run.journal.check(&content, usize::MAX)
+        );
+    }
+    driver.close().unwrap();
+    run.check_end();
+    run
+}
+
+impl Run<'_> {
+    fn name(&self) -> String {
+        format!("scene '{}', {:#?}", self.scene.name, self.steps)
+    }
+
+    fn step(&mut self, driver: &dyn BlockDriver, number: usize) {
+        let step = self.steps[number];
+        if step.action == Action::Flush {
+            return self.flush(driver, step);
+        }
+        let writer = match step.action {
+            Action::Write(_) => number as Writer + 1,
+            Action::Zero(_) | Action::Discard | Action::Flush => 0,
+        };
+        let before = (step.action == Action::Discard).then(|| read_all(driver).unwrap());
+        let change = self.journal.begin(step.units().start, step.units().end, writer, self.log.len());
+        let outcome = step.carry_out(driver, writer);
+        outcome.unwrap_or_else(|e| panic!("{}: step {number} failed: {e}", self.name()));
+        self.journal.end(change, self.log.len(), step.is_fua());
+        if let Some(before) = before {
+            self.after_discard(driver, step, change, &before);
+        }
+    }
+
+    /// What a discard did to each unit is the image's choice: nothing, or zeroes.
+    fn after_discard(&mut self, driver: &dyn BlockDriver, step: Step, change: usize, before: &[u8]) {
+        let now = read_all(driver).unwrap();
+        for number in step.units() {
+            let range = number * UNIT_LEN..(number + 1) * UNIT_LEN;
+            if now[range.clone()] == before[range.clone()] {
+                self.journal.take_back(change, number);
+            } else {
+                assert_eq!(
+                    writer_of(&now[range], number),
+                    Some(0),
+                    "{}: unit {number} discarded",
+                    self.name()
+                );
+            }
+        }
+    }
+
+    fn flush(&mut self, driver: &dyn BlockDriver, step: Step) {
+        let began = self.log.len();
+        let outcome = step.carry_out(driver, 0);
+        outcome.unwrap_or_else(|e| panic!("{}: a flush failed: {e}", self.name()));
+        self.journal.flushed(began, self.log.len());
+        if self.count_syncs {
+            self.check_syncs(began);
+        }
+    }
+
+    /// One sync when nothing but data or refcounts was written, two with metadata, three when the refcount table or
+    /// the header changed.
+    fn check_syncs(&self, began: usize) {
+        let records = self.log.records().split_off(began);
+        let syncs = records.iter().filter(|record| record.change == Change::Sync).count();
+        let writes = records.iter().any(|record| matches!(record.change, Change::Write { .. }));
+        let allowed = match (syncs, writes) {
+            (1, writes) => !writes || self.only_counts_written(began),
+            (2, writes) => writes,
+            (3, _) => self.table_changed(began),
+            _ => false,
+        };
+        assert!(allowed, "{}: {syncs} syncs in a flush: {records:#?}", self.name());
+    }
+
+    /// Whether nothing but refcount blocks was written: counts of clusters that are not used any more need
+    /// no second sync.
+    fn only_counts_written(&self, began: usize) -> bool {
+        let bytes = self.log.replay(IMAGE, began);
+        let blocks = Image::parse(&bytes).unwrap().refcount_table;
+        let in_block =
+            |at: u64| blocks.iter().any(|block| *block != 0 && (*block..*block + 512).contains(&at));
+        self.log.records().split_off(began).iter().all(|record| match &record.change {
+            Change::Write { at, .. } => in_block(at.0),
+            _ => true,
+        })
+    }
+
+    fn table_changed(&self, began: usize) -> bool {
+        let [before, now] = [began, self.log.len()].map(|cut| self.log.replay(IMAGE, cut));
+        let [before, now] = [&before, &now].map(|bytes| Image::parse(bytes).unwrap());
+        (before.table_at, before.refcount_table) != (now.table_at, now.refcount_table)
+    }
+
+    /// After a close nothing is lost either.
+    fn check_end(&self) {
+        let bytes = self.log.replay(IMAGE, self.log.len());
+        let report = checker::check(&bytes).unwrap();
+        assert!(report.is_clean(), "{}: after a close:\n{report}", self.name());
+        let content = self.scene.read(&bytes).unwrap();
+        assert!(content == self.journal.now(), "{}: the closed image has another content", self.name());
+    }
+
+    /// Something of the image as it is in the end.
+    pub fn image_now<T>(&self, see: impl FnOnce(&Image<'_>) -> T) -> T {
+        let bytes = self.log.replay(IMAGE, self.log.len());
+        see(&Image::parse(&bytes).unwrap())
+    }
+
+    /// Looks at `count` states that a crash may have left; an error says which one is wrong, and why.
+    pub fn explore(&self, count: u64, random: &mut Random) -> Result<(), String> {
+        for _ in 0..count {
+            let cut = random.below(self.log.len() as u64 + 1) as usize;
+            let (bytes, fates) = self.crash(cut, random);
+            self.check_state(&bytes, cut, random).map_err(|what| {
+                let records = self.log.records();
+                let mut said = format!("{what}\n{}\ncut {cut} of:\n", self.name());
+                for (index, record) in records.iter().enumerate().take(cut) {
+                    let fate = fates.iter().find(|(number, _)| *number == index).map(|(_, fate)| fate);
+                    said += &format!("  {index} {} {fate:?}\n", describe(&record.change));
+                }
+                said
+            })?;
+        }
+        Ok(())
+    }
+
+    fn crash(&self, cut: usize, random: &mut Random) -> (SparseBytes, Vec<(usize, Fate)>) {
+        let mut fates = Vec::new();
+        let style = random.below(8);
+        let bytes = self.log.after_crash(IMAGE, cut, |number, record| {
+            let choice = match style {
+                0 => 0,
+                1 => 1,
+                2 => random.below(2),
+                // Nearly all there, or nearly all lost.
+                3 => u64::from(random.below(6) == 0),
+                4 => u64::from(random.below(6) != 0),
+                _ => random.below(4),
+            };
+            let fate = match choice {
+                0 => Fate::Kept,
+                1 => Fate::Lost,
+                2 => Fate::Prefix(random.below(1 + sectors(&record.change))),
+                _ => Fate::Scattered(random.next()),
+            };
+            fates.push((number, fate));
+            fate
+        });
+        (bytes, fates)
+    }
+
+    fn check_state(&self, bytes: &SparseBytes, cut: usize, random: &mut Random) -> Result<(), String> {
+        let report = checker::check(bytes)?;
+        if !report.is_sound() {
+            return Err(format!("the image is corrupt:\n{report}"));
+        }
+        self.journal.check(&self.scene.read(bytes)?, cut)?;
+        if random.below(QEMU_ONE_IN) == 0 {
+            let (code, said) = maker::qemu_check(&content_of(bytes));
+            if code != report.exit_code() {
+                return Err(format!("qemu-img check exits with {code}: {said}\nours:\n{report}"));
+            }
+        }
+        if random.below(REOPEN_ONE_IN) == 0 {
+            self.write_on(bytes, random)?;
+        }
+        Ok(())
+    }
+
+    /// The image goes on being written after the crash.
+    fn write_on(&self, bytes: &SparseBytes, random: &mut Random) -> Result<(), String> {
+        let storage = self.scene.storage(&content_of(bytes));
+        let driver =
+            self.scene.open(storage.clone()).map_err(|e| format!("it cannot be opened again: {e}"))?;
+        let mut journal = Journal::new(&self.scene.read(bytes)?);
+        for number in 0..4 {
+            let kind = random.pick(&super::steps::KINDS);
+            let step = Step::random(kind, random);
+            let writer = 1000 + number;
+            if matches!(step.action, Action::Write(_)) {
+                journal.begin(step.units().start, step.units().end, writer, 0);
+                step.carry_out(&*driver, writer).map_err(|e| format!("writing on: {e}"))?;
+            }
+        }
+        driver.flush().map_err(|e| format!("writing on: {e}"))?;
+        let disk: &dyn Storage = &*storage;
+        let content = self.scene.read(&disk)?;
+        if content != journal.now() {
+            return Err("what was written after the crash is not there".to_owned());
+        }
+        let report = checker::check(&disk)?;
+        if report.is_sound() { Ok(()) } else { Err(format!("corrupt after writing on:\n{report}")) }
+    }
+}
+
+/// All bytes of a file.
+pub fn content_of(bytes: &SparseBytes) -> Vec<u8> {
+    let mut content = vec![0; bytes.len() as usize];
+    bytes.read(&mut content, 0);
+    content
+}
+
+fn sectors(change: &Change) -> u64 {
+    match change {
+        Change::Write { bytes, .. } => bytes.len() as u64 / 512 + 1,
+        Change::Zero { range, .. } | Change::Discard { range, .. } => range.len() / 512 + 1,
+        Change::SetLen(_) | Change::Sync | Change::Mark(_) => 1,
+    }
+}
+
+fn describe(change: &Change) -> String {
+    match change {
+        Change::Write { at: HostOffset(at), bytes, durability } => {
+            let start: Vec<_> = bytes.iter().take(16).collect();
+            format!("write {at:#x} {} {durability:?} {start:x?}", bytes.len())
+        }
+        Change::Zero { range, grows } => format!("zero {:#x} {} {grows}", range.at().0, range.len()),
+        Change::Discard { range, byte } => format!("discard {:#x} {} {byte}", range.at().0, range.len()),
+        Change::SetLen(len) => format!("length {len:#x}"),
+        Change::Sync => "sync".to_owned(),
+        Change::Mark(text) => format!("({text})"),
+    }
+}

@@ -1,0 +1,107 @@
+//! Images made and judged by QEMU's tools. A missing tool fails the test and names the Debian package.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// An image file that QEMU's tools work on; it goes away with this value.
+pub struct Maker {
+    folder: tempfile::TempDir,
+}
+
+impl Maker {
+    /// `qemu-img create -o options`, in memory.
+    pub fn new(options: &str, size: u64) -> Self {
+        let maker = Maker { folder: tempfile::tempdir_in("/dev/shm").unwrap() };
+        let path = maker.path();
+        run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, text(&path), &size.to_string()]);
+        maker
+    }
+
+    /// A file with these bytes.
+    pub fn of(bytes: &[u8]) -> Self {
+        let maker = Maker { folder: tempfile::tempdir_in("/dev/shm").unwrap() };
+        std::fs::write(maker.path(), bytes).unwrap();
+        maker
+    }
+
+    /// Where the image is.
+    pub fn path(&self) -> PathBuf {
+        self.folder.path().join("image.qcow2")
+    }
+
+    /// Another file beside it.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Runs commands of qemu-io on it.
+    pub fn io<S: AsRef<str>>(&self, commands: &[S]) -> &Self {
+        let path = self.path();
+        let mut args = vec!["-f", "qcow2", "-d", "unmap"];
+        for command in commands {
+            args.extend(["-c", command.as_ref()]);
+        }
+        args.push(text(&path));
+        let output = run("qemu-io", &args);
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(!said.contains("failed"), "{said}");
+        self
+    }
+
+    /// Writes `content` at `at`; compressed, it has to be whole clusters.
+    pub fn write(&self, at: u64, content: &[u8], compressed: bool) -> &Self {
+        let source = self.file("source");
+        std::fs::write(&source, content).unwrap();
+        let how = if compressed { "write -q -c" } else { "write -q" };
+        self.io(&[format!("{how} -s {} {at} {}", text(&source), content.len())])
+    }
+
+    /// Takes an internal snapshot.
+    pub fn snapshot(&self, name: &str) -> &Self {
+        run("qemu-img", &["snapshot", "-c", name, text(&self.path())]);
+        self
+    }
+
+    /// The file's bytes.
+    pub fn bytes(&self) -> Vec<u8> {
+        std::fs::read(self.path()).unwrap()
+    }
+
+    /// What `qemu-img check` exits with, and what it says.
+    pub fn check(&self) -> (i32, String) {
+        check_file(&self.path())
+    }
+}
+
+/// What `qemu-img check` says of these bytes.
+pub fn qemu_check(bytes: &[u8]) -> (i32, String) {
+    Maker::of(bytes).check()
+}
+
+/// What `qemu-img check` says of a file, whatever has become of its backing file.
+pub fn check_file(path: &Path) -> (i32, String) {
+    let file = format!(r#"{{"driver":"file","filename":"{}"}}"#, text(path));
+    let image = format!(r#"json:{{"driver":"qcow2","backing":null,"file":{file}}}"#);
+    let output = try_run("qemu-img", &["check", &image]);
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.code().unwrap(), String::from_utf8_lossy(&said).into_owned())
+}
+
+/// Runs one of QEMU's tools; fails unless it succeeds.
+pub fn run(tool: &str, args: &[&str]) -> Output {
+    let output = try_run(tool, args);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{tool} {args:?}: {}{said}", String::from_utf8_lossy(&output.stdout));
+    output
+}
+
+/// Runs one of QEMU's tools.
+pub fn try_run(tool: &str, args: &[&str]) -> Output {
+    let output = Command::new(tool).args(args).output();
+    output.unwrap_or_else(|e| panic!("{tool} cannot be run ({e}); it is in the Debian package qemu-utils"))
+}
+
+/// A path of the tests as text.
+pub fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}

@@ -1,0 +1,63 @@
+//! What a guest sees in a qcow2 image, read by code that shares nothing with the driver.
+
+use std::io::Read;
+
+use super::image::{Bytes, Entry, Image, OFFSET_MASK};
+
+/// Which disk of an image.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Disk {
+    /// The one that is written.
+    Active,
+    /// That of the snapshot with this number.
+    Snapshot(usize),
+}
+
+/// All bytes of a disk. What is not allocated comes from `backing`; behind its end there are zeroes.
+pub fn read_disk(bytes: &dyn Bytes, disk: Disk, backing: &[u8]) -> Result<Vec<u8>, String> {
+    let image = Image::parse(bytes)?;
+    let (l1_at, l1_entries, size) = match disk {
+        Disk::Active => (image.l1_at, image.l1_entries, image.size),
+        Disk::Snapshot(number) => {
+            let snapshot = image.snapshots.get(number).ok_or("there is no such snapshot")?;
+            (snapshot.l1_at, snapshot.l1_entries, snapshot.size)
+        }
+    };
+    let mut content = vec![0; size as usize];
+    let there = backing.len().min(content.len());
+    content[..there].copy_from_slice(&backing[..there]);
+    let span = image.l2_entries() * image.cluster_len();
+    for (index, entry) in image.bytes.table(l1_at, l1_entries).into_iter().enumerate() {
+        let at = index as u64 * span;
+        if entry & OFFSET_MASK == 0 || at >= size {
+            continue;
+        }
+        for (number, entry) in image.l2_table(entry & OFFSET_MASK).into_iter().enumerate() {
+            let at = at + number as u64 * image.cluster_len();
+            if at < size {
+                let len = image.cluster_len().min(size - at) as usize;
+                read_cluster(&image, entry, &mut content[at as usize..at as usize + len])?;
+            }
+        }
+    }
+    Ok(content)
+}
+
+fn read_cluster(image: &Image<'_>, entry: u64, buf: &mut [u8]) -> Result<(), String> {
+    match image.decode(entry) {
+        Entry::Unallocated => {}
+        Entry::Zero { .. } => buf.fill(0),
+        Entry::Data { host } => image.bytes.fill(buf, host),
+        Entry::Compressed { host, len } => {
+            let mut blob = vec![0; len as usize];
+            image.bytes.fill(&mut blob, host);
+            let read = if image.zstd {
+                zstd::stream::read::Decoder::new(&blob[..]).and_then(|mut decoder| decoder.read_exact(buf))
+            } else {
+                flate2::read::DeflateDecoder::new(&blob[..]).read_exact(buf)
+            };
+            read.map_err(|e| format!("the blob at {host:#x}: {e}"))?;
+        }
+    }
+    Ok(())
+}

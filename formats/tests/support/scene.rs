@@ -1,0 +1,208 @@
+//! Small images with one of everything, and how to open them over any storage.
+//!
+//! All have clusters of 512 bytes (an L2 table of 64 entries covers 32 KiB) and a disk of three tables:
+//!
+//! | clusters | what is there |
+//! |---|---|
+//! | 0..16 | data |
+//! | 16..24 | compressed, where the refcounts can count it |
+//! | 24..28, 28..32 | zero without and with a cluster, in version 3 |
+//! | 32..64 | nothing, below a table |
+//! | 64..80 | data that a snapshot shares, table included |
+//! | 80..128 | nothing, below a shared table |
+//! | 128..192 | nothing, no table |
+
+use nbd_img_formats::qcow2::{Caches, Header, ImageNumber, Parts, Qcow2Driver, WriteOptions};
+use nbd_img_formats::raw::{RawDriver, RawOptions};
+use nbd_img_formats::storage::{MemoryOptions, MemoryStorage, Storage};
+use nbd_img_formats::sync::Arc;
+use nbd_img_formats::{BlockDriver, Durability, HostOffset, Result};
+
+use super::maker::{self, Maker};
+use super::reader::{self, Disk};
+use super::units::{Writer, painted};
+
+/// Bytes in a cluster.
+pub const CLUSTER: u64 = 512;
+/// Bytes of the disk.
+pub const SIZE: u64 = 192 * CLUSTER;
+/// Who wrote what the image had before.
+const IMAGE: Writer = 0xf000_0001;
+/// Who wrote the backing file.
+const BACKING: Writer = 0xf000_0002;
+
+/// An image, and what is known of it.
+pub struct Scene {
+    pub name: &'static str,
+    pub image: Vec<u8>,
+    pub backing: Option<Vec<u8>>,
+    /// What the guest sees.
+    pub content: Vec<u8>,
+    /// What it sees in each snapshot.
+    pub snapshots: Vec<Vec<u8>>,
+    /// The image lies on a device of this length: it does not grow, and nothing on it is known to be zero.
+    pub device_len: Option<u64>,
+    /// Which clusters are compressed.
+    pub compressed: std::ops::Range<u64>,
+}
+
+impl Scene {
+    /// All of them.
+    pub fn all() -> Vec<Scene> {
+        vec![
+            Scene::mixed("wide refcounts", "refcount_bits=64", None, true),
+            Scene::mixed("overlay", "refcount_bits=16", Some(150 * CLUSTER), true),
+            Scene::mixed("version 2", "compat=v2", None, true),
+            Scene::mixed("narrow refcounts", "refcount_bits=1", None, false),
+            Scene::mixed("version 2 overlay", "compat=v2", Some(SIZE), true),
+            Scene::mixed(
+                "small overlay",
+                "refcount_bits=32,compression_type=zstd",
+                Some(70 * CLUSTER),
+                false,
+            ),
+            Scene::mixed("device", "refcount_bits=64", None, true).on_device(),
+            Scene::mixed("overlay on a device", "refcount_bits=2", Some(SIZE), true).on_device(),
+            Scene::empty("empty", "refcount_bits=16"),
+        ]
+    }
+
+    /// An image without anything in it.
+    pub fn empty(name: &'static str, options: &str) -> Scene {
+        Scene::finish(name, &Maker::new(&format!("cluster_size=512,{options}"), SIZE), None, 0..0)
+    }
+
+    /// As in the table above.
+    pub fn mixed(name: &'static str, options: &str, backing_len: Option<u64>, snapshot: bool) -> Scene {
+        let backing = backing_len.map(|len| painted(0, len, BACKING));
+        let mut options = format!("cluster_size=512,{options}");
+        let raw = Maker::of(backing.as_deref().unwrap_or_default());
+        let raw_path = raw.path();
+        if backing.is_some() {
+            options += &format!(",backing_fmt=raw,backing_file={}", maker::text(&raw_path));
+        }
+        let maker = Maker::new(&options, SIZE);
+        maker.write(64 * CLUSTER, &painted(64 * CLUSTER, 16 * CLUSTER, IMAGE), false);
+        if snapshot {
+            maker.snapshot("first");
+        }
+        maker.write(0, &painted(0, 16 * CLUSTER, IMAGE), false);
+        let compressed = if options.contains("refcount_bits=1,") || options.ends_with("refcount_bits=1") {
+            0..0
+        } else {
+            for cluster in 16..24 {
+                maker.write(cluster * CLUSTER, &painted(cluster * CLUSTER, CLUSTER, IMAGE), true);
+            }
+            16..24
+        };
+        if !options.contains("compat=v2") {
+            maker.write(28 * CLUSTER, &painted(28 * CLUSTER, 4 * CLUSTER, IMAGE), false);
+            maker.io(&[format!("write -q -z {} {}", 28 * CLUSTER, 4 * CLUSTER)]);
+            maker.io(&[format!("write -q -z -u {} {}", 24 * CLUSTER, 4 * CLUSTER)]);
+        }
+        assert_eq!(maker.check().0, 0);
+        Scene::finish(name, &maker, backing, compressed)
+    }
+
+    /// As `mixed` without a snapshot, with so much more data behind it that the next few dozen clusters need
+    /// a larger refcount table.
+    pub fn near_table_growth() -> Scene {
+        // A block of 512 bytes counts 64 clusters, the table of one cluster names 64 blocks.
+        let full = 64 * 64;
+        let maker = Maker::new("cluster_size=512,refcount_bits=64", 4 << 20);
+        maker.write(0, &painted(0, 16 * CLUSTER, IMAGE), false);
+        let mut next = SIZE;
+        loop {
+            let clusters = maker.bytes().len() as u64 / CLUSTER;
+            let missing = (full - 16u64).saturating_sub(clusters);
+            if missing == 0 {
+                break;
+            }
+            // Tables and refcount blocks come on top.
+            let len = (missing * 60 / 64).max(1) * CLUSTER;
+            maker.write(next, &painted(next, len, IMAGE), false);
+            next += len;
+        }
+        assert_eq!(maker.check().0, 0);
+        Scene::finish("near the growth of the refcount table", &maker, None, 0..0)
+    }
+
+    fn finish(
+        name: &'static str,
+        maker: &Maker,
+        backing: Option<Vec<u8>>,
+        compressed: std::ops::Range<u64>,
+    ) -> Scene {
+        let image = maker.bytes();
+        let below = backing.as_deref().unwrap_or_default();
+        let content = reader::read_disk(&image, Disk::Active, below).unwrap();
+        let snapshots = super::image::Image::parse(&image).unwrap().snapshots.len();
+        let snapshots =
+            (0..snapshots).map(|n| reader::read_disk(&image, Disk::Snapshot(n), below).unwrap()).collect();
+        Scene { name, image, backing, content, snapshots, device_len: None, compressed }
+    }
+
+    /// The same image on a device that has room for everything to be written once more.
+    pub fn on_device(mut self) -> Scene {
+        self.device_len = Some((self.image.len() as u64 + 2 * SIZE).next_multiple_of(CLUSTER));
+        self
+    }
+
+    /// A storage with `image` in it, which is this scene's, or what became of it.
+    pub fn storage(&self, image: &[u8]) -> Arc<MemoryStorage> {
+        let storage = match self.device_len {
+            None => MemoryStorage::new(0).unwrap(),
+            Some(len) => MemoryStorage::with(MemoryOptions { len, grows: false, poisoned: true }).unwrap(),
+        };
+        storage.pwrite(image, HostOffset(0), Durability::Later).unwrap();
+        storage
+    }
+
+    /// Opens the image in `storage` for writing, over this scene's backing file.
+    pub fn open(&self, storage: Arc<dyn Storage>) -> Result<Arc<Qcow2Driver>> {
+        self.open_with(storage, WriteOptions::default())
+    }
+
+    /// The same with other options.
+    pub fn open_with(&self, storage: Arc<dyn Storage>, write: WriteOptions) -> Result<Arc<Qcow2Driver>> {
+        open_over(storage, self.backing_driver(), Some(write), 0)
+    }
+
+    /// A driver of the backing file.
+    pub fn backing_driver(&self) -> Option<Arc<dyn BlockDriver>> {
+        let backing = MemoryStorage::copy_of(self.backing.as_ref()?).unwrap();
+        Some(RawDriver::open(backing, RawOptions::default()).unwrap())
+    }
+
+    /// What the guest sees in `image`, and in its snapshots: these must be as they were.
+    pub fn read(&self, image: &dyn super::image::Bytes) -> std::result::Result<Vec<u8>, String> {
+        let below = self.backing.as_deref().unwrap_or_default();
+        for (number, content) in self.snapshots.iter().enumerate() {
+            if reader::read_disk(image, Disk::Snapshot(number), below)? != *content {
+                return Err(format!("snapshot {number} has changed"));
+            }
+        }
+        reader::read_disk(image, Disk::Active, below)
+    }
+}
+
+/// Opens the image in `storage` over a backing driver; `write: None` is read-only.
+pub fn open_over(
+    storage: Arc<dyn Storage>,
+    backing: Option<Arc<dyn BlockDriver>>,
+    write: Option<WriteOptions>,
+    table_cache_len: u64,
+) -> Result<Arc<Qcow2Driver>> {
+    let header = Header::load(&storage)?;
+    let caches = Caches::new(table_cache_len, [&header])?;
+    Qcow2Driver::open(Parts {
+        image: storage,
+        header,
+        data_file: None,
+        backing,
+        number: ImageNumber(0),
+        caches,
+        snapshot: None,
+        write,
+    })
+}
