@@ -280,3 +280,34 @@ fn answers_do_not_wait_for_the_payload_of_a_streamed_write() {
     client.disconnect();
     server.assert_clean();
 }
+
+#[test]
+fn block_status_of_a_fragmented_disk_keeps_to_the_memory_there_is() {
+    const RUNS: usize = DISK_LEN / 512;
+    for budget_len in [0, 3 << 20, 64 << 20] {
+        let disk = Disk::new(&content());
+        disk.runs_of.store(512, std::sync::atomic::Ordering::Relaxed);
+        let server = InProcess::serve(disk, budget_len);
+        let mut client = Client::unix(server.socket(), "", Wishes::ALLOCATION);
+        let (mut at, mut runs, mut answers) = (0, 0, 0);
+        while at < DISK_LEN {
+            let reply = client.ask(Request::new(command::BLOCK_STATUS, at as u64, DISK_LEN - at), &[]);
+            assert_eq!(reply.error, 0, "{}", reply.text);
+            assert!(reply.extents.iter().all(|(len, _)| *len == 512));
+            runs += reply.extents.len();
+            at += reply.extents.len() * 512;
+            answers += 1;
+        }
+        assert_eq!(runs, RUNS);
+        // 16 bytes for each: 1.25 MiB, or what fits into the 256 KiB that everybody has.
+        assert_eq!(answers, if budget_len == 0 { RUNS.div_ceil(16384) } else { 1 });
+        for _ in 0..6 {
+            client.send(Request::new(command::BLOCK_STATUS, 0, DISK_LEN), &[]).unwrap();
+        }
+        for _ in 0..6 {
+            assert_eq!(client.reply().unwrap().error, 0);
+        }
+        client.disconnect();
+        server.assert_clean();
+    }
+}
