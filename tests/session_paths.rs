@@ -183,6 +183,26 @@ fn a_drain_answers_what_was_received_and_takes_no_more() {
 }
 
 #[test]
+fn a_drain_answers_what_the_socket_holds() {
+    let server = InProcess::serve(Disk::new(&content()), 64 << 20);
+    let mut clients: Vec<Client> =
+        (0..16).map(|_| Client::unix(server.socket(), "", Wishes::SIMPLE)).collect();
+    for client in &mut clients {
+        client.read(4096, 4096);
+    }
+    // The sessions have had no time to look at these.
+    for client in &mut clients {
+        client.send(Request::new(command::READ, 4096, 4096), &[]).unwrap();
+    }
+    server.shards.drain();
+    for mut client in clients {
+        client.reply().unwrap();
+        assert!(is_hangup(&client.reply().unwrap_err()));
+    }
+    server.assert_clean();
+}
+
+#[test]
 fn clients_that_go_in_mid_request_leave_nothing_behind() {
     let server = InProcess::serve(Disk::new(&content()), 64 << 20);
     let mut rng = Rng::new("clients_that_go");
