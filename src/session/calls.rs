@@ -12,7 +12,8 @@ use nbd_img_formats::{BlockDriver, Error, ErrorKind, GuestRange, Result, StatusQ
 use tokio::sync::oneshot;
 
 use super::budget::{FLOOR_LEN, Lease};
-use super::engine::{End, Session};
+use super::end::End;
+use super::engine::Session;
 use super::pending::{Pending, Work};
 use super::write::Admission;
 use crate::export::provision;

@@ -12,7 +12,8 @@ use smallvec::SmallVec;
 
 use super::budget::FLOOR_LEN;
 use super::buffers::OutBuf;
-use super::engine::{End, Session};
+use super::end::End;
+use super::engine::Session;
 use super::layout::{
     CHUNK_HEADER_LEN_MAX, Chunk, Framing, Run, Runs, chunks, framed_len, is_crumbs, no_room, put_header,
     runs_of,
