@@ -17,6 +17,7 @@
 pub mod budget;
 pub mod buffers;
 mod calls;
+pub mod end;
 pub mod engine;
 mod layout;
 pub mod pending;

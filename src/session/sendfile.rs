@@ -13,7 +13,8 @@ use nbd_img_formats::mover::{short_read, storage_error};
 use nbd_img_formats::{Error, HostOffset, HostRange, Place, Storage};
 use tokio::io::Interest;
 
-use super::engine::{End, Session};
+use super::end::End;
+use super::engine::Session;
 use super::layout::{Framing, Run, chunks};
 use crate::nbd::errno::NbdError;
 use crate::nbd::reply;

@@ -33,6 +33,8 @@ pub struct Disk {
     pub sends: bool,
     /// Operations are answered before `submit` returns, so that those of a batch are answered together.
     pub answers_at_once: AtomicBool,
+    /// If not 0: data and holes, as far as it says, take turns of this many bytes.
+    pub runs_of: AtomicU64,
 }
 
 impl Disk {
@@ -54,6 +56,7 @@ impl Disk {
             first_read_ms: AtomicU64::new(0),
             sends: false,
             answers_at_once: AtomicBool::new(false),
+            runs_of: AtomicU64::new(0),
         }
     }
 
@@ -117,7 +120,10 @@ impl Storage for Disk {
     }
 
     fn run_at(&self, at: HostOffset) -> io::Result<Run> {
-        self.inner.run_at(at)
+        match self.runs_of.load(Ordering::Relaxed) {
+            0 => self.inner.run_at(at),
+            len => Ok(Run { len: len - at.0 % len, hole: at.0 / len % 2 == 1 }),
+        }
     }
 
     fn prefetch(&self, range: HostRange) -> io::Result<()> {
