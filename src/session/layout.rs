@@ -172,7 +172,7 @@ mod tests {
             let mut plan = ReadPlan::default();
             for (index, len) in lens.iter().enumerate() {
                 // Never contiguous.
-                let at = HostOffset(index as u64 * 3 << 20);
+                let at = HostOffset((index as u64 * 3) << 20);
                 plan.pieces.push(Piece {
                     len: *len,
                     place: Place::Data { storage: StorageId(0), at },
