@@ -20,7 +20,7 @@ const LEN: usize = 1;
 
 #[test]
 fn a_buffer_full_of_requests_does_not_hold_up_a_neighbour() {
-    let server = InProcess::serve(MemoryStorage::copy_of(&vec![3; LEN]).unwrap(), 256 << 20);
+    let server = InProcess::serve(MemoryStorage::copy_of(&[3; LEN]).unwrap(), 256 << 20);
     let mut greedy = greet(server.socket());
     greedy.write_all(&[0, 0, 0, 3]).unwrap();
     greedy.write_all(&option_bytes(option::GO, &go_data(""))).unwrap();

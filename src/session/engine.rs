@@ -6,7 +6,7 @@
 
 use std::io;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nbd_img_formats::{Error, ReadPlan, WritePlan};
 use tokio::io::Interest;
@@ -41,10 +41,6 @@ const REQUEST_COST: u64 = 8 << 10;
 
 /// Send buffer of a Unix socket: a whole batch goes without waiting (prototype).
 const UNIX_SEND_BUFFER_LEN: usize = 4 << 20;
-
-/// How long a half-received request may stand still before its connection is closed. Our choice: longer
-/// than any retransmission that still succeeds in practice.
-const STALL_TIME: Duration = Duration::from_secs(60);
 
 /// What a session has to have before it can go on.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -109,7 +105,7 @@ impl Session {
             scratch: Vec::new(),
             read_plan: ReadPlan::default(),
             write_plan: WritePlan::default(),
-            poller: Poller::new(shard.poll_time),
+            poller: Poller::new(shard.times.poll),
             batch: 0,
             worked_len: 0,
             refused: None,
@@ -349,14 +345,24 @@ impl Session {
             let out = &mut self.out;
             match self.socket.try_io(Interest::WRITABLE, |socket| out.send(socket, more)) {
                 Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    drop(self.socket.writable().await.map_err(End::Socket)?);
-                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.wait_writable().await?,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(End::Socket(error)),
             }
         }
         Ok(())
+    }
+
+    /// Waits until the socket takes more. A client may stand still for as long as it likes (a stopped
+    /// guest does), unless it does so with memory that others need.
+    pub(super) async fn wait_writable(&mut self) -> Result<(), End> {
+        loop {
+            match tokio::time::timeout(self.shard.times.stall, self.socket.writable()).await {
+                Ok(ready) => return ready.map(drop).map_err(End::Socket),
+                Err(_) if self.shard.budget.is_scarce() => return Err(End::Stalled),
+                Err(_) => {}
+            }
+        }
     }
 
     /// Receives once; 0 means that nothing is there now.
@@ -383,7 +389,7 @@ impl Session {
                 biased;
                 ready = self.socket.readable() => drop(ready.map_err(End::Socket)?),
                 () = self.cell.wake.notified() => {}
-                () = tokio::time::sleep(STALL_TIME) => return Err(End::Stalled),
+                () = tokio::time::sleep(self.shard.times.stall) => return Err(End::Stalled),
             }
         }
         Ok(())
@@ -461,7 +467,7 @@ impl Session {
             biased;
             ready = self.socket.readable(), if needs == Needs::Input => drop(ready.map_err(End::Socket)?),
             () = self.cell.wake.notified() => {}
-            () = tokio::time::sleep(STALL_TIME), if needs == Needs::Input => return Err(End::Stalled),
+            () = tokio::time::sleep(self.shard.times.stall), if needs == Needs::Input => return Err(End::Stalled),
         }
         Ok(())
     }

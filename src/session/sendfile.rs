@@ -87,9 +87,7 @@ impl Session {
             match self.socket.try_io(Interest::WRITABLE, send) {
                 Ok(0) => return Ok(Err((sent, short_read(storage, at, sent)))),
                 Ok(more) => sent += more,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    drop(self.socket.writable().await.map_err(End::Socket)?);
-                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.wait_writable().await?,
                 Err(error) if is_the_socket(&error) => return Err(End::Socket(error)),
                 Err(error) => return Ok(Err((sent, storage_error(storage, "cannot read", from, error)))),
             }

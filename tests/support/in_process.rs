@@ -12,7 +12,7 @@ use std::time::Duration;
 use nbd_img::export::{Export, ExportSpec};
 use nbd_img::nbd::export_info::{ExportDirectory, ExportInfo, ExportSummary, Refusal};
 use nbd_img::nbd::negotiate::{Agreed, Negotiation, NegotiationConfig, Next};
-use nbd_img::session::{Budget, Connection, POLL_TIME_DEFAULT, Shards};
+use nbd_img::session::{Budget, Connection, Shards, Times};
 use nbd_img::transport::Stream;
 use nbd_img_formats::raw::{RawDriver, RawOptions};
 use nbd_img_formats::storage::{
@@ -193,12 +193,16 @@ impl ExportDirectory for One {
 
 impl InProcess {
     pub fn serve(storage: Arc<dyn Storage>, budget_len: usize) -> Self {
+        Self::serve_with(storage, budget_len, Times::default())
+    }
+
+    pub fn serve_with(storage: Arc<dyn Storage>, budget_len: usize, times: Times) -> Self {
         let options =
             RawOptions { exact_size: false, discard: true, format: Format::Raw, refuse_magic: None };
         let driver = RawDriver::open(storage, options).unwrap();
         let export = Export::of_driver(&ExportSpec::default(), driver).unwrap();
         let budget = Budget::new(budget_len);
-        let shards = Shards::new(Arc::clone(&export), Arc::clone(&budget), POLL_TIME_DEFAULT);
+        let shards = Shards::new(Arc::clone(&export), Arc::clone(&budget), times);
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("s");
         let listener = UnixListener::bind(&socket).unwrap();
