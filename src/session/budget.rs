@@ -36,10 +36,10 @@ impl Budget {
             .map(|_| Lease { budget: Arc::clone(self), len })
     }
 
-    /// Whether so much is leased that a client who stands still is in the way of others: three quarters
-    /// (our choice).
+    /// Whether so much is leased that a client who stands still is in the way of others: more than
+    /// half (our choice).
     pub fn is_scarce(&self) -> bool {
-        self.left_len() < self.len / 4
+        self.left_len() < self.len / 2
     }
 
     /// Bytes that nobody has leased.
