@@ -229,6 +229,26 @@ fn a_drain_answers_what_was_received_and_takes_no_more() {
 }
 
 #[test]
+fn a_drain_answers_what_the_socket_holds() {
+    let server = InProcess::serve(Disk::new(&content()), 64 << 20);
+    let mut clients: Vec<Client> =
+        (0..16).map(|_| Client::unix(server.socket(), "", Wishes::SIMPLE)).collect();
+    for client in &mut clients {
+        client.read(4096, 4096);
+    }
+    // The sessions have had no time to look at these.
+    for client in &mut clients {
+        client.send(Request::new(command::READ, 4096, 4096), &[]).unwrap();
+    }
+    server.shards.drain();
+    for mut client in clients {
+        client.reply().unwrap();
+        assert!(is_hangup(&client.reply().unwrap_err()));
+    }
+    server.assert_clean();
+}
+
+#[test]
 fn clients_that_go_in_mid_request_leave_nothing_behind() {
     let server = InProcess::serve(Disk::new(&content()), 64 << 20);
     let mut rng = Rng::new("clients_that_go");
@@ -325,4 +345,35 @@ fn answers_do_not_wait_for_the_payload_of_a_streamed_write() {
     assert_eq!(client.reply().unwrap().cookie, cookies[2]);
     client.disconnect();
     server.assert_clean();
+}
+
+#[test]
+fn block_status_of_a_fragmented_disk_keeps_to_the_memory_there_is() {
+    const RUNS: usize = DISK_LEN / 512;
+    for budget_len in [0, 3 << 20, 64 << 20] {
+        let disk = Disk::new(&content());
+        disk.runs_of.store(512, std::sync::atomic::Ordering::Relaxed);
+        let server = InProcess::serve(disk, budget_len);
+        let mut client = Client::unix(server.socket(), "", Wishes::ALLOCATION);
+        let (mut at, mut runs, mut answers) = (0, 0, 0);
+        while at < DISK_LEN {
+            let reply = client.ask(Request::new(command::BLOCK_STATUS, at as u64, DISK_LEN - at), &[]);
+            assert_eq!(reply.error, 0, "{}", reply.text);
+            assert!(reply.extents.iter().all(|(len, _)| *len == 512));
+            runs += reply.extents.len();
+            at += reply.extents.len() * 512;
+            answers += 1;
+        }
+        assert_eq!(runs, RUNS);
+        // 16 bytes for each: 1.25 MiB, or what fits into the 256 KiB that everybody has.
+        assert_eq!(answers, if budget_len == 0 { RUNS.div_ceil(16384) } else { 1 });
+        for _ in 0..6 {
+            client.send(Request::new(command::BLOCK_STATUS, 0, DISK_LEN), &[]).unwrap();
+        }
+        for _ in 0..6 {
+            assert_eq!(client.reply().unwrap().error, 0);
+        }
+        client.disconnect();
+        server.assert_clean();
+    }
 }

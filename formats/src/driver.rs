@@ -182,6 +182,7 @@ pub trait BlockDriver: Send + Sync {
     fn cache(&self, range: GuestRange) -> Result<()>;
 
     /// Flushes and lets the image go; afterwards every call but `state` and `facts` fails. Idempotent.
+    /// It lets go of a [`Failed`](State::Failed) image too, and says so by an error.
     fn close(&self) -> Result<()>;
 
     /// Fills `buf` from `offset`.

@@ -63,6 +63,11 @@ mod checked {
         pub fn write(&self) -> shuttle::sync::RwLockWriteGuard<'_, T> {
             self.0.write().unwrap_or_else(PoisonError::into_inner)
         }
+
+        /// The lock for writing, if nobody holds it.
+        pub fn try_write(&self) -> Option<shuttle::sync::RwLockWriteGuard<'_, T>> {
+            self.0.try_write().ok()
+        }
     }
 
     /// A condition variable over [`Mutex`].

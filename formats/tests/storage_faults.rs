@@ -125,8 +125,12 @@ fn run_with_fault(script: &[Step], fault: Fault) -> bool {
     faults.disarm();
     let mut got = vec![0; SIZE];
     disk.pread(0, &mut got).unwrap();
+    let disk_was_live = disk.state() == State::Live;
     let wrong = got.iter().zip(&content).position(|(byte, possible)| !possible.contains(byte));
     assert_eq!(wrong, None, "{fault:?}: a byte is what nobody wrote");
+    // Whoever closes it must not think that all is well.
+    assert_eq!(disk.close().is_ok(), disk_was_live, "{fault:?}");
+    assert_eq!(disk.state(), State::Closed);
     disk.close().unwrap();
     failed || faults.fired() > 0
 }

@@ -10,6 +10,7 @@ use super::args::{DiscardArg, ImageArgs, InfoArgs, ListenArgs, ServeArgs};
 use super::export_spec;
 use crate::export::ExportSpec;
 use crate::server::ServeOptions;
+use crate::session::Times;
 use crate::transport::Address;
 
 /// Longest string of the protocol in bytes (NBD protocol, "Values").
@@ -34,7 +35,7 @@ pub fn serve(args: ServeArgs) -> Result<ServeOptions, String> {
         allow_plaintext: args.listen.allow_plaintext,
         max_connections: args.listen.max_connections,
         handshake_timeout: args.listen.handshake_timeout,
-        poll_time: args.listen.poll,
+        times: Times { poll: args.listen.poll, ..Times::default() },
         exit_last: args.life.exit_last,
         pid_file: args.life.pid_file.clone(),
         ready_fd: args.life.ready_fd,

@@ -109,7 +109,7 @@ pub fn run(options: ServeOptions, inherited: Inherited) -> Result<Outcome, Error
     let budget = Budget::new(BUDGET_LEN_DEFAULT);
     let served = exports
         .into_iter()
-        .map(|export| (Arc::clone(&export), Shards::new(export, Arc::clone(&budget), options.poll_time)));
+        .map(|export| (Arc::clone(&export), Shards::new(export, Arc::clone(&budget), options.times)));
     let clients = Clients::new(options.max_connections, handshakes_max);
     let server = Arc::new(Server {
         exports: Exports::new(served.collect(), Arc::clone(&clients)),

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::Error;
 use crate::export::ExportSpec;
+use crate::session::Times;
 use crate::transport::{Address, Listener, activation};
 
 /// A checked command line.
@@ -23,8 +24,8 @@ pub struct ServeOptions {
     pub max_connections: u32,
     /// Time that a client has for choosing one.
     pub handshake_timeout: Duration,
-    /// How long a session may look at its socket before it parks; zero is not at all.
-    pub poll_time: Duration,
+    /// How long sessions wait for their clients.
+    pub times: Times,
     /// End after the last client has gone.
     pub exit_last: bool,
     /// Where the process id goes.

@@ -18,13 +18,14 @@ pub const CONNECTION_LEN_MAX: usize = 64 << 20;
 
 /// The bytes that are left. Shared by all sessions of a server.
 pub struct Budget {
+    len: usize,
     left: AtomicUsize,
 }
 
 impl Budget {
     /// A budget of `len` bytes.
     pub fn new(len: usize) -> Arc<Self> {
-        Arc::new(Budget { left: AtomicUsize::new(len) })
+        Arc::new(Budget { len, left: AtomicUsize::new(len) })
     }
 
     /// Takes `len` bytes out until the lease is dropped, or nothing if they are not there.
@@ -33,6 +34,12 @@ impl Budget {
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |left| left.checked_sub(len))
             .ok()
             .map(|_| Lease { budget: Arc::clone(self), len })
+    }
+
+    /// Whether so much is leased that a client who stands still is in the way of others: more than
+    /// half (our choice).
+    pub fn is_scarce(&self) -> bool {
+        self.left_len() < self.len / 2
     }
 
     /// Bytes that nobody has leased.
@@ -76,9 +83,11 @@ mod tests {
         assert!(budget.try_lease(41).is_none());
         let second = budget.try_lease(40).unwrap();
         assert_eq!((first.len(), second.len(), budget.left_len()), (60, 40, 0));
+        assert!(budget.is_scarce());
         drop(first);
         assert_eq!(budget.left_len(), 60);
         drop(second);
         assert_eq!(budget.left_len(), 100);
+        assert!(!budget.is_scarce());
     }
 }

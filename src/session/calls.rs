@@ -11,8 +11,11 @@ use nbd_img_formats::workers::Lane;
 use nbd_img_formats::{BlockDriver, Error, ErrorKind, GuestRange, Result, StatusQuery, ZeroRequest};
 use tokio::sync::oneshot;
 
-use super::engine::{End, Session};
+use super::budget::{FLOOR_LEN, Lease};
+use super::end::End;
+use super::engine::Session;
 use super::pending::{Pending, Work};
+use super::write::Admission;
 use crate::export::provision;
 use crate::nbd::block_status::{Builder, EXTENTS_MAX, Progress};
 use crate::nbd::reply;
@@ -21,6 +24,9 @@ use crate::nbd::request::{CommandFlags, Request};
 /// The protocol's flags of `base:allocation`.
 const STATE_HOLE: u32 = 1;
 const STATE_ZERO: u32 = 2;
+
+/// Bytes that a run of a block status takes until it is sent.
+const RUN_LEN: usize = size_of::<(u64, u32)>();
 
 impl Session {
     pub(super) fn start_flush(&mut self, request: Request) {
@@ -53,10 +59,20 @@ impl Session {
 
     pub(super) async fn start_block_status(&mut self, request: Request) -> std::result::Result<(), End> {
         let Some(range) = self.range_or_reply(&request).await? else { return Ok(()) };
+        let mut runs_max = if request.flags.contains(CommandFlags::REQ_ONE) { 1 } else { EXTENTS_MAX };
+        // No run is shorter than a sector, but for the last one.
+        runs_max = runs_max.min(request.len as usize / 512 + 1);
+        let Admission(lease) = match self.admit(runs_max * RUN_LEN).await? {
+            Some(admission) => admission,
+            None => {
+                // The client asks for the rest again.
+                runs_max = FLOOR_LEN / RUN_LEN;
+                Admission(None)
+            }
+        };
         let runs = Arc::new(Mutex::new(Vec::new()));
-        let runs_max = if request.flags.contains(CommandFlags::REQ_ONE) { 1 } else { EXTENTS_MAX };
         let work = Work::Status { runs: Arc::clone(&runs) };
-        let token = self.insert_call(request, work);
+        let token = self.insert_call(request, work, runs_max * RUN_LEN, lease);
         self.shard.call(Lane::Read, token, IoBuf::default(), move |driver, _| {
             let found = allocation_runs(driver, range, runs_max)?;
             *runs.lock() = found;
@@ -91,7 +107,7 @@ impl Session {
     where
         F: FnOnce(&Arc<dyn BlockDriver>) -> Result<()> + Send + 'static,
     {
-        let token = self.insert_call(request, Work::Call);
+        let token = self.insert_call(request, Work::Call, 0, None);
         self.shard.call(lane, token, IoBuf::default(), move |driver, _| work(driver).map(|()| 0));
     }
 
@@ -115,8 +131,8 @@ impl Session {
         })
     }
 
-    fn insert_call(&mut self, request: Request, work: Work) -> u64 {
-        let pending = Pending { request, work, outstanding: 1, error: None, len: 0, lease: None };
+    fn insert_call(&mut self, request: Request, work: Work, len: usize, lease: Option<Lease>) -> u64 {
+        let pending = Pending { request, work, outstanding: 1, error: None, len, lease };
         let slot = self.cell.pending.borrow_mut().insert(pending);
         self.shard.token(&self.cell, slot, 0)
     }

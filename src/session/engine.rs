@@ -6,17 +6,19 @@
 
 use std::io;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nbd_img_formats::{Error, ReadPlan, WritePlan};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::buffers::{InBuf, OutBuf};
+use super::end::End;
 use super::pending::{PENDING_MAX, Pending, Work};
 use super::poll::Poller;
 use super::shard::{SessionCell, Shard};
 use super::shards::Connection;
+use crate::export::PAYLOAD_LEN_MAX;
 use crate::nbd::errno::NbdError;
 use crate::nbd::negotiate::AgreedContext;
 use crate::nbd::reply;
@@ -30,33 +32,15 @@ use crate::transport::registration::watch_stream;
 /// that a busy connection costs the others little and itself next to nothing.
 const QUANTUM: u32 = 8;
 
+/// Bytes that a session may move within a batch before the shard's other sessions get their turn: below
+/// a millisecond of copying. Our choice.
+const TURN_LEN: u64 = 4 << 20;
+
+/// What a request counts beside its bytes: one takes as long as so many are copied.
+const REQUEST_COST: u64 = 8 << 10;
+
 /// Send buffer of a Unix socket: a whole batch goes without waiting (prototype).
 const UNIX_SEND_BUFFER_LEN: usize = 4 << 20;
-
-/// How long a half-received request may stand still before its connection is closed. Our choice: longer
-/// than any retransmission that still succeeds in practice.
-const STALL_TIME: Duration = Duration::from_secs(60);
-
-/// Why a session ended.
-#[derive(Debug)]
-pub enum End {
-    /// The client said so.
-    Disconnect,
-    /// The server is shutting down.
-    Drained,
-    /// The client has gone without a word.
-    Eof,
-    /// The socket failed.
-    Socket(io::Error),
-    /// What the client sent is not a request.
-    BadMagic,
-    /// A refused write whose payload is too long to be read for nothing.
-    Oversize,
-    /// A request was left unfinished for too long.
-    Stalled,
-    /// A read failed after its reply had begun; only closing tells the client.
-    BrokenReply(Error),
-}
 
 /// What a session has to have before it can go on.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -82,8 +66,12 @@ pub struct Session {
     poller: Poller,
     /// Requests since the last park.
     batch: u32,
+    /// Bytes and requests worked on since others had their turn.
+    worked_len: u64,
     refused: Option<Refused>,
     ending: Option<End>,
+    /// The server drains, and what was in the socket has been received.
+    last_call: bool,
 }
 
 /// A refused request whose payload is being read off.
@@ -117,10 +105,12 @@ impl Session {
             scratch: Vec::new(),
             read_plan: ReadPlan::default(),
             write_plan: WritePlan::default(),
-            poller: Poller::new(shard.poll_time),
+            poller: Poller::new(shard.times.poll),
             batch: 0,
+            worked_len: 0,
             refused: None,
             ending: None,
+            last_call: false,
             shard,
             cell,
             socket,
@@ -128,7 +118,7 @@ impl Session {
         let end = session.run().await;
         session.cell.gone.set(true);
         session.cell.ready.borrow_mut().clear();
-        log_end(session.shard.export.name(), &peer, &end);
+        end.log(session.shard.export.name(), &peer);
         drop(session);
         drop(permit);
     }
@@ -173,6 +163,10 @@ impl Session {
             return Ok(None);
         }
         if self.shard.is_draining() && self.ending.is_none() && needs == Needs::Input {
+            // What the socket holds was sent before the client could know; one more buffer of it.
+            if !std::mem::replace(&mut self.last_call, true) && self.receive()? > 0 {
+                return Ok(None);
+            }
             self.ending = Some(End::Drained);
         }
         if self.ending.is_some() {
@@ -212,6 +206,17 @@ impl Session {
                     }
                 }
             }
+            self.take_turns(request.len).await;
+        }
+    }
+
+    /// Gives the shard's other sessions their turn after some work. One buffer holds 150,000 requests.
+    async fn take_turns(&mut self, len: u32) {
+        let cost = u64::from(len.min(PAYLOAD_LEN_MAX)) + REQUEST_COST;
+        self.worked_len += cost;
+        if self.worked_len >= TURN_LEN {
+            self.worked_len = 0;
+            tokio::task::yield_now().await;
         }
     }
 
@@ -340,14 +345,24 @@ impl Session {
             let out = &mut self.out;
             match self.socket.try_io(Interest::WRITABLE, |socket| out.send(socket, more)) {
                 Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    drop(self.socket.writable().await.map_err(End::Socket)?);
-                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.wait_writable().await?,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(End::Socket(error)),
             }
         }
         Ok(())
+    }
+
+    /// Waits until the socket takes more. A client may stand still for as long as it likes (a stopped
+    /// guest does), unless it does so with memory that others need.
+    pub(super) async fn wait_writable(&mut self) -> Result<(), End> {
+        loop {
+            match tokio::time::timeout(self.shard.times.stall, self.socket.writable()).await {
+                Ok(ready) => return ready.map(drop).map_err(End::Socket),
+                Err(_) if self.shard.budget.is_scarce() => return Err(End::Stalled),
+                Err(_) => {}
+            }
+        }
     }
 
     /// Receives once; 0 means that nothing is there now.
@@ -374,7 +389,7 @@ impl Session {
                 biased;
                 ready = self.socket.readable() => drop(ready.map_err(End::Socket)?),
                 () = self.cell.wake.notified() => {}
-                () = tokio::time::sleep(STALL_TIME) => return Err(End::Stalled),
+                () = tokio::time::sleep(self.shard.times.stall) => return Err(End::Stalled),
             }
         }
         Ok(())
@@ -452,7 +467,7 @@ impl Session {
             biased;
             ready = self.socket.readable(), if needs == Needs::Input => drop(ready.map_err(End::Socket)?),
             () = self.cell.wake.notified() => {}
-            () = tokio::time::sleep(STALL_TIME), if needs == Needs::Input => return Err(End::Stalled),
+            () = tokio::time::sleep(self.shard.times.stall), if needs == Needs::Input => return Err(End::Stalled),
         }
         Ok(())
     }
@@ -471,18 +486,6 @@ impl Session {
         if self.input.has_memory() || self.out.has_memory() || self.scratch.capacity() > 0 {
             self.cell.holds_memory.set(true);
             self.shard.want_sweep();
-        }
-    }
-}
-
-fn log_end(export: &str, peer: &str, end: &End) {
-    let export = export.escape_debug();
-    match end {
-        End::Disconnect | End::Drained => tracing::info!(%export, %peer, ?end, "connection closed"),
-        End::Eof => tracing::info!(%export, %peer, "connection closed by the client without a disconnect"),
-        End::Socket(error) => tracing::info!(%export, %peer, %error, "connection lost"),
-        End::BadMagic | End::Oversize | End::Stalled | End::BrokenReply(_) => {
-            tracing::warn!(%export, %peer, ?end, "connection closed by the server");
         }
     }
 }

@@ -17,6 +17,9 @@ pub(super) const CHUNK_HEADER_LEN_MAX: usize = {
     reply::OFFSET_HOLE_LEN
 };
 
+/// What a buffer costs beside its bytes: their alignment to a page.
+const BUFFER_COST_LEN: u64 = 4096;
+
 /// A run of the reply: its length, and whether it is all zeroes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Run {
@@ -67,6 +70,14 @@ pub(super) fn runs_of(plan: &ReadPlan) -> Runs {
             zero: matches!(piece.place, Place::Zero { .. }),
         })
         .collect()
+}
+
+/// Whether the pieces that have to be waited for are so short that a buffer for each of them costs more
+/// than their bytes, as in an image of 512-byte clusters that lie about: memory is counted by the bytes.
+pub(super) fn is_crumbs(plan: &ReadPlan) -> bool {
+    let awaited = plan.pieces.iter().filter(|piece| !matches!(piece.place, Place::Zero { .. }));
+    let (count, len) = awaited.fold((0u64, 0u64), |(count, len), piece| (count + 1, len + piece.len));
+    count > 1 && count * BUFFER_COST_LEN > len
 }
 
 /// Room that the framed runs take at most.
@@ -133,6 +144,8 @@ pub(super) fn no_room() -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nbd_img_formats::HostOffset;
+    use nbd_img_formats::plan::{Piece, StorageId};
 
     fn run(len: usize, zero: bool) -> Run {
         Run { len, zero }
@@ -151,5 +164,27 @@ mod tests {
             assert_eq!(got.len(), 1);
             assert_eq!((got[0].len, got[0].hole, got[0].last), (13412, false, true));
         }
+    }
+
+    #[test]
+    fn many_short_pieces_are_crumbs_and_few_or_long_ones_are_not() {
+        let plan = |lens: &[u64]| {
+            let mut plan = ReadPlan::default();
+            for (index, len) in lens.iter().enumerate() {
+                // Never contiguous.
+                let at = HostOffset((index as u64 * 3) << 20);
+                plan.pieces.push(Piece {
+                    len: *len,
+                    place: Place::Data { storage: StorageId(0), at },
+                    depth: 1,
+                });
+            }
+            plan
+        };
+        assert!(!is_crumbs(&plan(&[512])));
+        assert!(is_crumbs(&plan(&[512, 512])));
+        assert!(is_crumbs(&plan(&[512; 4096])));
+        assert!(!is_crumbs(&plan(&[4096; 16])));
+        assert!(!is_crumbs(&plan(&[65536, 512])));
     }
 }

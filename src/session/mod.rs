@@ -8,6 +8,7 @@
 //! | `read`, `sendfile`, `write`, `calls` | how each command is served; `layout` frames reads |
 //! | [`pending`] | requests that wait for the disk |
 //! | [`buffers`], [`budget`] | their memory |
+//! | [`times`] | how long sessions wait for their clients |
 //! | [`poll`] | looking at a socket a little longer before sleeping |
 //! | [`watch`] | when buffered writes are handed off |
 //!
@@ -17,6 +18,7 @@
 pub mod budget;
 pub mod buffers;
 mod calls;
+pub mod end;
 pub mod engine;
 mod layout;
 pub mod pending;
@@ -26,9 +28,11 @@ mod registration;
 mod sendfile;
 pub mod shard;
 pub mod shards;
+pub mod times;
 pub mod watch;
 mod write;
 
 pub use budget::{BUDGET_LEN_DEFAULT, Budget};
 pub use poll::POLL_TIME_DEFAULT;
 pub use shards::{Connection, Shards};
+pub use times::Times;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use nbd_img_formats::ReadPlan;
 use nbd_img_formats::mover::{short_read, storage_error};
-use nbd_img_formats::plan::MapMode;
+use nbd_img_formats::plan::{MapMode, Piece, SlowReason};
 use nbd_img_formats::storage::{InPlace, IoBuf, Operation, OperationKind, TryRead};
 use nbd_img_formats::workers::Lane;
 use nbd_img_formats::{BlockDriver, Error, ErrorKind, GuestRange, Place};
@@ -12,9 +12,11 @@ use smallvec::SmallVec;
 
 use super::budget::FLOOR_LEN;
 use super::buffers::OutBuf;
-use super::engine::{End, Session};
+use super::end::End;
+use super::engine::Session;
 use super::layout::{
-    CHUNK_HEADER_LEN_MAX, Chunk, Framing, Run, Runs, chunks, framed_len, no_room, put_header, runs_of,
+    CHUNK_HEADER_LEN_MAX, Chunk, Framing, Run, Runs, chunks, framed_len, is_crumbs, no_room, put_header,
+    runs_of,
 };
 use super::pending::{Part, PartBytes, Pending, Work};
 use crate::nbd::reply;
@@ -146,6 +148,11 @@ impl Session {
             self.read_plan.reset();
             return self.stream_read(request, range, framing).await;
         };
+        if is_crumbs(&self.read_plan) {
+            self.read_plan.reset();
+            let place = Place::Slow(SlowReason::ColdTable);
+            self.read_plan.pieces.push(Piece { len: range.len(), place, depth: 0 });
+        }
         // `admit` may have waited, but the plan's pin has held the clusters where they are.
         let mut parts: SmallVec<[Part; 1]> = SmallVec::new();
         for piece in self.read_plan.pieces.iter() {

@@ -13,7 +13,8 @@ use nbd_img_formats::mover::{short_read, storage_error};
 use nbd_img_formats::{Error, HostOffset, HostRange, Place, Storage};
 use tokio::io::Interest;
 
-use super::engine::{End, Session};
+use super::end::End;
+use super::engine::Session;
 use super::layout::{Framing, Run, chunks};
 use crate::nbd::errno::NbdError;
 use crate::nbd::reply;
@@ -86,9 +87,7 @@ impl Session {
             match self.socket.try_io(Interest::WRITABLE, send) {
                 Ok(0) => return Ok(Err((sent, short_read(storage, at, sent)))),
                 Ok(more) => sent += more,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    drop(self.socket.writable().await.map_err(End::Socket)?);
-                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.wait_writable().await?,
                 Err(error) if is_the_socket(&error) => return Err(End::Socket(error)),
                 Err(error) => return Ok(Err((sent, storage_error(storage, "cannot read", from, error)))),
             }

@@ -21,6 +21,7 @@ use super::budget::Budget;
 use super::pending::{Pending, PendingSlots};
 use super::poll::Activity;
 use super::registration::QueueFd;
+use super::times::Times;
 use super::watch::WriteWatch;
 use crate::export::Export;
 
@@ -37,8 +38,8 @@ pub struct Shard {
     pub queue: Arc<Queue>,
     /// When writes are handed off; shared by all shards of the export.
     pub watch: Arc<WriteWatch>,
-    /// How long a session may look at its socket before it parks.
-    pub poll_time: Duration,
+    /// How long its sessions wait for their clients.
+    pub times: Times,
     /// Which sessions worked last.
     pub activity: Activity,
     routes: RefCell<HashMap<u64, Route>>,
@@ -81,7 +82,7 @@ impl Shard {
         export: Arc<Export>,
         budget: Arc<Budget>,
         watch: Arc<WriteWatch>,
-        poll_time: Duration,
+        times: Times,
     ) -> io::Result<Rc<Self>> {
         let queue = Arc::new(Queue::new(Arc::clone(export.workers()))?);
         Ok(Rc::new(Shard {
@@ -89,7 +90,7 @@ impl Shard {
             budget,
             queue,
             watch,
-            poll_time,
+            times,
             activity: Activity::new(),
             next_session: Cell::new(0),
             routes: RefCell::default(),

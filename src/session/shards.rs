@@ -6,7 +6,6 @@
 use std::io;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
 
 use nbd_img_formats::Result;
 use nbd_img_formats::workers::Lane;
@@ -17,6 +16,7 @@ use super::budget::Budget;
 use super::engine::Session;
 use super::registration::watch_queue;
 use super::shard::Shard;
+use super::times::Times;
 use super::watch::WriteWatch;
 use crate::export::Export;
 use crate::nbd::negotiate::Agreed;
@@ -41,7 +41,7 @@ pub struct Shards {
     export: Arc<Export>,
     budget: Arc<Budget>,
     watch: Arc<WriteWatch>,
-    poll_time: Duration,
+    times: Times,
     threads: Mutex<Threads>,
     threads_max: usize,
     /// Number of sessions that have not ended.
@@ -77,14 +77,14 @@ impl Drop for Active {
 }
 
 impl Shards {
-    /// No threads yet; sessions take their memory from `budget`, and look at their sockets for up to
-    /// `poll_time` before they park where that pays (zero: never).
-    pub fn new(export: Arc<Export>, budget: Arc<Budget>, poll_time: Duration) -> Arc<Self> {
+    /// No threads yet; sessions take their memory from `budget`, and wait for their
+    /// clients as `times` says.
+    pub fn new(export: Arc<Export>, budget: Arc<Budget>, times: Times) -> Arc<Self> {
         Arc::new(Shards {
             export,
             budget,
             watch: Arc::default(),
-            poll_time,
+            times,
             threads: Mutex::default(),
             threads_max: thread::available_parallelism().map_or(1, usize::from),
             active: Arc::new(watch::Sender::new(0)),
@@ -183,10 +183,10 @@ impl Shards {
         let (sender, receiver) = mpsc::unbounded_channel();
         let (export, budget, watch) =
             (Arc::clone(&self.export), Arc::clone(&self.budget), Arc::clone(&self.watch));
-        let poll_time = self.poll_time;
+        let times = self.times;
         let name = format!("s{index}-{}", export.name()).chars().take(15).filter(|c| *c != '\0').collect();
         thread::Builder::new().name(name).spawn(move || {
-            if let Err(error) = run_shard(|| Shard::new(export, budget, watch, poll_time), receiver) {
+            if let Err(error) = run_shard(|| Shard::new(export, budget, watch, times), receiver) {
                 tracing::error!(%error, "a thread of an export ended; its connections are closed");
             }
         })?;
@@ -244,7 +244,7 @@ mod tests {
     fn shards() -> Arc<Shards> {
         let driver = RawDriver::open(MemoryStorage::new(4096).unwrap(), RawOptions::default()).unwrap();
         let export = Export::of_driver(&ExportSpec::default(), driver).unwrap();
-        Shards::new(export, Budget::new(1 << 20), Duration::ZERO)
+        Shards::new(export, Budget::new(1 << 20), Times::default())
     }
 
     fn connection(shards: &Shards) -> (Connection, UnixStream) {

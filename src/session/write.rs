@@ -10,7 +10,8 @@ use nbd_img_formats::workers::Lane;
 use nbd_img_formats::{BlockDriver, Durability, Error, GuestRange, Place, Provision, WritePlan, ZeroRequest};
 
 use super::budget::{CONNECTION_LEN_MAX, FLOOR_LEN, Lease};
-use super::engine::{End, Session};
+use super::end::End;
+use super::engine::Session;
 use super::pending::{Pending, Work};
 use crate::export::DetectZeroes;
 use crate::nbd::request::{CommandFlags, REQUEST_HEADER_LEN, Request};

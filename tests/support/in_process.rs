@@ -12,7 +12,7 @@ use std::time::Duration;
 use nbd_img::export::{Export, ExportSpec};
 use nbd_img::nbd::export_info::{ExportDirectory, ExportInfo, ExportSummary, Refusal};
 use nbd_img::nbd::negotiate::{Agreed, Negotiation, NegotiationConfig, Next};
-use nbd_img::session::{Budget, Connection, POLL_TIME_DEFAULT, Shards};
+use nbd_img::session::{Budget, Connection, Shards, Times};
 use nbd_img::transport::Stream;
 use nbd_img_formats::raw::{RawDriver, RawOptions};
 use nbd_img_formats::storage::{
@@ -33,6 +33,8 @@ pub struct Disk {
     pub sends: bool,
     /// Operations are answered before `submit` returns, so that those of a batch are answered together.
     pub answers_at_once: AtomicBool,
+    /// If not 0: data and holes, as far as it says, take turns of this many bytes.
+    pub runs_of: AtomicU64,
 }
 
 impl Disk {
@@ -54,6 +56,7 @@ impl Disk {
             first_read_ms: AtomicU64::new(0),
             sends: false,
             answers_at_once: AtomicBool::new(false),
+            runs_of: AtomicU64::new(0),
         }
     }
 
@@ -117,7 +120,10 @@ impl Storage for Disk {
     }
 
     fn run_at(&self, at: HostOffset) -> io::Result<Run> {
-        self.inner.run_at(at)
+        match self.runs_of.load(Ordering::Relaxed) {
+            0 => self.inner.run_at(at),
+            len => Ok(Run { len: len - at.0 % len, hole: at.0 / len % 2 == 1 }),
+        }
     }
 
     fn prefetch(&self, range: HostRange) -> io::Result<()> {
@@ -187,12 +193,16 @@ impl ExportDirectory for One {
 
 impl InProcess {
     pub fn serve(storage: Arc<dyn Storage>, budget_len: usize) -> Self {
+        Self::serve_with(storage, budget_len, Times::default())
+    }
+
+    pub fn serve_with(storage: Arc<dyn Storage>, budget_len: usize, times: Times) -> Self {
         let options =
             RawOptions { exact_size: false, discard: true, format: Format::Raw, refuse_magic: None };
         let driver = RawDriver::open(storage, options).unwrap();
         let export = Export::of_driver(&ExportSpec::default(), driver).unwrap();
         let budget = Budget::new(budget_len);
-        let shards = Shards::new(Arc::clone(&export), Arc::clone(&budget), POLL_TIME_DEFAULT);
+        let shards = Shards::new(Arc::clone(&export), Arc::clone(&budget), times);
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("s");
         let listener = UnixListener::bind(&socket).unwrap();

@@ -335,7 +335,11 @@ impl BlockDriver for RawDriver {
         let flushed = match self.state() {
             State::Closed => return Ok(()),
             State::Live => self.flush(),
-            State::Failed => Ok(()),
+            State::Failed => Err(Error::new(
+                ErrorKind::Failed,
+                "closed after a failed sync: what was written before it may be lost",
+            )
+            .with_path(&self.storage().facts().path)),
         };
         if self.closed.swap(true, Ordering::AcqRel) {
             return flushed;

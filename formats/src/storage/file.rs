@@ -23,8 +23,8 @@ use super::{blkdev, cachestat, place};
 use crate::address::{HostOffset, HostRange};
 use crate::driver::Provision;
 use crate::error::{Error, ErrorKind, Result};
-use crate::sync::Arc;
 use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Arc, RwLock, RwLockReadGuard};
 
 /// How to open a file.
 #[derive(Clone, Debug)]
@@ -50,6 +50,8 @@ pub struct FileStorage {
     known_data: KnownData,
     sync_failed: AtomicBool,
     closed: AtomicBool,
+    /// Held for reading as long as a change is under way: its lock must not be let go before it has ended.
+    changing: RwLock<()>,
 }
 
 impl FileStorage {
@@ -105,18 +107,21 @@ impl FileStorage {
             known_data: KnownData::default(),
             sync_failed: AtomicBool::new(false),
             closed: AtomicBool::new(false),
+            changing: RwLock::new(()),
         }))
     }
 
-    /// Fails with EIO once a sync has failed, and with EBADF once the locks have been let go.
-    fn check_writable(&self) -> io::Result<()> {
+    /// Before a change: keeps the locks until the guard goes. Fails with EIO once a sync has failed, and
+    /// with EBADF once the storage has been closed.
+    fn begin_change(&self) -> io::Result<RwLockReadGuard<'_, ()>> {
+        let changing = self.changing.read();
         if self.closed.load(Ordering::Acquire) {
             return Err(Errno::BADF.into());
         }
         if self.sync_failed.load(Ordering::Acquire) {
             return Err(Errno::IO.into());
         }
-        Ok(())
+        Ok(changing)
     }
 
     /// Notes a failed sync. Buffered bytes that could not be written back count as clean afterwards, so
@@ -149,7 +154,7 @@ impl FileStorage {
         range: HostRange,
         change: impl FnOnce(Target<'_>) -> io::Result<()>,
     ) -> io::Result<()> {
-        self.check_writable()?;
+        let _changing = self.begin_change()?;
         let file = self.file.as_fd();
         let Some(direct) = &self.direct else {
             let write = |bytes: &[u8], at| pwrite_all(file, bytes, at);
@@ -208,12 +213,13 @@ impl Storage for FileStorage {
     }
 
     fn pwrite(&self, buf: &[u8], at: HostOffset, durability: Durability) -> io::Result<()> {
-        self.check_writable()?;
+        let changing = self.begin_change()?;
         match (durability, &self.durable) {
             (Durability::Later, _) => self.write_to(&self.file, buf, at),
             (Durability::Fua, Some(durable)) => self.write_durable(durable, buf, at),
             (Durability::Fua, None) => {
                 self.write_to(&self.file, buf, at)?;
+                drop(changing);
                 self.sync()
             }
         }
@@ -223,7 +229,7 @@ impl Storage for FileStorage {
         if !self.facts.writable {
             return Ok(());
         }
-        self.check_writable()?;
+        let _changing = self.begin_change()?;
         retry(|| rustix::fs::fdatasync(&self.file)).map_err(|e| self.sync_failure(e.into()))
     }
 
@@ -244,7 +250,7 @@ impl Storage for FileStorage {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.check_writable()?;
+        let _changing = self.begin_change()?;
         match self.facts.kind {
             StorageKind::File | StorageKind::Memory => {
                 let _guard = self.direct.as_ref().map(Direct::lock_len);
@@ -297,7 +303,14 @@ impl Storage for FileStorage {
         // The descriptor stays until the last user of this storage is gone; what must not happen is
         // that one of them writes without the lock.
         self.closed.store(true, Ordering::Release);
-        lock::release(self.file.as_fd());
+        // A change that hangs, of a client that has gone, would land in the hands of whoever locks next.
+        match self.changing.try_write() {
+            Some(_alone) => lock::release(self.file.as_fd()),
+            None => tracing::warn!(
+                path = %self.facts.path.display(),
+                "a write is still under way: the image stays locked until it has ended"
+            ),
+        }
         Ok(())
     }
 }
@@ -418,4 +431,24 @@ fn no_direct(errno: Errno, path: &Path) -> Error {
 
 fn not_an_image(what: &'static str, path: &Path) -> Error {
     Error::new(ErrorKind::InvalidInput, what).with_path(path)
+}
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_write_under_way_keeps_the_lock_beyond_the_close() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let options = FileOptions { writable: true, direct: false, lock: LockMode::Writer };
+        let first = FileStorage::open(file.path(), &options).unwrap();
+        let writing = first.begin_change().unwrap();
+        first.close().unwrap();
+        assert!(first.pwrite(b"late", HostOffset(0), Durability::Later).is_err());
+        let second = FileStorage::open(file.path(), &options).map(drop);
+        assert_eq!(second.unwrap_err().kind(), ErrorKind::Locked);
+        drop(writing);
+        drop(first);
+        FileStorage::open(file.path(), &options).unwrap();
+    }
 }

@@ -1,0 +1,50 @@
+//! Clients that do not take their replies: left alone as long as nobody needs what they hold.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[allow(dead_code)]
+mod support;
+
+use std::time::{Duration, Instant};
+
+use nbd_img::session::Times;
+use support::client::{Client, Request, Wishes};
+use support::in_process::{Disk, InProcess};
+use support::wire::command;
+
+const STALL: Duration = Duration::from_millis(300);
+
+/// A server and a client that has asked for far more than its socket holds, and does not read.
+fn stalled(budget_len: usize) -> (InProcess, Client) {
+    let times = Times { stall: STALL, ..Times::default() };
+    let server = InProcess::serve_with(Disk::new(&vec![5; 8 << 20]), budget_len, times);
+    let mut client = Client::unix(server.socket(), "", Wishes::SIMPLE);
+    for _ in 0..48 {
+        client.send(Request::new(command::READ, 0, 1 << 20), &[]).unwrap();
+    }
+    (server, client)
+}
+
+#[test]
+fn a_client_that_stands_still_keeps_its_connection_while_there_is_memory() {
+    let (server, mut client) = stalled(1 << 30);
+    std::thread::sleep(STALL * 5);
+    for _ in 0..48 {
+        assert_eq!(client.reply().unwrap().data, vec![5; 1 << 20]);
+    }
+    client.disconnect();
+    server.assert_clean();
+}
+
+#[test]
+fn a_client_that_stands_still_with_the_memory_of_others_is_cut_off() {
+    let (server, client) = stalled(16 << 20);
+    let begin = Instant::now();
+    while server.shards.active_count() > 0 {
+        assert!(begin.elapsed() < Duration::from_secs(20), "the connection is still there");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(begin.elapsed() > STALL / 2, "it was given no time");
+    drop(client);
+    server.assert_clean();
+}
