@@ -76,7 +76,9 @@ impl<'a> Trial<'a> {
 
     fn name(&self) -> String {
         let (scene, fault) = (self.scene.name, self.fault);
-        format!("scene '{scene}', {:#?}, {fault:?}, failed {:#?}", self.steps, self.failed)
+        let steps: Vec<_> = self.steps.iter().map(|step| format!("\n  {step:?}")).collect();
+        let failed: Vec<_> = self.failed.iter().map(|(step, e)| format!("\n  {step:?}: {e}")).collect();
+        format!("scene '{scene}', {}\n{fault:?}, failed {}\n", steps.concat(), failed.concat())
     }
 
     /// Runs it all; returns how many calls of each class there were.
