@@ -84,6 +84,11 @@ impl Pin {
     pub fn new(holder: Arc<dyn PinHolder>, key: u64) -> Self {
         Pin { holder, key }
     }
+
+    /// What the holder tells its pins apart by.
+    pub fn key(&self) -> u64 {
+        self.key
+    }
 }
 
 impl Drop for Pin {

@@ -1,13 +1,14 @@
-//! [`Qcow2Driver`]: a qcow2 image as its guest sees it, read-only.
+//! [`Qcow2Driver`]: a qcow2 image as its guest sees it.
 //!
-//! It joins tables, translation and decompression. It opens nothing itself: files come in [`Parts`].
+//! It joins tables, translation, decompression and, in an image that is written, the [writer](super::write). It opens nothing itself: files come in [`Parts`].
 
 use super::compressed::{self, ClusterCache};
 use super::header::{Autoclear, Compatible, Header, Incompatible};
 use super::map::{self, Layer, LayerRun, LayerRuns};
 use super::snapshots::{self, Snapshot};
-use super::tables::{ImageNumber, L1Table, TableCache};
+use super::tables::{ImageNumber, L1Table, TableCache, TableSlice};
 use super::types::{Blob, DataFile, Geometry, GuestCluster};
+use super::write::{Writer, begin, commit, prepare, slow, zero};
 use super::{bitmaps, header};
 use crate::address::{GuestRange, HostOffset, HostRange};
 use crate::driver::{BlockDriver, Facts, Format, State, ZeroRequest};
@@ -106,7 +107,7 @@ impl Default for WriteOptions {
     }
 }
 
-/// A qcow2 image, read-only.
+/// A qcow2 image.
 pub struct Qcow2Driver {
     facts: Facts,
     header: Header,
@@ -114,18 +115,22 @@ pub struct Qcow2Driver {
     bitmaps: Vec<BitmapInfo>,
     virtual_size: u64,
     l1: L1Table,
+    l1_at: HostOffset,
     storages: Vec<Arc<dyn Storage>>,
     /// How far the file with the data reached when it was last asked; it can only be longer.
     data_len: AtomicU64,
     backing: Option<Arc<dyn BlockDriver>>,
     number: ImageNumber,
     caches: Arc<Caches>,
+    /// There exactly if the image is written.
+    writer: Option<Arc<Writer>>,
     closed: AtomicBool,
 }
 
 impl Qcow2Driver {
     /// A driver of the image in `parts.image`. Reads the L1 table and the lists of snapshots and
-    /// bitmaps. Writes nothing, and never will.
+    /// bitmaps. Without `parts.write` nothing is ever written; with it nothing is before the first change,
+    /// except that refcounts which are marked as out of date are rebuilt.
     pub fn open(parts: Parts) -> Result<Arc<Self>> {
         let path = parts.image.facts().path.clone();
         open_parts(parts).map(Arc::new).map_err(|e| e.with_path(path))
@@ -194,12 +199,45 @@ impl Qcow2Driver {
         Ok(())
     }
 
-    fn check_writing(&self) -> Result<()> {
-        check_writable(self)?;
-        Err(Error::new(ErrorKind::Unsupported, "writing qcow2 images is not there yet; use --read-only"))
+    /// The end of the disk.
+    pub(super) fn disk_end(&self) -> u64 {
+        self.virtual_size
     }
 
-    fn read_run(&self, run: LayerRun, buf: &mut [u8]) -> Result<()> {
+    /// Where the active L1 table lies.
+    pub(super) fn l1_at(&self) -> HostOffset {
+        self.l1_at
+    }
+
+    /// Whether the backing file has any byte of the cluster.
+    pub(super) fn backing_reaches(&self, cluster: GuestCluster) -> bool {
+        let start = self.header.geometry.start_of(cluster);
+        self.backing.as_ref().is_some_and(|backing| backing.size() > start)
+    }
+
+    /// The image file has become at least this long.
+    pub(super) fn note_len(&self, len: u64) {
+        self.data_len.fetch_max(len, Ordering::Relaxed);
+    }
+
+    /// Looks at a slice that was read before anybody can change it.
+    pub(super) fn checked_slice(&self, slice: TableSlice) -> TableSlice {
+        match &self.writer {
+            Some(writer) => writer.checked_slice(slice),
+            None => slice,
+        }
+    }
+
+    fn writer(&self) -> Result<&Arc<Writer>> {
+        check_writable(self)?;
+        self.writer.as_ref().ok_or_else(|| Error::new(ErrorKind::ReadOnly, "the image was opened read-only"))
+    }
+
+    fn flush_if_fua(&self, durability: Durability) -> Result<()> {
+        if durability.is_fua() { self.flush() } else { Ok(()) }
+    }
+
+    pub(super) fn read_run(&self, run: LayerRun, buf: &mut [u8]) -> Result<()> {
         match run.layer {
             Layer::Unallocated => self.read_backing(run.offset, buf),
             Layer::Zero { .. } => {
@@ -269,7 +307,13 @@ impl BlockDriver for Qcow2Driver {
     }
 
     fn state(&self) -> State {
-        if self.closed.load(Ordering::Relaxed) { State::Closed } else { State::Live }
+        if self.closed.load(Ordering::Relaxed) {
+            return State::Closed;
+        }
+        match &self.writer {
+            Some(writer) if writer.is_failed() || self.image().is_failed() => State::Failed,
+            Some(_) | None => State::Live,
+        }
     }
 
     fn storages(&self) -> &[Arc<dyn Storage>] {
@@ -313,6 +357,7 @@ impl BlockDriver for Qcow2Driver {
         plan.reset();
         self.check_open()?;
         let range = checked_range(self, range.offset(), range.len())?;
+        plan.pin = self.writer.as_ref().map(Writer::pin);
         map::map_read(self, range, mode, plan)
     }
 
@@ -321,6 +366,7 @@ impl BlockDriver for Qcow2Driver {
     fn read_slow(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         self.check_open()?;
         let mut range = checked_range(self, offset, buf.len() as u64)?;
+        let _pin = self.writer.as_ref().map(Writer::pin);
         let mut rest = buf;
         let mut runs = LayerRuns::new();
         while !range.is_empty() {
@@ -336,31 +382,47 @@ impl BlockDriver for Qcow2Driver {
         Ok(())
     }
 
-    fn prepare_write(&self, _range: GuestRange, _mode: MapMode, plan: &mut WritePlan) -> Result<()> {
+    fn prepare_write(&self, range: GuestRange, mode: MapMode, plan: &mut WritePlan) -> Result<()> {
         plan.reset();
-        self.check_writing()
+        let writer = self.writer()?;
+        let range = checked_range(self, range.offset(), range.len())?;
+        prepare::prepare(self, writer, range, mode, plan)
     }
 
-    fn finish_write(&self, plan: &mut WritePlan, _written: bool) -> Result<()> {
-        plan.reset();
-        self.check_writing()
+    fn finish_write(&self, plan: &mut WritePlan, written: bool) -> Result<()> {
+        match &self.writer {
+            Some(writer) => prepare::finish(self, writer, plan, written),
+            None => check_writable(self),
+        }
     }
 
-    fn write_slow(&self, _offset: u64, _buf: &[u8]) -> Result<()> {
-        self.check_writing()
+    fn write_slow(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        let writer = self.writer()?;
+        checked_range(self, offset, buf.len() as u64)?;
+        slow::write(self, writer, offset, buf)
     }
 
-    fn write_zeroes(&self, _range: GuestRange, _request: ZeroRequest) -> Result<()> {
-        self.check_writing()
+    fn write_zeroes(&self, range: GuestRange, request: ZeroRequest) -> Result<()> {
+        let writer = self.writer()?;
+        let range = checked_range(self, range.offset(), range.len())?;
+        zero::write_zeroes(self, writer, range, request)?;
+        self.flush_if_fua(request.durability)
     }
 
-    fn discard(&self, _range: GuestRange, _durability: Durability) -> Result<()> {
-        self.check_writing()
+    fn discard(&self, range: GuestRange, durability: Durability) -> Result<()> {
+        let writer = self.writer()?;
+        let range = checked_range(self, range.offset(), range.len())?;
+        zero::discard(self, writer, range)?;
+        self.flush_if_fua(durability)
     }
 
-    /// Nothing can be dirty.
     fn flush(&self) -> Result<()> {
-        self.check_open()
+        self.check_open()?;
+        match &self.writer {
+            Some(writer) => commit::flush(self, writer),
+            // Nothing can be dirty.
+            None => Ok(()),
+        }
     }
 
     /// Asks for the data whose place is known; reading tables for a hint would take time.
@@ -379,14 +441,18 @@ impl BlockDriver for Qcow2Driver {
     }
 
     fn close(&self) -> Result<()> {
+        let settled = match (&self.writer, self.state()) {
+            (Some(writer), State::Live) => commit::settle(self, writer),
+            (Some(_) | None, State::Live | State::Failed | State::Closed) => Ok(()),
+        };
         if self.closed.swap(true, Ordering::AcqRel) {
-            return Ok(());
+            return settled;
         }
         let own = self.storages.get(..usize::from(self.backing_storages_from())).unwrap_or_default();
         let close = |storage: &Arc<dyn Storage>| {
             storage.close().map_err(|e| storage_error(storage, "cannot close", HostOffset(0), e))
         };
-        let closed = own.iter().map(close).fold(Ok(()), Result::and);
+        let closed = own.iter().map(close).fold(settled, Result::and);
         match &self.backing {
             Some(backing) => closed.and(backing.close()),
             None => closed,
@@ -396,7 +462,10 @@ impl BlockDriver for Qcow2Driver {
 
 fn open_parts(parts: Parts) -> Result<Qcow2Driver> {
     let Parts { image, header, data_file, backing, number, caches, snapshot, write } = parts;
-    let snapshots = snapshots::load(&image, &header)?;
+    if write.is_some() {
+        begin::check(&header, snapshot.as_deref())?;
+    }
+    let (snapshots, snapshots_len) = snapshots::load(&image, &header)?;
     let (l1_at, virtual_size) = match &snapshot {
         Some(wanted) => {
             let snapshot = snapshots::find(&snapshots, wanted)?;
@@ -409,20 +478,27 @@ fn open_parts(parts: Parts) -> Result<Qcow2Driver> {
     let bitmaps = bitmaps::list(&image, &header);
     let data_len = len_of(data_file.as_ref().unwrap_or(&image))?;
     let storages = flat_storages(image, &header, data_file, backing.as_ref())?;
-    Ok(Qcow2Driver {
+    let mut driver = Qcow2Driver {
         facts: facts(&header, backing.as_ref(), write),
         header,
         snapshots,
         bitmaps,
         virtual_size,
         l1,
+        l1_at: l1_at.at,
         storages,
         data_len: AtomicU64::new(data_len),
         backing,
         number,
         caches,
+        writer: None,
         closed: AtomicBool::new(false),
-    })
+    };
+    if let Some(options) = write {
+        let writer = begin::begin(&driver, &driver.header, (&driver.snapshots, snapshots_len), options)?;
+        driver.writer = Some(Arc::new(writer));
+    }
+    Ok(driver)
 }
 
 fn facts(header: &Header, backing: Option<&Arc<dyn BlockDriver>>, write: Option<WriteOptions>) -> Facts {
@@ -434,7 +510,8 @@ fn facts(header: &Header, backing: Option<&Arc<dyn BlockDriver>>, write: Option<
         block_min_len: 1,
         // A request of a cluster touches one entry, and decompresses nothing twice.
         block_preferred_len: u32::try_from(preferred).unwrap_or(4096),
-        fast_zero: false,
+        // Version 2 has no zero flag, so a backing file would shine through.
+        fast_zero: write.is_some() && (header.geometry.zero_flag() || backing.is_none()),
         holes_in_storage: backing.is_some_and(|backing| backing.facts().holes_in_storage),
     }
 }

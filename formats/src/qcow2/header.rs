@@ -27,7 +27,7 @@ const V3_LEN_MIN: u32 = 104;
 /// Largest L1 table, in bytes (QEMU's limit).
 pub const L1_LEN_MAX: u64 = 32 << 20;
 /// Largest refcount table, in bytes (QEMU's limit).
-const REFCOUNT_TABLE_LEN_MAX: u64 = 8 << 20;
+pub const REFCOUNT_TABLE_LEN_MAX: u64 = 8 << 20;
 /// Most internal snapshots (QEMU's limit).
 const SNAPSHOTS_MAX: u32 = 65536;
 /// Longest name of a backing file (specification).
@@ -132,6 +132,8 @@ pub struct Header {
     pub l1: TableLocation,
     /// The snapshot table.
     pub snapshots: TableLocation,
+    /// The refcount table; its entries are whole clusters of them.
+    pub refcount_table: TableLocation,
     /// Bits in a refcount.
     pub refcount_bits: u32,
     /// How clusters are compressed.
@@ -248,13 +250,13 @@ impl RawHeader {
         if refcount_order > REFCOUNT_ORDER_MAX {
             return Err(unsupported(format!("refcounts of 2^{refcount_order} bits (64 are the most)")));
         }
-        self.check_refcount_table(geometry)?;
         Ok(Header {
             version: self.version.get(),
             virtual_size: self.size.get(),
             geometry,
             l1: self.l1(geometry)?,
             snapshots: self.snapshot_table(geometry)?,
+            refcount_table: self.refcount_table(geometry)?,
             refcount_bits: 1 << refcount_order,
             compression: self.compression(incompatible)?,
             incompatible,
@@ -306,7 +308,7 @@ impl RawHeader {
         Ok(Geometry::new(self.cluster_bits.get(), extended_l2, self.version.get(), data_file))
     }
 
-    fn check_refcount_table(&self, geometry: Geometry) -> Result<()> {
+    fn refcount_table(&self, geometry: Geometry) -> Result<TableLocation> {
         let clusters = u64::from(self.refcount_table_clusters.get());
         if clusters == 0 {
             return Err(corrupt("it has no refcount table".to_owned()));
@@ -317,7 +319,9 @@ impl RawHeader {
                 "its refcount table of {len} bytes is too large (8 MiB are the most)"
             )));
         }
-        check_place("refcount table", self.refcount_table_offset.get(), len, geometry)
+        let at = HostOffset(self.refcount_table_offset.get());
+        check_place("refcount table", at.0, len, geometry)?;
+        Ok(TableLocation { at, entries: u32::try_from(len / 8).unwrap_or(0) })
     }
 
     fn l1(&self, geometry: Geometry) -> Result<TableLocation> {

@@ -45,9 +45,8 @@ pub struct LayerRun {
 /// Runs in guest order. Four are in place, as in a plan.
 pub type LayerRuns = SmallVec<[LayerRun; 4]>;
 
-/// See [`BlockDriver::map_read`].
+/// Adds the pieces of the range to `plan`, which is empty but for its pin.
 pub fn map_read(driver: &Qcow2Driver, range: GuestRange, mode: MapMode, plan: &mut ReadPlan) -> Result<()> {
-    plan.reset();
     let mut runs = LayerRuns::new();
     let mut rest = range;
     while !rest.is_empty() {
@@ -73,40 +72,46 @@ pub fn slice_runs(
     let geometry = driver.geometry();
     let offset = range.offset();
     let fail = |fault| bad_entry(driver, "L1", offset, fault);
-    let Some(table) = driver.l1().l2_table(offset).map_err(fail)? else {
+    if driver.l1().l2_table(offset).map_err(fail)?.is_none() {
         let part = range.prefix(up_to_boundary(offset, geometry.l2_coverage_len()));
         push_layer(runs, part, Layer::Unallocated);
         return Ok(part.len());
-    };
+    }
     let part = range.prefix(up_to_boundary(offset, geometry.slice_coverage_len()));
-    match slice_at(driver, table, offset, mode)? {
+    match slice_at(driver, offset, mode)? {
         None => push_layer(runs, part, Layer::Cold),
         Some(slice) => entries_to_runs(driver, &slice, part, runs)?,
     }
     Ok(part.len())
 }
 
-/// The slice for the guest's byte at `offset`; `None` if it is not in memory and must not be read.
-fn slice_at(
-    driver: &Qcow2Driver,
-    table: HostCluster,
-    offset: u64,
-    mode: MapMode,
-) -> Result<Option<Arc<TableSlice>>> {
+/// The slice for the guest's byte at `offset`, whose L2 table exists; `None` if it is not in memory and
+/// must not be read.
+pub fn slice_at(driver: &Qcow2Driver, offset: u64, mode: MapMode) -> Result<Option<Arc<TableSlice>>> {
     let geometry = driver.geometry();
     let slice = geometry.slice_of(offset);
     let key = SliceKey { image: driver.number(), slice };
     match mode {
         MapMode::Try => Ok(driver.tables().get(key)),
         MapMode::Wait | MapMode::Holes => {
-            let at = table.at(geometry.slice_offset_in_table(slice));
-            let load = || {
-                TableSlice::load(driver.image(), at, geometry)
-                    .map_err(|e| e.with_path(&driver.image().facts().path))
-            };
-            driver.tables().get_or_load(key, load).map(Some)
+            driver.tables().get_or_load(key, || load_slice(driver, offset)).map(Some)
         }
     }
+}
+
+/// Where the table lies is looked up only now: as long as this load is under way nobody else has the
+/// slice, so nobody can move or change the table.
+fn load_slice(driver: &Qcow2Driver, offset: u64) -> Result<TableSlice> {
+    let geometry = driver.geometry();
+    let fail = |fault| bad_entry(driver, "L1", offset, fault);
+    let table = driver.l1().l2_table(offset).map_err(fail)?;
+    let table = table.ok_or_else(|| {
+        Error::new(ErrorKind::Corrupt, "an L2 table has vanished").with_path(&driver.image().facts().path)
+    })?;
+    let at = table.at(geometry.slice_offset_in_table(geometry.slice_of(offset)));
+    let slice = TableSlice::load(driver.image(), at, geometry)
+        .map_err(|e| e.with_path(&driver.image().facts().path))?;
+    Ok(driver.checked_slice(slice))
 }
 
 fn entries_to_runs(
@@ -268,11 +273,11 @@ fn push_holes(driver: &Qcow2Driver, mut at: HostOffset, mut len: u64, plan: &mut
 }
 
 /// Bytes from `offset` to the next multiple of `unit`.
-fn up_to_boundary(offset: u64, unit: u64) -> u64 {
+pub fn up_to_boundary(offset: u64, unit: u64) -> u64 {
     unit - offset % unit
 }
 
-fn bad_entry(driver: &Qcow2Driver, table: &str, offset: u64, fault: EntryFault) -> Error {
+pub fn bad_entry(driver: &Qcow2Driver, table: &str, offset: u64, fault: EntryFault) -> Error {
     let file = match driver.geometry().data_file() {
         DataFile::Internal => "",
         DataFile::External | DataFile::ExternalRaw => " (of an image with an external data file)",

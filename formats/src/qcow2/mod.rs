@@ -1,4 +1,4 @@
-//! qcow2, QEMU's copy-on-write format: reading.
+//! qcow2, QEMU's copy-on-write format.
 //!
 //! | module | what is in it |
 //! |---|---|
@@ -9,6 +9,7 @@
 //! | `map` | from a guest range to a plan, through the backing chain |
 //! | `compressed` | compressed clusters and their cache |
 //! | `flight` | making a thing once for all who need it at the same time |
+//! | `write` | everything that changes an image |
 //! | `driver` | [`Qcow2Driver`], which joins them |
 //!
 //! The specification is `docs/interop/qcow2` of QEMU. Nothing here opens a file: the files that an
@@ -24,6 +25,7 @@ mod map;
 mod snapshots;
 mod tables;
 mod types;
+mod write;
 
 pub use driver::{Caches, Parts, Qcow2Driver, WriteOptions};
 pub use extensions::Extensions;

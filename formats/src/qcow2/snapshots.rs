@@ -67,8 +67,8 @@ impl Snapshot {
     }
 }
 
-/// Reads the snapshot table of the image in `storage`.
-pub fn load(storage: &Arc<dyn Storage>, header: &Header) -> Result<Vec<Snapshot>> {
+/// Reads the snapshot table of the image in `storage`; returns the length of the table, too.
+pub fn load(storage: &Arc<dyn Storage>, header: &Header) -> Result<(Vec<Snapshot>, u64)> {
     let mut at = header.snapshots.at;
     let mut snapshots = Vec::new();
     let mut table_len = 0u64;
@@ -82,7 +82,7 @@ pub fn load(storage: &Arc<dyn Storage>, header: &Header) -> Result<Vec<Snapshot>
             return Err(corrupt(format!("the snapshot table is larger than {TABLE_LEN_MAX} bytes")));
         }
     }
-    Ok(snapshots)
+    Ok((snapshots, table_len))
 }
 
 /// The snapshot that `wanted` names: by its id first, then by its name, as QEMU does.

@@ -2,7 +2,10 @@
 //!
 //! A warm lookup takes a shared lock on one set of a few slots and allocates nothing. Loading a slice
 //! holds no lock: different slices load in parallel, the same one once. Slices hold the file's words as
-//! they are; the only way to what they say is [`TableSlice::entry`], which checks.
+//! they are; the way to what they say is [`TableSlice::entry`], which checks.
+//!
+//! Entries are atomic words. Whoever changes a slice holds it in the cache first, so that there is never
+//! more than one of it, and it stays until what was changed is in the file.
 
 use super::flight::Flights;
 use super::header::TableLocation;
@@ -11,7 +14,7 @@ use crate::address::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::read_exact;
 use crate::storage::Storage;
-use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, RwLock};
 
 /// Slots of a set: a lookup compares this many keys at most. Our choice.
@@ -21,7 +24,7 @@ const L1_CHUNK_LEN: usize = 64 << 10;
 
 /// An L1 table in memory.
 pub struct L1Table {
-    entries: Box<[u64]>,
+    entries: Box<[AtomicU64]>,
     geometry: Geometry,
 }
 
@@ -40,8 +43,14 @@ pub struct SliceKey {
 
 /// A part of an L2 table.
 pub struct TableSlice {
-    words: Box<[u64]>,
+    words: Box<[AtomicU64]>,
     geometry: Geometry,
+    /// Who needs it to stay in memory: it has changes, or will have. Raised only under its set's lock.
+    holds: AtomicUsize,
+    /// The commit that carries its last change.
+    changed_in: AtomicU64,
+    /// An entry points into metadata. Nothing is written through it unlooked at.
+    suspect: bool,
 }
 
 /// Slices of the L2 tables of a chain of images, of a bounded number.
@@ -89,7 +98,7 @@ impl L1Table {
             let len = L1_CHUNK_LEN.min(usize::try_from(table_len - done).unwrap_or(L1_CHUNK_LEN));
             let part = chunk.get_mut(..len).unwrap_or_default();
             read_exact(storage, HostOffset(location.at.0 + done), part)?;
-            entries.extend(words_of(part));
+            entries.extend(words_of(part).map(AtomicU64::new));
             done += len as u64;
         }
         Ok(L1Table { entries: entries.into_boxed_slice(), geometry })
@@ -98,9 +107,26 @@ impl L1Table {
     /// Where the L2 table for the guest's byte at `offset` lies; `None` when nothing there is allocated.
     pub fn l2_table(&self, offset: u64) -> std::result::Result<Option<HostCluster>, EntryFault> {
         match self.entries.get(self.geometry.l1_index(offset)) {
-            Some(raw) => self.geometry.decode_l1(*raw),
+            Some(raw) => self.geometry.decode_l1(raw.load(Ordering::Acquire)),
             None => Ok(None),
         }
+    }
+
+    /// Entry number `index` as it is; 0 behind the end.
+    pub fn raw(&self, index: usize) -> u64 {
+        self.entries.get(index).map_or(0, |raw| raw.load(Ordering::Acquire))
+    }
+
+    /// Changes an entry. Only under the lock of the image's metadata.
+    pub fn set(&self, index: usize, raw: u64) {
+        if let Some(entry) = self.entries.get(index) {
+            entry.store(raw, Ordering::Release);
+        }
+    }
+
+    /// How many entries there are.
+    pub fn len(&self) -> usize {
+        self.entries.len()
     }
 }
 
@@ -117,16 +143,84 @@ impl TableSlice {
                 Error::new(ErrorKind::Corrupt, "the file ends inside of an L2 table").with_offset(at.0)
             );
         }
-        Ok(TableSlice { words: words_of(&bytes).collect(), geometry })
+        Ok(TableSlice::of_words(words_of(&bytes), geometry))
+    }
+
+    /// A slice in which nothing is allocated.
+    pub fn empty(geometry: Geometry) -> Self {
+        let words = usize::try_from(geometry.slice_len() / 8).unwrap_or(0);
+        TableSlice::of_words(std::iter::repeat_n(0, words), geometry)
+    }
+
+    fn of_words(words: impl Iterator<Item = u64>, geometry: Geometry) -> Self {
+        TableSlice {
+            words: words.map(AtomicU64::new).collect(),
+            geometry,
+            holds: AtomicUsize::new(0),
+            changed_in: AtomicU64::new(0),
+            suspect: false,
+        }
+    }
+
+    /// The same slice, marked as one with an entry that points into metadata.
+    #[must_use]
+    pub fn suspected(mut self) -> Self {
+        self.suspect = true;
+        self
+    }
+
+    /// Whether it was marked so.
+    pub fn is_suspect(&self) -> bool {
+        self.suspect
+    }
+
+    /// Word number `index` as it is; 0 behind the end.
+    pub fn raw(&self, index: usize) -> u64 {
+        self.words.get(index).map_or(0, |word| word.load(Ordering::Acquire))
+    }
+
+    /// Changes a word, which commit number `commit` will carry. Only under the lock of the image's
+    /// metadata, and while the slice is held.
+    pub fn set(&self, index: usize, raw: u64, commit: u64) {
+        if let Some(word) = self.words.get(index) {
+            self.changed_in.store(commit, Ordering::Release);
+            word.store(raw, Ordering::Release);
+        }
+    }
+
+    /// Says that commit number `commit` will carry the slice. As [`set`](Self::set).
+    pub fn touch(&self, commit: u64) {
+        self.changed_in.store(commit, Ordering::Release);
+    }
+
+    /// The commit that carries the last change.
+    pub fn changed_in(&self) -> u64 {
+        self.changed_in.load(Ordering::Acquire)
+    }
+
+    /// How many words there are.
+    pub fn len(&self) -> usize {
+        self.words.len()
+    }
+
+    /// The words of the range as they stand in the file.
+    pub fn bytes(&self, range: std::ops::Range<usize>) -> Vec<u8> {
+        let words = self.words.get(range).unwrap_or_default();
+        words.iter().flat_map(|word| word.load(Ordering::Acquire).to_be_bytes()).collect()
+    }
+
+    /// Ends one hold.
+    pub fn release(&self) {
+        self.holds.fetch_sub(1, Ordering::Release);
     }
 
     /// The entry of `cluster`, checked.
     pub fn entry(&self, cluster: GuestCluster) -> std::result::Result<L2Entry, EntryFault> {
         let words = self.geometry.entry_words();
         let first = self.geometry.index_in_slice(cluster).saturating_mul(words);
-        let raw = self.words.get(first).copied().unwrap_or(0);
+        let raw = self.raw(first);
         let bitmap = match words {
-            2 => self.words.get(first + 1).copied().unwrap_or(0),
+            2 => self.raw(first + 1),
             _ => 0,
         };
         self.geometry.decode_l2(raw, bitmap, cluster)
@@ -175,11 +269,43 @@ impl TableCache {
             }
             self.loads.fetch_add(1, Ordering::Relaxed);
             let slice = Arc::new(load()?);
-            if let Some(set) = self.set_of(key) {
-                set.write().insert(key, Arc::clone(&slice), self.ways);
+            match self.set_of(key) {
+                Some(set) => Ok(set.write().insert(key, slice, self.ways)),
+                None => Ok(slice),
             }
-            Ok(slice)
         })
+    }
+
+    /// Keeps the slice in memory until it is [released](TableSlice::release). `false`: it is not what the
+    /// cache has under the key any more, and nothing was done.
+    pub fn hold(&self, key: SliceKey, slice: &Arc<TableSlice>) -> bool {
+        let Some(set) = self.set_of(key) else { return false };
+        // Who evicts has this lock for itself, and looks at the holds.
+        let set = set.read();
+        let there = set.slots.iter().any(|slot| slot.key == key && Arc::ptr_eq(&slot.slice, slice));
+        if there {
+            slice.holds.fetch_add(1, Ordering::Relaxed);
+        }
+        there
+    }
+
+    /// The slice under the key, or else `slice` put there; held in both cases.
+    pub fn hold_or_insert(&self, key: SliceKey, slice: Arc<TableSlice>) -> Arc<TableSlice> {
+        let Some(set) = self.set_of(key) else { return slice };
+        let mut set = set.write();
+        slice.holds.fetch_add(1, Ordering::Relaxed);
+        let kept = set.insert(key, Arc::clone(&slice), self.ways);
+        if !Arc::ptr_eq(&kept, &slice) {
+            kept.holds.fetch_add(1, Ordering::Relaxed);
+        }
+        kept
+    }
+
+    /// Forgets what is under the key.
+    pub fn remove(&self, key: SliceKey) {
+        if let Some(set) = self.set_of(key) {
+            set.write().slots.retain(|slot| slot.key != key);
+        }
     }
 
     /// How many slices have been read from files so far.
@@ -202,23 +328,44 @@ const SETS_MAX: usize = 1 << 16;
 
 impl Set {
     /// Puts the slice into a free slot, or into that of the first one that was not used since the hand
-    /// came by last.
-    fn insert(&mut self, key: SliceKey, slice: Arc<TableSlice>, ways: usize) {
-        let slot = Slot { key, slice, used: AtomicBool::new(false) };
-        if self.slots.len() < ways {
-            self.slots.push(slot);
-            return;
+    /// came by last and is not held. Where all are held, there are more slots than ways for a time. What
+    /// is there under the key already stays; what is there in the end is returned.
+    fn insert(&mut self, key: SliceKey, slice: Arc<TableSlice>, ways: usize) -> Arc<TableSlice> {
+        if let Some(slot) = self.slots.iter().find(|slot| slot.key == key) {
+            return Arc::clone(&slot.slice);
         }
+        let slot = Slot { key, slice: Arc::clone(&slice), used: AtomicBool::new(false) };
+        while self.slots.len() > ways
+            && let Some(surplus) = self.slots.iter().position(Slot::evictable)
+        {
+            self.slots.swap_remove(surplus);
+        }
+        if self.slots.len() >= ways
+            && let Some(victim) = self.victim().and_then(|victim| self.slots.get_mut(victim))
+        {
+            *victim = slot;
+        } else {
+            self.slots.push(slot);
+        }
+        slice
+    }
+
+    fn victim(&mut self) -> Option<usize> {
         // Two rounds are enough: the first one clears every mark.
         for _ in 0..=2 * self.slots.len() {
             self.hand = (self.hand + 1) % self.slots.len();
-            if let Some(victim) = self.slots.get_mut(self.hand)
-                && !victim.used.swap(false, Ordering::Relaxed)
-            {
-                *victim = slot;
-                return;
+            let slot = self.slots.get(self.hand)?;
+            if slot.evictable() && !slot.used.swap(false, Ordering::Relaxed) {
+                return Some(self.hand);
             }
         }
+        None
+    }
+}
+
+impl Slot {
+    fn evictable(&self) -> bool {
+        self.slice.holds.load(Ordering::Acquire) == 0
     }
 }
 
@@ -232,7 +379,7 @@ mod tests {
     use super::*;
 
     fn slice(geometry: Geometry, word: u64) -> TableSlice {
-        TableSlice { words: vec![word; 64].into_boxed_slice(), geometry }
+        TableSlice::of_words(std::iter::repeat_n(word, 64), geometry)
     }
 
     fn key(slice: u64) -> SliceKey {

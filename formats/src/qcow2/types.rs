@@ -42,6 +42,10 @@ pub struct GuestCluster(pub u64);
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct HostCluster(u64);
 
+/// Number of a cluster in the image file, counted from its beginning.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct HostIndex(pub u64);
+
 /// Number of an L2 slice, counted over the guest's disk: the slice that holds the entry of a cluster.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct SliceNumber(pub u64);
@@ -243,6 +247,56 @@ impl Geometry {
         self.offset_in_cluster(offset) == 0
     }
 
+    /// Whether standard L2 entries have the zero flag.
+    pub fn zero_flag(self) -> bool {
+        self.zero_flag
+    }
+
+    /// The offset of the host cluster with this number.
+    pub fn host_at(self, index: HostIndex) -> HostCluster {
+        // Numbers come from offsets below 2^56.
+        HostCluster(index.0 << self.cluster_bits)
+    }
+
+    /// The number of the host cluster that holds the byte at `at`.
+    pub fn host_index(self, at: HostOffset) -> HostIndex {
+        HostIndex(at.0 >> self.cluster_bits)
+    }
+
+    /// The host clusters that hold the `len` bytes from `at`, as first and count.
+    pub fn host_span(self, at: HostOffset, len: u64) -> (HostIndex, u64) {
+        let first = self.host_index(at);
+        let end = at.0.saturating_add(len).div_ceil(self.cluster_len());
+        (first, end.saturating_sub(first.0))
+    }
+
+    /// The L1 or L2 entry for a cluster that nothing else refers to.
+    pub fn encode_owned(self, host: HostCluster) -> u64 {
+        host.0 | L2_COPIED
+    }
+
+    /// The L2 entry for zeroes, with the cluster that is kept for them. Only where there is a zero flag.
+    pub fn encode_zero(self, host: Option<HostCluster>) -> u64 {
+        L2_ZERO | host.map_or(0, |host| host.0 | L2_COPIED)
+    }
+
+    /// The cluster of an L2 entry that may be overwritten in place: plain data that nothing else refers to.
+    pub fn overwritable(self, raw: u64) -> Option<HostCluster> {
+        let plain = raw & (L2_RESERVED | L2_ZERO | L2_COMPRESSED) == 0 && raw & L2_COPIED != 0;
+        if plain { self.host_cluster(raw).ok().flatten() } else { None }
+    }
+
+    /// Where the host cluster of a standard L2 entry that is not compressed lies.
+    pub fn host_of(self, raw: u64) -> Option<HostOffset> {
+        let offset = raw & OFFSET_MASK;
+        (raw & L2_COMPRESSED == 0 && offset != 0).then_some(HostOffset(offset))
+    }
+
+    /// Whether an L1 or L2 entry says that nothing else refers to its cluster.
+    pub fn is_owned(self, raw: u64) -> bool {
+        raw & L2_COPIED != 0
+    }
+
     /// Where the L2 table of an L1 entry lies, `None` if there is none.
     pub fn decode_l1(self, raw: u64) -> Result<Option<HostCluster>, EntryFault> {
         if raw & L1_RESERVED != 0 {
@@ -318,6 +372,11 @@ impl Geometry {
 }
 
 impl HostCluster {
+    /// Offset of its first byte.
+    pub fn start(self) -> HostOffset {
+        HostOffset(self.0)
+    }
+
     /// The offset of its byte number `offset`.
     pub fn at(self, offset: u64) -> HostOffset {
         // Clusters lie below 2^56 and `offset` is smaller than a cluster or a table.

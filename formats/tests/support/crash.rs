@@ -1,6 +1,6 @@
 //! Runs sequences over a recording storage, and looks at what a crash at any moment may leave.
 
-use nbd_img_formats::storage::{Change, Fate, FileId, Log, Record, SparseBytes, Storage};
+use nbd_img_formats::storage::{Change, Fate, FileId, Log, SparseBytes, Storage};
 use nbd_img_formats::sync::Arc;
 use nbd_img_formats::{BlockDriver, HostOffset};
 
@@ -118,15 +118,14 @@ impl Run<'_> {
         }
     }
 
-    /// One sync when nothing but data was written, two with metadata, three when the refcount table or
-    /// the header changed.
+    /// One sync when nothing but data or refcounts was written, two with metadata, three when the refcount
+    /// table or the header changed.
     fn check_syncs(&self, began: usize) {
         let records = self.log.records().split_off(began);
         let syncs = records.iter().filter(|record| record.change == Change::Sync).count();
         let writes = records.iter().any(|record| matches!(record.change, Change::Write { .. }));
         let allowed = match (syncs, writes) {
-            // Refcounts of what is not used any more come behind nothing and before nothing.
-            (1, writes) => !writes || self.only_refcounts(&records),
+            (1, writes) => !writes || self.only_counts_written(began),
             (2, writes) => writes,
             (3, _) => self.table_changed(began),
             _ => false,
@@ -135,16 +134,16 @@ impl Run<'_> {
         assert!(allowed, "{}: {syncs} syncs in a flush: {said:#?}", self.name());
     }
 
-    fn only_refcounts(&self, records: &[Record]) -> bool {
-        self.image_now(|image| {
-            records.iter().all(|record| match &record.change {
-                Change::Write { at, .. } => image.refcount_table.contains(&(at.0 / 512 * 512)),
-                Change::Zero { .. }
-                | Change::Discard { .. }
-                | Change::SetLen(_)
-                | Change::Sync
-                | Change::Mark(_) => true,
-            })
+    /// Whether nothing but refcount blocks was written: counts of clusters that are not used any more need
+    /// no second sync.
+    fn only_counts_written(&self, began: usize) -> bool {
+        let bytes = self.log.replay(IMAGE, began);
+        let blocks = Image::parse(&bytes).unwrap().refcount_table;
+        let in_block =
+            |at: u64| blocks.iter().any(|block| *block != 0 && (*block..*block + 512).contains(&at));
+        self.log.records().split_off(began).iter().all(|record| match &record.change {
+            Change::Write { at, .. } => in_block(at.0),
+            _ => true,
         })
     }
 

@@ -1,0 +1,362 @@
+//! Handing out host clusters: which one, and that nobody has it.
+//!
+//! Memory only. What takes I/O first (a refcount block that is not in memory, a longer file) is said by
+//! [`Need`], and whoever may wait sees to it and comes again; nothing has changed then. Every cluster
+//! that leaves here had refcount 0, lay in no metadata, and has refcount 1 now.
+
+use super::super::header::REFCOUNT_TABLE_LEN_MAX;
+use super::super::types::{Geometry, HostCluster, HostIndex};
+use super::metadata_map::{Kind, MetadataMap};
+use super::refcounts::{BlockIndex, Refcounts};
+use super::runs::RunSet;
+use crate::address::HostOffset;
+
+/// First host offset that entries cannot name (specification: 56 bits).
+const HOST_END: u64 = 1 << 56;
+
+/// What has to be done before a cluster can be had.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Need {
+    /// This refcount block must be read.
+    Block(BlockIndex),
+    /// There must be room for this many more clusters at the end.
+    Room(u64),
+    /// Nothing helps: the format has no more room.
+    NoSpace,
+    /// The image contradicts itself.
+    Fault(&'static str),
+}
+
+/// A cluster that was handed out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Handed {
+    /// Where it is.
+    pub host: HostCluster,
+    /// Whether it reads as zeroes.
+    pub zeroed: bool,
+}
+
+/// The clusters that can be handed out.
+pub struct Space {
+    /// Free, and punched since they were last used.
+    zeroed: RunSet,
+    /// Free, with any content.
+    stale: RunSet,
+    /// From here on nothing was ever used.
+    fresh: HostIndex,
+    /// The storage reaches to here.
+    end: HostIndex,
+    /// Whether what was never used reads as zeroes.
+    fresh_is_zero: bool,
+    /// Where the search for clusters that were free at open goes on.
+    search: HostIndex,
+    /// Where it ends.
+    search_end: HostIndex,
+}
+
+/// Refcounts, metadata and free clusters: what an allocation needs.
+pub struct Allocator {
+    geometry: Geometry,
+    /// The refcounts.
+    pub refcounts: Refcounts,
+    /// Where metadata lies.
+    pub map: MetadataMap,
+    /// The free clusters.
+    pub space: Space,
+    /// The refcount table has moved; the header does not say so yet.
+    pub moved: Option<MovedTable>,
+    /// Clusters of refcount tables that were moved away from, to be freed with the next commit.
+    pub left: Vec<(HostIndex, u64)>,
+}
+
+/// A refcount table in a new place.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MovedTable {
+    /// Its clusters.
+    pub clusters: u64,
+    /// A durable copy of it is there already; the header may point to it.
+    pub durable: bool,
+}
+
+impl Space {
+    /// Room in a storage that reaches to `end`, of which nothing from `fresh` on was ever used.
+    pub fn new(fresh: HostIndex, end: HostIndex, fresh_is_zero: bool) -> Self {
+        Space {
+            zeroed: RunSet::default(),
+            stale: RunSet::default(),
+            fresh,
+            end,
+            fresh_is_zero,
+            search: HostIndex(0),
+            search_end: fresh,
+        }
+    }
+
+    /// The first cluster that was never used.
+    pub fn fresh(&self) -> HostIndex {
+        self.fresh
+    }
+
+    /// The first cluster that the storage does not have.
+    pub fn end(&self) -> HostIndex {
+        self.end
+    }
+
+    /// Whether clusters are free below what was never used.
+    pub fn has_any(&self) -> bool {
+        self.zeroed.first().is_some() || self.stale.first().is_some()
+    }
+
+    /// The storage has become longer.
+    pub fn extend_to(&mut self, end: HostIndex) {
+        self.end = self.end.max(end);
+    }
+
+    /// Clusters have become free.
+    pub fn give_back(&mut self, first: HostIndex, len: u64, zeroed: bool) {
+        if zeroed { self.zeroed.insert(first, len) } else { self.stale.insert(first, len) }
+    }
+}
+
+impl Allocator {
+    /// An allocator over these.
+    pub fn new(geometry: Geometry, refcounts: Refcounts, map: MetadataMap, space: Space) -> Self {
+        Allocator { geometry, refcounts, map, space, moved: None, left: Vec::new() }
+    }
+
+    /// A cluster that reads as zeroes, if one is at hand.
+    pub fn allocate_zeroed(&mut self) -> Result<Option<HostCluster>, Need> {
+        if let Some(index) = self.space.zeroed.first() {
+            self.claim(index)?;
+            self.space.zeroed.pop();
+            return Ok(Some(self.geometry.host_at(index)));
+        }
+        if !self.space.fresh_is_zero {
+            return Ok(None);
+        }
+        self.allocate_fresh().map(Some)
+    }
+
+    /// Any cluster: one with stale content before one that reads as zeroes, both before a longer file.
+    pub fn allocate(&mut self) -> Result<Handed, Need> {
+        for zeroed in [false, true] {
+            let set = if zeroed { &self.space.zeroed } else { &self.space.stale };
+            let Some(index) = set.first() else { continue };
+            self.claim(index)?;
+            if zeroed {
+                self.space.zeroed.pop()
+            } else {
+                self.space.stale.pop()
+            };
+            return Ok(Handed { host: self.geometry.host_at(index), zeroed });
+        }
+        let zeroed = self.space.fresh_is_zero;
+        self.allocate_fresh().map(|host| Handed { host, zeroed })
+    }
+
+    /// As [`allocate`](Self::allocate), for metadata of this kind.
+    pub fn allocate_metadata(&mut self, kind: Kind) -> Result<HostCluster, Need> {
+        let host = self.allocate()?.host;
+        self.map.add(host.start(), self.geometry.cluster_len(), kind);
+        Ok(host)
+    }
+
+    /// Looks for clusters that were free at open, one block's worth. `false`: all of them are found.
+    pub fn search(&mut self) -> Result<bool, Need> {
+        let space = &self.space;
+        if space.search >= space.search_end {
+            return Ok(false);
+        }
+        let from = space.search;
+        let entries = self.refcounts.block_entries();
+        let to = HostIndex(((from.0 / entries + 1) * entries).min(space.search_end.0));
+        let block = self.refcounts.block_of(from);
+        let described = self.refcounts.block_at(block)?.is_some();
+        if described && !self.refcounts.has(block) {
+            return Err(Need::Block(block));
+        }
+        for index in from.0..to.0 {
+            let index = HostIndex(index);
+            // What no block describes is left alone: it would need a block first.
+            if described && self.refcounts.get(index)? == 0 && self.map.kind(index).is_none() {
+                self.space.stale.insert(index, 1);
+            }
+        }
+        self.space.search = to;
+        Ok(true)
+    }
+
+    /// Takes a cluster off a list: it must be as free as the list says.
+    fn claim(&mut self, index: HostIndex) -> Result<(), Need> {
+        if self.refcounts.get(index)? != 0 || self.map.kind(index).is_some() {
+            return Err(Need::Fault("a free cluster is in use"));
+        }
+        self.refcounts.set(index, 1)
+    }
+
+    fn allocate_fresh(&mut self) -> Result<HostCluster, Need> {
+        loop {
+            let index = self.space.fresh;
+            if self.geometry.host_at(index).start().0 >= HOST_END {
+                return Err(Need::NoSpace);
+            }
+            if index >= self.space.end {
+                return Err(Need::Room(1));
+            }
+            if self.is_used(index)? {
+                self.space.fresh = HostIndex(index.0 + 1);
+                continue;
+            }
+            let block = self.refcounts.block_of(index);
+            if block.0 >= self.refcounts.table_len() {
+                self.grow_table(block)?;
+            } else if self.refcounts.block_at(block)?.is_none() {
+                // The new block lies in the first cluster that it describes.
+                self.create_block(block, index)?;
+                self.space.fresh = HostIndex(index.0 + 1);
+            } else {
+                self.refcounts.set(index, 1)?;
+                self.space.fresh = HostIndex(index.0 + 1);
+                return Ok(self.geometry.host_at(index));
+            }
+        }
+    }
+
+    fn is_used(&self, index: HostIndex) -> Result<bool, Need> {
+        Ok(self.refcounts.get(index)? != 0 || self.map.kind(index).is_some())
+    }
+
+    fn create_block(&mut self, block: BlockIndex, index: HostIndex) -> Result<(), Need> {
+        let at = self.geometry.host_at(index).start();
+        self.refcounts.create(block, at);
+        self.map.add(at, self.geometry.cluster_len(), Kind::RefcountBlock);
+        self.refcounts.set(index, 1)
+    }
+
+    /// Puts a longer refcount table, and the blocks that describe it, at the end of what is used.
+    fn grow_table(&mut self, wanted: BlockIndex) -> Result<(), Need> {
+        let cluster_len = self.geometry.cluster_len();
+        let entries = self.refcounts.block_entries();
+        let old_at = self.refcounts.table_at();
+        let (old, old_clusters) = self.geometry.host_span(old_at, self.refcounts.table_len() as u64 * 8);
+        // The table describes itself and the blocks that it needs for that, with a half to spare.
+        let mut clusters = (old_clusters * 3 / 2).max(old_clusters + 1);
+        let (start, room) = loop {
+            if clusters * cluster_len > REFCOUNT_TABLE_LEN_MAX {
+                return Err(Need::NoSpace);
+            }
+            let room = clusters + clusters / entries + 3;
+            let start = self.free_stretch(room)?;
+            let last = self.refcounts.block_of(HostIndex(start.0 + room)).max(wanted);
+            if clusters * (cluster_len / 8) > last.0 as u64 {
+                break (start, room);
+            }
+            clusters = (last.0 as u64 + 1).div_ceil(cluster_len / 8);
+        };
+        self.refcounts.lengthen_table(usize::try_from(clusters * (cluster_len / 8)).unwrap_or(0));
+        let mut next = start;
+        let last = self.refcounts.block_of(HostIndex(start.0 + room));
+        for block in self.refcounts.block_of(start).0..=last.0 {
+            if self.refcounts.block_at(BlockIndex(block))?.is_none() {
+                self.create_block(BlockIndex(block), next)?;
+                next = HostIndex(next.0 + 1);
+            }
+        }
+        for index in next.0..next.0 + clusters {
+            self.refcounts.set(HostIndex(index), 1)?;
+        }
+        let at = self.geometry.host_at(next).start();
+        self.map.add(at, clusters * cluster_len, Kind::RefcountTable);
+        self.refcounts.move_table(at, self.refcounts.table_len());
+        self.space.fresh = HostIndex(next.0 + clusters);
+        self.left.push((old, old_clusters));
+        self.moved = Some(MovedTable { clusters, durable: false });
+        Ok(())
+    }
+
+    /// `len` free clusters in a row at the end of what is used, all blocks that describe them in memory.
+    fn free_stretch(&mut self, len: u64) -> Result<HostIndex, Need> {
+        let mut start = self.space.fresh;
+        let mut index = start;
+        // One more: the block of the cluster behind is wanted in memory, too.
+        while index.0 <= start.0 + len {
+            if self.is_used(index)? {
+                start = HostIndex(index.0 + 1);
+            }
+            index = HostIndex(index.0 + 1);
+        }
+        if start.0 + len > self.space.end.0 {
+            return Err(Need::Room(start.0 + len - self.space.fresh.0));
+        }
+        self.space.fresh = start;
+        Ok(start)
+    }
+
+    /// Where the cluster behind the last one ever used begins.
+    pub fn used_end(&self) -> HostOffset {
+        self.geometry.host_at(self.space.fresh).start()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::types::DataFile;
+    use super::*;
+    use std::collections::HashSet;
+
+    /// An image with a header, a table of one cluster and one block.
+    fn small(bits: u32, end: u64) -> Allocator {
+        let geometry = Geometry::new(9, false, 3, DataFile::Internal);
+        let mut refcounts = Refcounts::new(geometry, bits, vec![0; 64], HostOffset(512));
+        let mut map = MetadataMap::new(geometry);
+        refcounts.create(BlockIndex(0), HostOffset(1024));
+        for (at, kind) in [(0, Kind::Header), (512, Kind::RefcountTable), (1024, Kind::RefcountBlock)] {
+            map.add(HostOffset(at), 512, kind);
+            refcounts.set(HostIndex(at / 512), 1).unwrap();
+        }
+        Allocator::new(geometry, refcounts, map, Space::new(HostIndex(3), HostIndex(end), true))
+    }
+
+    #[test]
+    fn blocks_and_tables_grow_and_describe_themselves() {
+        for bits in [1, 2, 4, 8, 16, 32, 64] {
+            let mut allocator = small(bits, 60_000);
+            let mut handed = HashSet::new();
+            for _ in 0..40_000 {
+                let host = allocator.allocate_zeroed().unwrap().unwrap();
+                assert!(handed.insert(host), "handed out twice");
+                assert!(allocator.map.kind(HostIndex(host.start().0 / 512)).is_none());
+            }
+            assert!(bits < 16 || allocator.moved.is_some(), "width {bits}");
+            // Whatever lies below has one owner.
+            let left: u64 = allocator.left.iter().map(|(_, len)| len).sum();
+            let metadata =
+                (0..allocator.space.fresh.0).filter(|index| allocator.map.kind(HostIndex(*index)).is_some());
+            assert!(left < 200);
+            assert!(metadata.count() + handed.len() <= usize::try_from(allocator.space.fresh.0).unwrap());
+            for index in 0..allocator.space.fresh.0 {
+                let owned = handed.contains(&allocator.geometry.host_at(HostIndex(index)))
+                    || allocator.map.kind(HostIndex(index)).is_some();
+                assert_eq!(allocator.refcounts.get(HostIndex(index)), Ok(u64::from(owned)), "{bits} {index}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_end_is_said_and_nothing_has_changed() {
+        let mut allocator = small(16, 10);
+        for _ in 3..10 {
+            allocator.allocate().unwrap();
+        }
+        assert_eq!(allocator.allocate(), Err(Need::Room(1)));
+        allocator.space.extend_to(HostIndex(11));
+        assert!(allocator.allocate().is_ok());
+    }
+
+    #[test]
+    fn a_list_with_a_cluster_in_use_is_a_fault() {
+        let mut allocator = small(16, 10);
+        allocator.space.give_back(HostIndex(1), 1, true);
+        assert!(matches!(allocator.allocate_zeroed(), Err(Need::Fault(_))));
+    }
+}

@@ -1,0 +1,145 @@
+//! Opening an image for writing: what is refused, and what has to be known before the first change.
+//!
+//! Nothing is written here, but by the repair of an image whose refcounts are not to be trusted.
+
+use super::super::driver::{Qcow2Driver, WriteOptions};
+use super::super::header::{Compatible, Header, Incompatible};
+use super::super::snapshots::Snapshot;
+use super::super::types::{DataFile, HostIndex};
+use super::allocator::{Allocator, Space};
+use super::meta::Meta;
+use super::metadata_map::{Kind, MetadataMap};
+use super::refcounts::{BlockIndex, Refcounts};
+use super::{Writer, repair};
+use crate::address::HostOffset;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mover::{read_exact, storage_error};
+
+/// Fails if images like this one are not written.
+pub fn check(header: &Header, snapshot: Option<&str>) -> Result<()> {
+    let unsupported = |what: &str| {
+        let text = format!("images with {what} are not written yet; use --read-only");
+        Err(Error::new(ErrorKind::Unsupported, text))
+    };
+    if snapshot.is_some() {
+        let text = "an internal snapshot is served read-only (--load-snapshot needs --read-only)";
+        return Err(Error::new(ErrorKind::InvalidInput, text));
+    }
+    if header.incompatible.contains(Incompatible::CORRUPT) {
+        let text = "the image is marked as corrupt and is not written; repair it (qemu-img check -r all) or \
+                    use --read-only";
+        return Err(Error::new(ErrorKind::Corrupt, text));
+    }
+    if header.extensions.bitmaps.is_some_and(|bitmaps| bitmaps.count > 0) {
+        return unsupported("persistent dirty bitmaps");
+    }
+    if header.geometry.extended_l2() {
+        return unsupported("extended L2 entries (subclusters)");
+    }
+    if header.geometry.data_file() != DataFile::Internal {
+        return unsupported("an external data file");
+    }
+    Ok(())
+}
+
+/// What the image needs to be written.
+pub fn begin(
+    driver: &Qcow2Driver,
+    header: &Header,
+    snapshots: (&[Snapshot], u64),
+    options: WriteOptions,
+) -> Result<Writer> {
+    if !driver.image().facts().writable {
+        return Err(Error::new(ErrorKind::ReadOnly, "the file was opened read-only"));
+    }
+    let dirty = header.incompatible.contains(Incompatible::DIRTY);
+    if dirty {
+        repair::rebuild(driver, header, snapshots.0)?;
+    } else if header.compatible.contains(Compatible::LAZY_REFCOUNTS) {
+        tracing::debug!("the image asks for lazy refcounts; they are kept up to date all the same");
+    }
+    let refcounts = load_table(driver, header)?;
+    let map = map_metadata(driver, header, &refcounts, snapshots)?;
+    let space = find_space(driver, &refcounts)?;
+    let allocator = Allocator::new(header.geometry, refcounts, map, space);
+    Ok(Writer::new(header, options, Meta::new(allocator), dirty))
+}
+
+/// The refcount table in memory.
+pub fn load_table(driver: &Qcow2Driver, header: &Header) -> Result<Refcounts> {
+    let table = header.refcount_table;
+    let mut bytes = vec![0; table.entries as usize * 8];
+    read_exact(driver.image(), table.at, &mut bytes)?;
+    let entries = bytes.as_chunks().0.iter().map(|word| u64::from_be_bytes(*word)).collect();
+    Ok(Refcounts::new(header.geometry, header.refcount_bits, entries, table.at))
+}
+
+/// Notes where all metadata lies, but for the L2 tables of snapshots: their refcounts protect them.
+fn map_metadata(
+    driver: &Qcow2Driver,
+    header: &Header,
+    refcounts: &Refcounts,
+    snapshots: (&[Snapshot], u64),
+) -> Result<MetadataMap> {
+    let cluster_len = header.geometry.cluster_len();
+    let mut map = MetadataMap::new(header.geometry);
+    map.add(HostOffset(0), cluster_len, Kind::Header);
+    map.add(header.l1.at, u64::from(header.l1.entries) * 8, Kind::L1);
+    map.add(header.refcount_table.at, u64::from(header.refcount_table.entries) * 8, Kind::RefcountTable);
+    for block in 0..refcounts.table_len() {
+        // A bad entry is found when it is used.
+        if let Ok(Some(at)) = refcounts.block_at(BlockIndex(block)) {
+            map.add(at, cluster_len, Kind::RefcountBlock);
+        }
+    }
+    if header.snapshots.entries > 0 {
+        map.add(header.snapshots.at, snapshots.1, Kind::SnapshotTable);
+    }
+    for snapshot in snapshots.0 {
+        let l1 = snapshot.checked_l1(header)?;
+        map.add(l1.at, u64::from(l1.entries) * 8, Kind::InactiveL1);
+    }
+    for index in 0..driver.l1().len() {
+        let raw = driver.l1().raw(index);
+        if let Ok(Some(table)) = header.geometry.decode_l1(raw) {
+            map.add_l2(table.start(), header.geometry.is_owned(raw));
+        }
+    }
+    Ok(map)
+}
+
+/// Where the part begins that was never used: behind the file's end and the last cluster that is counted.
+fn find_space(driver: &Qcow2Driver, refcounts: &Refcounts) -> Result<Space> {
+    let image = driver.image();
+    let cluster_len = driver.geometry().cluster_len();
+    let len =
+        image.len().map_err(|e| storage_error(image, "cannot tell the file's length", HostOffset(0), e))?;
+    let counted = counted_end(driver, refcounts)?;
+    let facts = image.facts();
+    if facts.grows {
+        let fresh = len.div_ceil(cluster_len).max(counted);
+        return Ok(Space::new(HostIndex(fresh), HostIndex(fresh), facts.new_space_is_zero));
+    }
+    let end = len / cluster_len;
+    Ok(Space::new(HostIndex(counted), HostIndex(end.max(counted)), false))
+}
+
+/// The number behind the last cluster with a refcount.
+fn counted_end(driver: &Qcow2Driver, refcounts: &Refcounts) -> Result<u64> {
+    let mut bytes = vec![0; usize::try_from(driver.geometry().cluster_len()).unwrap_or(0)];
+    for block in (0..refcounts.table_len()).rev() {
+        let at = refcounts.block_at(BlockIndex(block)).map_err(|_| {
+            Error::new(ErrorKind::Corrupt, "the image is damaged: an entry of the refcount table is bad")
+        })?;
+        let Some(at) = at else { continue };
+        read_exact(driver.image(), at, &mut bytes)?;
+        if let Some(last) = bytes.iter().rposition(|byte| *byte != 0) {
+            // Several refcounts may lie in the last byte, or one in several.
+            let per_byte = refcounts.block_entries().div_ceil(bytes.len() as u64);
+            let per_entry = (bytes.len() as u64).div_ceil(refcounts.block_entries());
+            let behind = (last as u64 / per_entry + 1) * per_byte;
+            return Ok(block as u64 * refcounts.block_entries() + behind);
+        }
+    }
+    Ok(0)
+}

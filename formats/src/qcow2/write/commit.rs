@@ -1,0 +1,294 @@
+//! The commit: making all changes durable, in an order in which a crash at any moment leaves nothing
+//! worse than clusters that nobody refers to.
+//!
+//! One thread commits at a time. It freezes copies of what is changed, and then:
+//!
+//! - *A*: refcounts (which have only grown, but for clusters whose last pointer is durably gone), new
+//!   refcount blocks, the bodies of new L2 tables. Sync: now every cluster that *B* will point to is
+//!   counted, and has its content.
+//! - *A2*, only where there are new refcount blocks: the refcount table's entries, or the header's pointer
+//!   to a grown one. Sync.
+//! - *B*: the changed entries of live L2 tables and of the L1 table. Sync. Now the old pointers are gone,
+//!   and the clusters that they led to may go, too.
+//!
+//! An error of a write leaves everything to the next commit. An error of a sync is final.
+
+use std::collections::HashMap;
+
+use super::super::driver::Qcow2Driver;
+use super::super::types::SliceNumber;
+use super::allocator::MovedTable;
+use super::meta::{DirtySlice, Extent, Freed};
+use super::pins::Epoch;
+use super::refcounts::BlockWrite;
+use super::{Writer, reclaim};
+use crate::address::HostOffset;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mover::{check_writable, storage_error};
+use crate::storage::Durability;
+use crate::sync::atomic::Ordering;
+
+/// Where the refcount table's offset and clusters stand in the header (specification).
+const TABLE_POINTER_AT: HostOffset = HostOffset(48);
+
+/// Makes everything that was changed before this call durable.
+pub fn flush(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
+    let mut meta = writer.lock();
+    let wanted = meta.next_commit;
+    loop {
+        if meta.done_commit >= wanted {
+            return Ok(());
+        }
+        check_writable(driver)?;
+        if !meta.committing {
+            break;
+        }
+        writer.wait(&mut meta);
+    }
+    meta.committing = true;
+    drop(meta);
+    Committing { writer }.run(driver)
+}
+
+/// Commits if too much is changed.
+pub fn relieve(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
+    let full = writer.lock().dirty_len() >= writer.options.dirty_len_max;
+    if full { flush(driver, writer) } else { Ok(()) }
+}
+
+/// Commits, and returns when the clusters that were let go by it can be had.
+pub fn flush_and_reclaim(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
+    flush(driver, writer)?;
+    let mut meta = writer.lock();
+    while meta.committing {
+        writer.wait(&mut meta);
+    }
+    Ok(())
+}
+
+/// Commits until nothing is left to do, and gives back what the file was made longer by and not used.
+/// For the end: no plan is made any more, and what old ones still read is not reused.
+pub fn settle(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
+    flush_and_reclaim(driver, writer)?;
+    // A commit lets clusters go, which changes refcounts for the next one.
+    for _ in 0..SETTLE_ROUNDS {
+        if writer.lock().is_settled() {
+            break;
+        }
+        reclaim::reclaim(driver, writer, reclaim::When::Now);
+        flush_and_reclaim(driver, writer)?;
+    }
+    writer.trim_file(driver)
+}
+
+/// Rounds after which nothing but errors can keep clusters from being let go: the commit that frees them,
+/// the one that counts them, and one to spare.
+const SETTLE_ROUNDS: usize = 3;
+
+/// The right to commit; goes when dropped.
+struct Committing<'a> {
+    writer: &'a Writer,
+}
+
+impl Drop for Committing<'_> {
+    fn drop(&mut self) {
+        if crate::sync::thread::panicking() {
+            self.writer.failed.store(true, Ordering::Release);
+        }
+        let mut meta = self.writer.lock();
+        meta.committing = false;
+        self.writer.changed.notify_all();
+    }
+}
+
+impl Committing<'_> {
+    fn run(&self, driver: &Qcow2Driver) -> Result<()> {
+        let writer = self.writer;
+        let mut frozen = freeze(driver, writer);
+        let outcome = write_all(driver, &mut frozen);
+        if outcome.is_err() && (frozen.sync_failed || driver.image().is_failed()) {
+            writer.fail("a sync has failed, so nobody knows what is durable");
+            return outcome;
+        }
+        if let Err(error) = outcome {
+            put_back(writer, frozen);
+            return Err(error);
+        }
+        conclude(writer, frozen);
+        reclaim::reclaim(driver, writer, reclaim::When::Unpinned);
+        Ok(())
+    }
+}
+
+/// What a commit writes.
+struct Frozen {
+    number: u64,
+    epoch: Epoch,
+    blocks: Vec<BlockWrite>,
+    slices: HashMap<SliceNumber, DirtySlice>,
+    bodies: Vec<(HostOffset, Vec<u8>)>,
+    words: Vec<(HostOffset, Vec<u8>)>,
+    l1: Vec<(usize, u64)>,
+    entries: Vec<(usize, u64)>,
+    table_at: HostOffset,
+    moved: Option<(MovedTable, Vec<u8>)>,
+    freed: Vec<Freed>,
+    left: Vec<(super::super::types::HostIndex, u64)>,
+    /// *A* is durable.
+    a_durable: bool,
+    sync_failed: bool,
+}
+
+fn freeze(driver: &Qcow2Driver, writer: &Writer) -> Frozen {
+    let geometry = driver.geometry();
+    let mut meta = writer.lock();
+    let number = meta.next_commit;
+    meta.next_commit += 1;
+    let slices = meta.take_dirty();
+    let (mut bodies, mut words) = (Vec::new(), Vec::new());
+    for (number, dirty) in &slices {
+        let offset = number.0.saturating_mul(geometry.slice_coverage_len());
+        // A changed slice has a table: it was checked when it was changed.
+        let Ok(Some(table)) = driver.l1().l2_table(offset) else { continue };
+        let at = table.at(geometry.slice_offset_in_table(*number));
+        match &dirty.extent {
+            Extent::Body => bodies.push((at, dirty.slice.bytes(0..dirty.slice.len()))),
+            Extent::Words(range) => {
+                let at = HostOffset(at.0 + range.start as u64 * 8);
+                words.push((at, dirty.slice.bytes(range.clone())));
+            }
+        }
+    }
+    bodies.sort_unstable_by_key(|(at, _)| *at);
+    words.sort_unstable_by_key(|(at, _)| *at);
+    let l1 = std::mem::take(&mut meta.dirty_l1).into_iter().map(|i| (i, driver.l1().raw(i))).collect();
+    let allocator = &mut meta.allocator;
+    let moved = allocator.moved.map(|moved| {
+        let bytes = if moved.durable { Vec::new() } else { allocator.refcounts.table_bytes() };
+        (moved, bytes)
+    });
+    let blocks = allocator.refcounts.freeze_blocks();
+    let entries = allocator.refcounts.freeze_entries();
+    let table_at = allocator.refcounts.table_at();
+    let left = std::mem::take(&mut allocator.left);
+    let freed = std::mem::take(&mut meta.freed);
+    Frozen {
+        number,
+        epoch: writer.pins.now(),
+        blocks,
+        slices,
+        bodies,
+        words,
+        l1,
+        entries,
+        table_at,
+        moved,
+        freed,
+        left,
+        a_durable: false,
+        sync_failed: false,
+    }
+}
+
+fn write_all(driver: &Qcow2Driver, frozen: &mut Frozen) -> Result<()> {
+    let blocks = frozen.blocks.iter().map(|write| (write.at, &write.bytes));
+    let bodies = frozen.bodies.iter().map(|(at, bytes)| (*at, bytes));
+    for (at, bytes) in blocks.chain(bodies) {
+        write(driver, at, bytes)?;
+    }
+    if let Some((MovedTable { durable: false, .. }, table)) = &frozen.moved {
+        write(driver, frozen.table_at, table)?;
+    }
+    sync(driver, frozen)?;
+    frozen.a_durable = true;
+    if write_table_changes(driver, frozen)? {
+        sync(driver, frozen)?;
+    }
+    if frozen.words.is_empty() && frozen.l1.is_empty() {
+        return Ok(());
+    }
+    for (at, bytes) in &frozen.words {
+        write(driver, *at, bytes)?;
+    }
+    for (index, raw) in &frozen.l1 {
+        write(driver, HostOffset(driver.l1_at().0 + *index as u64 * 8), &raw.to_be_bytes())?;
+    }
+    sync(driver, frozen)
+}
+
+/// *A2*. Returns whether there was anything to write.
+fn write_table_changes(driver: &Qcow2Driver, frozen: &Frozen) -> Result<bool> {
+    // What a body in *A* has need not be written again.
+    if !matches!(frozen.moved, Some((MovedTable { durable: false, .. }, _))) {
+        for (index, raw) in &frozen.entries {
+            write(driver, HostOffset(frozen.table_at.0 + *index as u64 * 8), &raw.to_be_bytes())?;
+        }
+    }
+    let Some((moved, _)) = &frozen.moved else { return Ok(!frozen.entries.is_empty()) };
+    let clusters = u32::try_from(moved.clusters)
+        .map_err(|_| Error::new(ErrorKind::NoSpace, "the refcount table is too large"))?;
+    let mut pointer = frozen.table_at.0.to_be_bytes().to_vec();
+    pointer.extend(clusters.to_be_bytes());
+    write(driver, TABLE_POINTER_AT, &pointer)?;
+    Ok(true)
+}
+
+fn write(driver: &Qcow2Driver, at: HostOffset, bytes: &[u8]) -> Result<()> {
+    let image = driver.image();
+    image
+        .pwrite(bytes, at, Durability::Later)
+        .map_err(|e| storage_error(image, "cannot write the image's metadata", at, e))
+}
+
+fn sync(driver: &Qcow2Driver, frozen: &mut Frozen) -> Result<()> {
+    let image = driver.image();
+    image.sync().map_err(|e| {
+        frozen.sync_failed = true;
+        storage_error(image, "cannot make the image durable", HostOffset(0), e)
+    })
+}
+
+/// Leaves what a failed commit was to write to the next one.
+fn put_back(writer: &Writer, frozen: Frozen) {
+    let mut meta = writer.lock();
+    meta.allocator.refcounts.unwritten(&frozen.blocks, &frozen.entries);
+    for (number, taken) in frozen.slices {
+        if frozen.a_durable && taken.extent == Extent::Body {
+            // Its table may have a pointer in the file now: it is a live one.
+            taken.slice.release();
+        } else {
+            meta.put_back(number, taken);
+        }
+    }
+    meta.dirty_l1.extend(frozen.l1.iter().map(|(index, _)| *index));
+    let still_there = meta.allocator.refcounts.table_at() == frozen.table_at;
+    if let (Some((written, _)), Some(moved)) = (&frozen.moved, &mut meta.allocator.moved)
+        && frozen.a_durable
+        && written.clusters == moved.clusters
+        && still_there
+    {
+        moved.durable = true;
+    }
+    meta.allocator.left.extend(frozen.left);
+    meta.freed.extend(frozen.freed);
+}
+
+fn conclude(writer: &Writer, frozen: Frozen) {
+    let mut meta = writer.lock();
+    meta.allocator.refcounts.written(&frozen.blocks);
+    for dirty in frozen.slices.values() {
+        dirty.slice.release();
+    }
+    if frozen.moved.is_some() && meta.allocator.refcounts.table_at() == frozen.table_at {
+        meta.allocator.moved = None;
+    }
+    let mut freed = frozen.freed;
+    freed.extend(frozen.left.iter().map(|(first, len)| Freed { first: *first, len: *len, metadata: true }));
+    if !freed.is_empty() {
+        meta.quarantine.push_back((frozen.epoch, freed));
+    }
+    meta.done_commit = frozen.number;
+    writer.durable.store(frozen.number, Ordering::Release);
+    writer.pins.advance();
+    writer.changed.notify_all();
+}

@@ -1,0 +1,333 @@
+//! Writing an image: allocation, commit, quarantine, zeroes, discard, repair.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | `pins`, `runs` | epochs of plans; sets of clusters |
+//! | `refcounts`, `metadata_map`, `allocator` | which clusters are in use, by whom, and handing out others |
+//! | `meta` | all that changes, under one lock, and the changes of mappings |
+//! | `prepare` | writes that need not wait: plans, claims and their end |
+//! | `slow` | writes that must wait: new tables, copy-on-write |
+//! | `zero` | zeroing and discarding |
+//! | `commit`, `reclaim` | making changes durable in an order that a crash cannot hurt; letting clusters go |
+//! | `begin`, `repair` | what happens to an image that is opened for writing |
+//!
+//! The invariants, and why they hold, are in the README of this crate.
+
+pub mod allocator;
+pub mod begin;
+pub mod commit;
+pub mod meta;
+pub mod metadata_map;
+pub mod pins;
+pub mod prepare;
+mod reclaim;
+pub mod refcounts;
+mod repair;
+mod runs;
+pub mod slow;
+pub mod zero;
+
+use std::ops::{Deref, DerefMut};
+
+use super::driver::{Qcow2Driver, WriteOptions};
+use super::header::{Header, Incompatible};
+use super::tables::TableSlice;
+use super::types::Geometry;
+use crate::address::HostOffset;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mover::{check_writable, read_exact, storage_error};
+use crate::plan::{Pin, PinHolder};
+use crate::storage::Durability;
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, thread};
+use allocator::Need;
+use meta::Meta;
+use pins::Pins;
+
+/// Where the incompatible features stand in the header (specification).
+const INCOMPATIBLE_AT: HostOffset = HostOffset(72);
+/// Where the autoclear features stand in the header (specification).
+const AUTOCLEAR_AT: HostOffset = HostOffset(88);
+/// Bits of a pin's key that tell its epoch; above them is the number of a planned write.
+const KEY_EPOCH_BITS: u32 = 8;
+/// Least and most by which the file is made longer at a time; between them it is an eighth of the file.
+/// Our choice: rarely enough not to matter, and no more than a sparse tail after a crash.
+const GROW_LEN: std::ops::RangeInclusive<u64> = 1 << 20..=64 << 20;
+
+/// What an image that is written has besides one that is read.
+pub struct Writer {
+    options: WriteOptions,
+    geometry: Geometry,
+    /// Version 3: the header has feature bits.
+    has_features: bool,
+    /// The autoclear bits to be cleared before the first change; 0 when they are.
+    autoclear: AtomicU64,
+    incompatible: u64,
+    /// What the metadata was found to contradict itself in at open.
+    conflict: Option<String>,
+    meta: Mutex<Meta>,
+    /// Something that somebody may wait for has happened: a claim has ended, a commit is over.
+    changed: Condvar,
+    pins: Pins,
+    /// The last commit that succeeded: `Meta::done_commit` for those without the lock.
+    durable: AtomicU64,
+    failed: AtomicBool,
+    /// One at a time makes the file longer or clears header bits.
+    file: Mutex<()>,
+    /// The file was made longer than it was at open.
+    grown: AtomicBool,
+}
+
+/// The lock of the metadata. A panic with it held makes the image a failed one.
+pub struct MetaGuard<'a> {
+    inner: MutexGuard<'a, Meta>,
+    failed: &'a AtomicBool,
+}
+
+impl Writer {
+    /// `repaired`: the header's dirty bit was cleared since the header was read.
+    fn new(header: &Header, options: WriteOptions, meta: Meta, repaired: bool) -> Self {
+        let dirty = if repaired { Incompatible::DIRTY } else { Incompatible::empty() };
+        Writer {
+            options,
+            geometry: header.geometry,
+            has_features: header.version >= 3,
+            autoclear: AtomicU64::new(header.autoclear.bits()),
+            incompatible: (header.incompatible - dirty).bits(),
+            conflict: meta.allocator.map.conflict().map(str::to_owned),
+            meta: Mutex::new(meta),
+            changed: Condvar::new(),
+            pins: Pins::new(),
+            durable: AtomicU64::new(0),
+            failed: AtomicBool::new(false),
+            file: Mutex::new(()),
+            grown: AtomicBool::new(false),
+        }
+    }
+
+    /// Whether an error has made the image unwritable for good.
+    pub fn is_failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+
+    /// A pin for a plan: take it before looking at mappings.
+    pub fn pin(self: &Arc<Self>) -> Pin {
+        let key = self.pins.pin();
+        Pin::new(Arc::clone(self) as Arc<dyn PinHolder>, key)
+    }
+
+    /// Marks a slice if an entry of it points into metadata.
+    pub fn checked_slice(&self, slice: TableSlice) -> TableSlice {
+        let meta = self.lock();
+        let into_metadata = |index| {
+            let host = self.geometry.host_of(slice.raw(index));
+            host.is_some_and(|host| meta.allocator.map.kind(self.geometry.host_index(host)).is_some())
+        };
+        let suspect = (0..slice.len()).any(into_metadata);
+        drop(meta);
+        if suspect { slice.suspected() } else { slice }
+    }
+
+    fn lock(&self) -> MetaGuard<'_> {
+        MetaGuard { inner: self.meta.lock(), failed: &self.failed }
+    }
+
+    /// Waits until something has changed.
+    fn wait(&self, meta: &mut MetaGuard<'_>) {
+        self.changed.wait(&mut meta.inner);
+    }
+
+    /// Whether nothing is left to do before the first change.
+    fn is_begun(&self) -> bool {
+        self.autoclear.load(Ordering::Acquire) == 0 && self.conflict.is_none()
+    }
+
+    /// Gives back what the file was made longer by and not used.
+    fn trim_file(&self, driver: &Qcow2Driver) -> Result<()> {
+        if !self.grown.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let _file = self.file.lock();
+        let end = self.lock().allocator.used_end();
+        let image = driver.image();
+        let fail = |e| storage_error(image, "cannot give back the end of the file", end, e);
+        if image.len().map_err(fail)? > end.0 {
+            image.set_len(end.0).map_err(fail)?;
+            image.sync().map_err(fail)?;
+        }
+        Ok(())
+    }
+
+    /// The image is failed from now on: nothing that is in memory only will be written.
+    fn fail(&self, why: &str) {
+        if !self.failed.swap(true, Ordering::AcqRel) {
+            tracing::error!(why, "the qcow2 image cannot be written any more; it is served read-only");
+        }
+        let _meta = self.lock();
+        self.changed.notify_all();
+    }
+}
+
+impl PinHolder for Writer {
+    fn unpin(&self, key: u64) {
+        let write = key >> KEY_EPOCH_BITS;
+        if write != 0 {
+            // Nothing is there when the write was finished, as it must be.
+            prepare::abandon(self, write);
+        }
+        self.pins.unpin(key & ((1 << KEY_EPOCH_BITS) - 1));
+    }
+}
+
+impl Deref for MetaGuard<'_> {
+    type Target = Meta;
+
+    fn deref(&self) -> &Meta {
+        &self.inner
+    }
+}
+
+impl DerefMut for MetaGuard<'_> {
+    fn deref_mut(&mut self) -> &mut Meta {
+        &mut self.inner
+    }
+}
+
+impl Drop for MetaGuard<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.failed.store(true, Ordering::Release);
+        }
+    }
+}
+
+/// Sees to what has to be done once before the first change: features that a writer does not know lose
+/// their promise.
+fn begin_changes(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
+    check_writable(driver)?;
+    if let Some(conflict) = &writer.conflict {
+        return Err(corrupt(driver, writer, conflict));
+    }
+    if writer.is_begun() {
+        return Ok(());
+    }
+    let _file = writer.file.lock();
+    if writer.is_begun() {
+        return Ok(());
+    }
+    let image = driver.image();
+    let write = image.pwrite(&[0; 8], AUTOCLEAR_AT, Durability::Later);
+    write.map_err(|e| storage_error(image, "cannot write the header", AUTOCLEAR_AT, e))?;
+    image.sync().map_err(|e| storage_error(image, "cannot make the header durable", AUTOCLEAR_AT, e))?;
+    writer.autoclear.store(0, Ordering::Release);
+    Ok(())
+}
+
+/// Does what an allocation needs; may wait. After it the allocation is tried again.
+fn satisfy(driver: &Qcow2Driver, writer: &Writer, need: Need) -> Result<()> {
+    match need {
+        Need::Block(block) => load_block(driver, writer, block),
+        Need::Room(clusters) => make_room(driver, writer, clusters),
+        Need::NoSpace => Err(no_space(driver)),
+        Need::Fault(what) => Err(corrupt(driver, writer, what)),
+    }
+}
+
+fn load_block(driver: &Qcow2Driver, writer: &Writer, block: refcounts::BlockIndex) -> Result<()> {
+    let at = match writer.lock().allocator.refcounts.block_at(block) {
+        Ok(Some(at)) => at,
+        Ok(None) => return Ok(()),
+        Err(_) => return Err(corrupt(driver, writer, "an entry of the refcount table is bad")),
+    };
+    let mut bytes = vec![0; usize::try_from(writer.geometry.cluster_len()).unwrap_or(0)];
+    read_exact(driver.image(), at, &mut bytes)?;
+    // A block never moves and is not written while it is not in memory.
+    writer.lock().allocator.refcounts.insert(block, bytes);
+    Ok(())
+}
+
+/// Finds room for `clusters` more: a longer file, what was free at open, or what a commit lets go.
+fn make_room(driver: &Qcow2Driver, writer: &Writer, clusters: u64) -> Result<()> {
+    let image = driver.image();
+    let grown = if image.facts().grows { grow(driver, writer, clusters) } else { Err(no_space(driver)) };
+    let Err(error) = grown else { return Ok(()) };
+    if error.kind() != ErrorKind::NoSpace || clusters > 1 {
+        return Err(error);
+    }
+    if search(driver, writer, usize::MAX)? {
+        return Ok(());
+    }
+    commit::flush_and_reclaim(driver, writer)?;
+    if writer.lock().allocator.space.has_any() { Ok(()) } else { Err(error) }
+}
+
+/// Makes the file longer, and looks on for clusters that were free at open.
+fn grow(driver: &Qcow2Driver, writer: &Writer, clusters: u64) -> Result<()> {
+    let _file = writer.file.lock();
+    let (fresh, end) = {
+        let meta = writer.lock();
+        (meta.allocator.space.fresh().0, meta.allocator.space.end().0)
+    };
+    if fresh + clusters <= end {
+        return Ok(());
+    }
+    let cluster_len = writer.geometry.cluster_len();
+    let used = fresh * cluster_len;
+    let more = (used / 8).clamp(*GROW_LEN.start(), *GROW_LEN.end()).max(clusters * cluster_len);
+    let image = driver.image();
+    let fail = |e| storage_error(image, "cannot make the file longer", HostOffset(used), e);
+    // Nobody writes behind the old end: what lies there was not handed out. It is not made shorter even
+    // if somebody did.
+    let len = image.len().map_err(fail)?.max(used + more);
+    let end = len.div_ceil(cluster_len);
+    image.set_len(end * cluster_len).map_err(fail)?;
+    writer.grown.store(true, Ordering::Release);
+    driver.note_len(end * cluster_len);
+    writer.lock().allocator.space.extend_to(super::types::HostIndex(end));
+    search(driver, writer, SEARCH_BLOCKS)?;
+    Ok(())
+}
+
+/// Refcount blocks that are searched for free clusters whenever the file is made longer. Our choice.
+const SEARCH_BLOCKS: usize = 4;
+
+/// Searches up to `blocks` refcount blocks for clusters that were free at open, until some are found.
+fn search(driver: &Qcow2Driver, writer: &Writer, blocks: usize) -> Result<bool> {
+    let mut left = blocks;
+    while left > 0 {
+        let searched = {
+            let mut meta = writer.lock();
+            if meta.allocator.space.has_any() {
+                return Ok(true);
+            }
+            meta.allocator.search()
+        };
+        match searched {
+            Ok(true) => left -= 1,
+            Ok(false) => return Ok(false),
+            Err(need) => satisfy(driver, writer, need)?,
+        }
+    }
+    Ok(false)
+}
+
+/// The image contradicts itself in a way that writing could make worse: it says so in its header, and
+/// is failed.
+fn corrupt(driver: &Qcow2Driver, writer: &Writer, what: &str) -> Error {
+    writer.fail(what);
+    let image = driver.image();
+    let mut hint = "";
+    if writer.has_features {
+        let bits = writer.incompatible | Incompatible::CORRUPT.bits();
+        let marked =
+            image.pwrite(&bits.to_be_bytes(), INCOMPATIBLE_AT, Durability::Later).and_then(|()| image.sync());
+        hint = if marked.is_ok() { "; it is marked as corrupt now" } else { "" };
+    }
+    let text = format!("the image is damaged: {what}; it is not written any more{hint} (qemu-img check -r)");
+    Error::new(ErrorKind::Corrupt, text).with_path(&image.facts().path)
+}
+
+fn no_space(driver: &Qcow2Driver) -> Error {
+    let text = "there is no room for another cluster of the image";
+    Error::new(ErrorKind::NoSpace, text).with_path(&driver.image().facts().path)
+}

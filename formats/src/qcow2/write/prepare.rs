@@ -1,0 +1,304 @@
+//! Writes that need not wait: planning them, and their end.
+//!
+//! A cluster of plain data that is ours is overwritten in place. Where the disk reads as zeroes and a
+//! cluster that reads as zeroes is at hand, it is mapped at once and then overwritten in place: whatever
+//! of the write is lost, the old content is what is there. A whole new cluster elsewhere is claimed,
+//! written, and mapped when the write has ended. All else is `Slow`.
+//!
+//! A plan is slow as a whole or not at all, and a slow one has neither claims nor a pin: whoever carries it
+//! out may have to wait for claims or clusters of others, who would wait for these.
+
+use super::super::driver::Qcow2Driver;
+use super::super::map;
+use super::super::tables::{SliceKey, TableSlice};
+use super::super::types::{GuestCluster, HostCluster, L2Entry};
+use super::meta::{Claim, Meta};
+use super::{MetaGuard, Writer, begin_changes};
+use crate::address::GuestRange;
+use crate::error::{Error, ErrorKind, Result};
+use crate::plan::{MapMode, Piece, Place, SlowReason, WritePlan};
+use crate::sync::Arc;
+use crate::sync::atomic::Ordering;
+
+/// See [`BlockDriver::prepare_write`](crate::BlockDriver::prepare_write).
+pub fn prepare(
+    driver: &Qcow2Driver,
+    writer: &Arc<Writer>,
+    range: GuestRange,
+    mode: MapMode,
+    plan: &mut WritePlan,
+) -> Result<()> {
+    if !writer.is_begun() {
+        if mode == MapMode::Try {
+            push_slow(plan, range, SlowReason::Allocate);
+            return Ok(());
+        }
+        begin_changes(driver, writer)?;
+    }
+    // Before any look at a mapping.
+    let slot = SlotGuard { writer, slot: writer.pins.pin() };
+    let mut pass = Pass { driver, writer, mode, claims: Vec::new(), slow: None, settled: true };
+    pass.run(range, plan)?;
+    if let Some(reason) = pass.slow {
+        plan.pieces.clear();
+        push_slow(plan, range, reason);
+        return Ok(());
+    }
+    plan.durable_in_place = pass.settled && pass.claims.is_empty();
+    let write = if pass.claims.is_empty() { 0 } else { note_write(writer, std::mem::take(&mut pass.claims)) };
+    plan.pin = Some(slot.into_pin(write));
+    Ok(())
+}
+
+/// See [`BlockDriver::finish_write`](crate::BlockDriver::finish_write).
+pub fn finish(driver: &Qcow2Driver, writer: &Writer, plan: &mut WritePlan, written: bool) -> Result<()> {
+    let write = plan.pin.as_ref().map_or(0, |pin| pin.key() >> super::KEY_EPOCH_BITS);
+    let mut lost = false;
+    if write != 0 {
+        let claims = writer.lock().writes.remove(&write).unwrap_or_default();
+        lost = writer.is_failed();
+        end_claims(driver, writer, claims, written && !lost);
+    }
+    plan.reset();
+    if lost {
+        return Err(Error::new(ErrorKind::Failed, "an earlier failure has made the image read-only"));
+    }
+    Ok(())
+}
+
+/// Ends a planned write that nobody finished: its clusters go back.
+pub fn abandon(writer: &Writer, write: u64) {
+    let mut meta = writer.lock();
+    let Some(claims) = meta.writes.remove(&write) else { return };
+    for claim in claims {
+        drop_claim(writer, &mut meta, &claim);
+    }
+    writer.changed.notify_all();
+}
+
+/// Maps what was claimed, or gives it back.
+pub fn end_claims(driver: &Qcow2Driver, writer: &Writer, claims: Vec<Claim>, written: bool) {
+    let mut meta = writer.lock();
+    let mut fault = None;
+    for claim in claims {
+        if written {
+            fault = publish(driver, &mut meta, &claim).err().or(fault);
+            claim.slice.release();
+            meta.claims.remove(&claim.cluster);
+        } else {
+            drop_claim(writer, &mut meta, &claim);
+        }
+    }
+    writer.changed.notify_all();
+    drop(meta);
+    if let Some(fault) = fault {
+        writer.fail(fault);
+    }
+}
+
+fn drop_claim(writer: &Writer, meta: &mut Meta, claim: &Claim) {
+    if claim.allocated {
+        meta.free(writer.geometry.host_index(claim.host.start()), 1, false);
+    }
+    claim.slice.release();
+    meta.claims.remove(&claim.cluster);
+}
+
+/// Points the cluster's entry to its new host cluster.
+fn publish(driver: &Qcow2Driver, meta: &mut Meta, claim: &Claim) -> std::result::Result<(), &'static str> {
+    let geometry = driver.geometry();
+    let old = claim.slice.entry(claim.cluster).map_err(|_| "an L2 entry went bad in memory")?;
+    if claim.allocated {
+        meta.free_entry(driver, old)?;
+    }
+    meta.set_entry(driver, &claim.slice, claim.cluster, geometry.encode_owned(claim.host));
+    Ok(())
+}
+
+fn note_write(writer: &Writer, claims: Vec<Claim>) -> u64 {
+    let mut meta = writer.lock();
+    let write = meta.next_write;
+    meta.next_write += 1;
+    meta.writes.insert(write, claims);
+    write
+}
+
+/// Gives the pin back unless it went into a plan.
+struct SlotGuard<'a> {
+    writer: &'a Arc<Writer>,
+    slot: u64,
+}
+
+impl SlotGuard<'_> {
+    fn into_pin(self, write: u64) -> crate::plan::Pin {
+        let holder = Arc::clone(self.writer) as Arc<dyn crate::plan::PinHolder>;
+        let key = self.slot | write << super::KEY_EPOCH_BITS;
+        std::mem::forget(self);
+        crate::plan::Pin::new(holder, key)
+    }
+}
+
+impl Drop for SlotGuard<'_> {
+    fn drop(&mut self) {
+        self.writer.pins.unpin(self.slot);
+    }
+}
+
+/// One go through the range.
+struct Pass<'a> {
+    driver: &'a Qcow2Driver,
+    writer: &'a Writer,
+    mode: MapMode,
+    claims: Vec<Claim>,
+    /// Why the plan is slow, if it is.
+    slow: Option<SlowReason>,
+    /// No metadata that leads to the pieces is in memory only.
+    settled: bool,
+}
+
+impl Drop for Pass<'_> {
+    fn drop(&mut self) {
+        if !self.claims.is_empty() {
+            end_claims(self.driver, self.writer, std::mem::take(&mut self.claims), false);
+        }
+    }
+}
+
+impl Pass<'_> {
+    fn run(&mut self, range: GuestRange, plan: &mut WritePlan) -> Result<()> {
+        let geometry = self.driver.geometry();
+        let mut rest = range;
+        while !rest.is_empty() && self.slow.is_none() {
+            let coverage = geometry.slice_coverage_len();
+            let part = rest.prefix(map::up_to_boundary(rest.offset(), coverage));
+            rest = rest.skip(part.len());
+            let table = self.driver.l1().raw(geometry.l1_index(part.offset()));
+            if !geometry.is_owned(table) {
+                self.slow = Some(SlowReason::Allocate);
+                break;
+            }
+            match map::slice_at(self.driver, part.offset(), self.mode)? {
+                Some(slice) => self.plan_slice(part, &slice, plan),
+                None => self.slow = Some(SlowReason::ColdTable),
+            }
+        }
+        Ok(())
+    }
+
+    fn plan_slice(&mut self, part: GuestRange, slice: &Arc<TableSlice>, plan: &mut WritePlan) {
+        let geometry = self.driver.geometry();
+        let durable = self.writer.durable.load(Ordering::Acquire);
+        // Taken when it is needed first, and then kept for the rest of the part.
+        let mut changing: Option<Changing<'_>> = None;
+        let mut rest = part;
+        while !rest.is_empty() {
+            let within = geometry.offset_in_cluster(rest.offset());
+            let piece = rest.prefix(geometry.cluster_len() - within);
+            rest = rest.skip(piece.len());
+            let cluster = geometry.cluster_of(piece.offset());
+            let raw = slice.raw(geometry.index_in_slice(cluster));
+            let mut host = geometry.overwritable(raw).filter(|_| !slice.is_suspect());
+            if host.is_some() {
+                self.settled &= slice.changed_in() <= durable;
+            } else {
+                let changing =
+                    changing.get_or_insert_with(|| Changing::begin(self.driver, self.writer, slice, part));
+                self.settled = false;
+                host = changing.place(self, cluster, piece.len() == geometry.cluster_len());
+            }
+            let Some(host) = host else {
+                self.slow = Some(SlowReason::Allocate);
+                return;
+            };
+            let place = Place::Data { storage: self.driver.data_storage_id(), at: host.at(within) };
+            plan.pieces.push(Piece { len: piece.len(), place, depth: 1 });
+        }
+    }
+}
+
+fn push_slow(plan: &mut WritePlan, part: GuestRange, reason: SlowReason) {
+    plan.pieces.push(Piece { len: part.len(), place: Place::Slow(reason), depth: 1 });
+}
+
+/// Changes to one slice, with the lock of the metadata and a hold on the slice.
+struct Changing<'a> {
+    driver: &'a Qcow2Driver,
+    meta: MetaGuard<'a>,
+    slice: &'a Arc<TableSlice>,
+    key: SliceKey,
+    /// Whether the slice may be changed here and now.
+    possible: bool,
+    held: bool,
+}
+
+impl<'a> Changing<'a> {
+    fn begin(
+        driver: &'a Qcow2Driver,
+        writer: &'a Writer,
+        slice: &'a Arc<TableSlice>,
+        part: GuestRange,
+    ) -> Self {
+        let geometry = driver.geometry();
+        let meta = writer.lock();
+        let key = SliceKey { image: driver.number(), slice: geometry.slice_of(part.offset()) };
+        let held = driver.tables().hold(key, slice);
+        let owned = geometry.is_owned(driver.l1().raw(geometry.l1_index(part.offset())));
+        let room = meta.dirty_len() < writer.options.dirty_len_max;
+        let possible = held && owned && room && !slice.is_suspect() && !writer.is_failed();
+        Changing { driver, meta, slice, key, possible, held }
+    }
+
+    /// A host cluster that a write to `cluster` may go to now; `None`: it takes more than memory.
+    fn place(&mut self, pass: &mut Pass<'_>, cluster: GuestCluster, whole: bool) -> Option<HostCluster> {
+        if !self.possible || self.meta.claims.contains(&cluster) {
+            return None;
+        }
+        let geometry = self.driver.geometry();
+        let raw = self.slice.raw(geometry.index_in_slice(cluster));
+        if let Some(host) = geometry.overwritable(raw) {
+            return Some(host);
+        }
+        let entry = self.slice.entry(cluster).ok()?;
+        let reads_zero = match entry {
+            L2Entry::Unallocated => !self.driver.backing_reaches(cluster),
+            L2Entry::Zero { host } => host.is_none(),
+            L2Entry::Data { .. } | L2Entry::Compressed(_) | L2Entry::Split { .. } => false,
+        };
+        if reads_zero && let Some(host) = self.meta.allocator.allocate_zeroed().ok()? {
+            self.meta.set_entry(self.driver, self.slice, cluster, geometry.encode_owned(host));
+            return Some(host);
+        }
+        if whole { self.claim(pass, cluster, entry, raw) } else { None }
+    }
+
+    fn claim(
+        &mut self,
+        pass: &mut Pass<'_>,
+        cluster: GuestCluster,
+        entry: L2Entry,
+        raw: u64,
+    ) -> Option<HostCluster> {
+        let (host, allocated) = match entry {
+            L2Entry::Zero { host: Some(host) } if self.driver.geometry().is_owned(raw) => (host, false),
+            L2Entry::Split { .. } => return None,
+            L2Entry::Unallocated | L2Entry::Zero { .. } | L2Entry::Data { .. } | L2Entry::Compressed(_) => {
+                self.meta.check_entry(self.driver, entry).ok()?;
+                (self.meta.allocator.allocate().ok()?.host, true)
+            }
+        };
+        if !self.driver.tables().hold(self.key, self.slice) {
+            return None;
+        }
+        self.meta.claims.insert(cluster);
+        pass.claims.push(Claim { cluster, slice: Arc::clone(self.slice), host, allocated });
+        Some(host)
+    }
+}
+
+impl Drop for Changing<'_> {
+    fn drop(&mut self) {
+        if self.held {
+            self.slice.release();
+        }
+    }
+}

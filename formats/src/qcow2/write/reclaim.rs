@@ -1,0 +1,138 @@
+//! Letting clusters go, after the commit that made the loss of their last pointers durable.
+//!
+//! A cluster is punched before its refcount becomes 0, so nobody can have it again before that is over.
+//! Only the thread that commits comes in here.
+
+use super::super::driver::Qcow2Driver;
+use super::super::types::HostIndex;
+use super::meta::Freed;
+use super::{Writer, corrupt, satisfy};
+use crate::address::HostRange;
+use crate::driver::Provision;
+use crate::error::Result;
+
+/// Whether to mind the pins.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum When {
+    /// Only what no plan can use any more.
+    Unpinned,
+    /// All, at the end: counted only, neither punched nor handed out again.
+    Now,
+}
+
+/// Lets go what may go. What fails stays, for the next time; after a crash it would be leaked.
+pub fn reclaim(driver: &Qcow2Driver, writer: &Writer, when: When) {
+    loop {
+        let (epoch, mut freed) = {
+            let mut meta = writer.lock();
+            let oldest = writer.pins.oldest();
+            match meta.quarantine.front() {
+                Some((epoch, _)) if when == When::Now || *epoch < oldest => {}
+                Some(_) | None => return,
+            }
+            let Some(front) = meta.quarantine.pop_front() else { return };
+            front
+        };
+        freed.reverse();
+        while let Some(run) = freed.pop() {
+            let (chunk, rest) = split_by_block(writer, run);
+            if let Err(error) = let_go(driver, writer, chunk, when) {
+                tracing::warn!(%error, "clusters that are not used any more could not be freed yet");
+                if !writer.is_failed() {
+                    freed.push(run);
+                    freed.reverse();
+                    writer.lock().quarantine.push_front((epoch, freed));
+                }
+                return;
+            }
+            freed.extend(rest);
+        }
+    }
+}
+
+/// The part of a run that its first refcount block describes, and the rest.
+fn split_by_block(writer: &Writer, run: Freed) -> (Freed, Option<Freed>) {
+    let entries = writer.lock().allocator.refcounts.block_entries();
+    let len = (entries - run.first.0 % entries).min(run.len);
+    let rest = Freed { first: HostIndex(run.first.0 + len), len: run.len - len, ..run };
+    (Freed { len, ..run }, (rest.len > 0).then_some(rest))
+}
+
+/// Takes one off the refcount of every cluster of the run. All of it happens or nothing.
+fn let_go(driver: &Qcow2Driver, writer: &Writer, run: Freed, when: When) -> Result<()> {
+    let last = loop {
+        let counted = count_down(writer, run);
+        match counted {
+            Ok(last) => break last,
+            Err(need) => satisfy(driver, writer, need)?,
+        }
+    };
+    for (first, len) in last {
+        let zeroed = when == When::Unpinned && punch(driver, writer, first, len);
+        let mut meta = writer.lock();
+        let allocator = &mut meta.allocator;
+        for index in first.0..first.0 + len {
+            if allocator.refcounts.set(HostIndex(index), 0).is_err() {
+                drop(meta);
+                return Err(corrupt(driver, writer, "a refcount block has vanished from memory"));
+            }
+            allocator.map.remove(HostIndex(index));
+        }
+        if when == When::Unpinned {
+            allocator.space.give_back(first, len, zeroed);
+        }
+    }
+    Ok(())
+}
+
+/// Counts down what others still refer to; returns the runs of clusters that nobody else does.
+fn count_down(
+    writer: &Writer,
+    run: Freed,
+) -> std::result::Result<Vec<(HostIndex, u64)>, super::allocator::Need> {
+    use super::allocator::Need;
+    let mut meta = writer.lock();
+    let allocator = &mut meta.allocator;
+    let clusters = || (run.first.0..run.first.0 + run.len).map(HostIndex);
+    for index in clusters() {
+        if allocator.refcounts.get(index)? == 0 {
+            return Err(Need::Fault("a cluster in use has refcount 0"));
+        }
+        if !run.metadata && allocator.map.kind(index).is_some() {
+            return Err(Need::Fault("an L2 entry pointed into metadata"));
+        }
+    }
+    let mut last: Vec<(HostIndex, u64)> = Vec::new();
+    for index in clusters() {
+        let count = allocator.refcounts.get(index)?;
+        if count > 1 {
+            allocator.refcounts.set(index, count - 1)?;
+            continue;
+        }
+        match last.last_mut() {
+            Some((first, len)) if first.0 + *len == index.0 => *len += 1,
+            Some(_) | None => last.push((index, 1)),
+        }
+    }
+    Ok(last)
+}
+
+/// Gives the room back to the file system; returns whether the clusters read as zeroes now.
+fn punch(driver: &Qcow2Driver, writer: &Writer, first: HostIndex, len: u64) -> bool {
+    if !writer.options.discard {
+        return false;
+    }
+    let geometry = writer.geometry;
+    let image = driver.image();
+    let Some(range) = HostRange::new(geometry.host_at(first).start(), len * geometry.cluster_len()) else {
+        return false;
+    };
+    let punched = match image.facts().new_space_is_zero {
+        true => image.zero(range, Provision::Unmap, true).map(|()| true),
+        false => image.discard(range).map(|()| false),
+    };
+    punched.unwrap_or_else(|error| {
+        tracing::debug!(%error, "free clusters could not be given back to the file system");
+        false
+    })
+}

@@ -1,0 +1,82 @@
+//! [`RunSet`]: a set of host clusters, kept as runs, of a bounded size.
+
+use std::collections::BTreeMap;
+
+use super::super::types::HostIndex;
+
+/// Most runs in a set: about 100 MiB of memory. What does not fit is left out, so the set is for things
+/// that are found again otherwise. Our choice.
+const RUNS_MAX: usize = 1 << 20;
+
+/// A set of clusters.
+#[derive(Default)]
+pub struct RunSet {
+    /// Length by first cluster; runs neither touch nor overlap.
+    runs: BTreeMap<u64, u64>,
+    len: u64,
+}
+
+impl RunSet {
+    /// Adds `len` clusters, none of which is in the set.
+    pub fn insert(&mut self, first: HostIndex, len: u64) {
+        if len == 0 {
+            return;
+        }
+        let (mut start, mut end) = (first.0, first.0 + len);
+        if let Some((before, before_len)) = self.runs.range(..start).next_back().map(|(s, l)| (*s, *l))
+            && before + before_len >= start
+        {
+            start = before;
+            end = end.max(before + before_len);
+        }
+        while let Some((next, next_len)) = self.runs.range(start..=end).next().map(|(s, l)| (*s, *l)) {
+            self.runs.remove(&next);
+            end = end.max(next + next_len);
+            self.len -= next_len;
+        }
+        if self.runs.len() < RUNS_MAX {
+            self.runs.insert(start, end - start);
+            self.len += end - start;
+        }
+    }
+
+    /// Takes the first cluster out of the set.
+    pub fn pop(&mut self) -> Option<HostIndex> {
+        let (start, len) = self.runs.pop_first()?;
+        if len > 1 {
+            self.runs.insert(start + 1, len - 1);
+        }
+        self.len -= 1;
+        Some(HostIndex(start))
+    }
+
+    /// The first cluster of the set.
+    pub fn first(&self) -> Option<HostIndex> {
+        self.runs.first_key_value().map(|(start, _)| HostIndex(*start))
+    }
+
+    /// How many clusters there are.
+    #[cfg(test)]
+    fn len(&self) -> u64 {
+        self.len
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_join_and_come_out_in_order() {
+        let mut set = RunSet::default();
+        for first in [10, 30, 20, 12, 11] {
+            set.insert(HostIndex(first), 1);
+        }
+        set.insert(HostIndex(13), 7);
+        assert_eq!(set.runs.len(), 2);
+        assert_eq!(set.len(), 12);
+        let all: Vec<u64> = std::iter::from_fn(|| set.pop()).map(|index| index.0).collect();
+        assert_eq!(all, (10..=20).chain([30]).collect::<Vec<_>>());
+        assert_eq!(set.len(), 0);
+    }
+}

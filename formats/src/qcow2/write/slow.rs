@@ -1,0 +1,318 @@
+//! Writes that must wait: for a table, for room, for somebody else's claim, for old content to copy.
+//!
+//! One cluster at a time. Who is in here holds at most one claim while it does I/O, and waits for others
+//! only without one.
+
+use super::super::driver::Qcow2Driver;
+use super::super::map::{self, Layer, LayerRun};
+use super::super::tables::{SliceKey, TableSlice};
+use super::super::types::{GuestCluster, HostCluster, L2Entry, SliceNumber};
+use super::allocator::Need;
+use super::meta::{Claim, Extent};
+use super::metadata_map::Kind;
+use super::{Writer, begin_changes, commit, corrupt, prepare, satisfy};
+use crate::address::{GuestRange, HostOffset};
+use crate::error::{Error, ErrorKind, Result};
+use crate::mover::{check_writable, storage_error};
+use crate::plan::MapMode;
+use crate::storage::Durability;
+use crate::sync::Arc;
+
+/// See [`BlockDriver::write_slow`](crate::BlockDriver::write_slow).
+pub fn write(driver: &Qcow2Driver, writer: &Arc<Writer>, offset: u64, buf: &[u8]) -> Result<()> {
+    begin_changes(driver, writer)?;
+    let geometry = driver.geometry();
+    let mut at = offset;
+    let mut rest = buf;
+    while !rest.is_empty() {
+        commit::relieve(driver, writer)?;
+        let room = geometry.cluster_len() - geometry.offset_in_cluster(at);
+        let len = usize::try_from(room).unwrap_or(usize::MAX).min(rest.len());
+        let (part, behind) = rest.split_at(len);
+        write_in_cluster(driver, writer, at, part)?;
+        at += len as u64;
+        rest = behind;
+    }
+    Ok(())
+}
+
+/// What is to be done for a cluster.
+enum Step {
+    /// Write into it.
+    InPlace(HostCluster),
+    /// Make it a cluster of its own; the old entry says what it holds now.
+    Copy(ClaimGuard, L2Entry),
+    /// See to this, then look again.
+    Need(Need),
+    /// Look again.
+    Again,
+}
+
+fn write_in_cluster(driver: &Qcow2Driver, writer: &Arc<Writer>, offset: u64, buf: &[u8]) -> Result<()> {
+    let geometry = driver.geometry();
+    loop {
+        own_table(driver, writer, offset)?;
+        let Some(slice) = map::slice_at(driver, offset, MapMode::Wait)? else { continue };
+        // Let go before anything is waited for: room may have to come from what it keeps.
+        let pin = writer.pin();
+        match step(driver, writer, &slice, geometry.cluster_of(offset))? {
+            Step::InPlace(host) => {
+                return write_data(driver, host.at(geometry.offset_in_cluster(offset)), buf);
+            }
+            Step::Copy(claim, old) => return copy(driver, claim, old, offset, buf),
+            Step::Need(need) => {
+                drop(pin);
+                satisfy(driver, writer, need)?;
+            }
+            Step::Again => {}
+        }
+    }
+}
+
+fn step(
+    driver: &Qcow2Driver,
+    writer: &Arc<Writer>,
+    slice: &Arc<TableSlice>,
+    cluster: GuestCluster,
+) -> Result<Step> {
+    let geometry = driver.geometry();
+    let start = geometry.start_of(cluster);
+    let key = SliceKey { image: driver.number(), slice: geometry.slice_of(start) };
+    let mut meta = writer.lock();
+    while meta.claims.contains(&cluster) {
+        check_writable(driver)?;
+        writer.wait(&mut meta);
+    }
+    check_writable(driver)?;
+    if !geometry.is_owned(driver.l1().raw(geometry.l1_index(start))) || !driver.tables().hold(key, slice) {
+        return Ok(Step::Again);
+    }
+    let held = Held(Some(Arc::clone(slice)));
+    let raw = slice.raw(geometry.index_in_slice(cluster));
+    let entry = slice.entry(cluster).map_err(|fault| map::bad_entry(driver, "L2", start, fault))?;
+    if let Err(what) = meta.check_entry(driver, entry) {
+        drop(meta);
+        return Err(corrupt(driver, writer, what));
+    }
+    if let Some(host) = geometry.overwritable(raw) {
+        return Ok(Step::InPlace(host));
+    }
+    if reads_zero_without_cluster(driver, cluster, entry) {
+        match meta.allocator.allocate_zeroed() {
+            Ok(Some(host)) => {
+                meta.set_entry(driver, slice, cluster, geometry.encode_owned(host));
+                return Ok(Step::InPlace(host));
+            }
+            Ok(None) => {}
+            Err(need @ (Need::Block(_) | Need::Fault(_))) => return Ok(Step::Need(need)),
+            // Perhaps there is one with old content.
+            Err(Need::Room(_) | Need::NoSpace) => {}
+        }
+    }
+    let (host, allocated) = match entry {
+        L2Entry::Zero { host: Some(host) } if geometry.is_owned(raw) => (host, false),
+        L2Entry::Unallocated
+        | L2Entry::Zero { .. }
+        | L2Entry::Data { .. }
+        | L2Entry::Compressed(_)
+        | L2Entry::Split { .. } => match meta.allocator.allocate() {
+            Ok(handed) => (handed.host, true),
+            Err(need) => return Ok(Step::Need(need)),
+        },
+    };
+    meta.claims.insert(cluster);
+    held.keep();
+    let claim = Claim { cluster, slice: Arc::clone(slice), host, allocated };
+    Ok(Step::Copy(ClaimGuard { writer: Arc::clone(writer), claim: Some(claim) }, entry))
+}
+
+/// Whether the cluster reads as zeroes and has no host cluster.
+pub fn reads_zero_without_cluster(driver: &Qcow2Driver, cluster: GuestCluster, entry: L2Entry) -> bool {
+    match entry {
+        L2Entry::Unallocated => !driver.backing_reaches(cluster),
+        L2Entry::Zero { host } => host.is_none(),
+        L2Entry::Data { .. } | L2Entry::Compressed(_) | L2Entry::Split { .. } => false,
+    }
+}
+
+/// Writes the claimed cluster, what `buf` does not cover with its old content, and maps it.
+fn copy(driver: &Qcow2Driver, claim: ClaimGuard, old: L2Entry, offset: u64, buf: &[u8]) -> Result<()> {
+    let geometry = driver.geometry();
+    let within = geometry.offset_in_cluster(offset);
+    let start = offset - within;
+    let host = claim.host()?;
+    if buf.len() as u64 == geometry.cluster_len() {
+        write_data(driver, host.start(), buf)?;
+        return claim.publish(driver);
+    }
+    let mut bytes = vec![0; usize::try_from(geometry.cluster_len()).unwrap_or(0)];
+    let from = usize::try_from(within).unwrap_or(usize::MAX);
+    let too_long = || Error::new(ErrorKind::InvalidInput, "a write reaches out of its cluster");
+    let (head, rest) = bytes.split_at_mut_checked(from).ok_or_else(too_long)?;
+    let (middle, tail) = rest.split_at_mut_checked(buf.len()).ok_or_else(too_long)?;
+    read_old(driver, old, start, head)?;
+    middle.copy_from_slice(buf);
+    let tail_at = offset + buf.len() as u64;
+    // Behind the end of the disk there is nothing to copy.
+    let there = driver.disk_end().saturating_sub(tail_at).min(tail.len() as u64);
+    let there = usize::try_from(there).unwrap_or(0);
+    read_old(driver, old, tail_at, tail.get_mut(..there).unwrap_or_default())?;
+    write_data(driver, host.start(), &bytes)?;
+    claim.publish(driver)
+}
+
+/// The old content of a part of one cluster.
+fn read_old(driver: &Qcow2Driver, old: L2Entry, offset: u64, buf: &mut [u8]) -> Result<()> {
+    if buf.is_empty() {
+        return Ok(());
+    }
+    let geometry = driver.geometry();
+    let layer = match old {
+        L2Entry::Unallocated => Layer::Unallocated,
+        L2Entry::Zero { host } => Layer::Zero { allocated: host.is_some() },
+        L2Entry::Data { host, .. } => Layer::Data(host.at(geometry.offset_in_cluster(offset))),
+        L2Entry::Compressed(blob) => Layer::Compressed(geometry.cluster_of(offset), blob),
+        L2Entry::Split { .. } => {
+            return Err(Error::new(ErrorKind::Unsupported, "subclusters are not written"));
+        }
+    };
+    driver.read_run(LayerRun { offset, len: buf.len() as u64, layer }, buf)
+}
+
+fn write_data(driver: &Qcow2Driver, at: HostOffset, buf: &[u8]) -> Result<()> {
+    let storage = driver.data_storage();
+    storage.pwrite(buf, at, Durability::Later).map_err(|e| storage_error(storage, "cannot write", at, e))
+}
+
+/// Sees to it that the L2 table for the guest's byte at `offset` exists and nobody else refers to it.
+pub fn own_table(driver: &Qcow2Driver, writer: &Writer, offset: u64) -> Result<()> {
+    let geometry = driver.geometry();
+    let index = geometry.l1_index(offset);
+    loop {
+        let raw = driver.l1().raw(index);
+        let old = geometry.decode_l1(raw).map_err(|fault| map::bad_entry(driver, "L1", offset, fault))?;
+        if old.is_some() && geometry.is_owned(raw) {
+            return Ok(());
+        }
+        let slices = slices_of_table(driver, old, offset)?;
+        let mut meta = writer.lock();
+        if driver.l1().raw(index) != raw {
+            continue;
+        }
+        check_writable(driver)?;
+        let host = match meta.allocator.allocate_metadata(Kind::L2) {
+            Ok(host) => host,
+            Err(need) => {
+                drop(meta);
+                satisfy(driver, writer, need)?;
+                continue;
+            }
+        };
+        let commit = meta.next_commit;
+        for (number, slice) in slices {
+            let key = SliceKey { image: driver.number(), slice: number };
+            // Nobody can have changed it: the table was not there or was not ours until now.
+            let slice = driver.tables().hold_or_insert(key, slice);
+            slice.touch(commit);
+            meta.mark(number, &slice, Extent::Body);
+        }
+        if let Some(old) = old {
+            meta.free(geometry.host_index(old.start()), 1, true);
+        }
+        meta.set_l1(driver, index, geometry.encode_owned(host));
+        return Ok(());
+    }
+}
+
+/// All slices of the table that covers `offset`: as they are, or empty where there is no table.
+fn slices_of_table(
+    driver: &Qcow2Driver,
+    old: Option<HostCluster>,
+    offset: u64,
+) -> Result<Vec<(SliceNumber, Arc<TableSlice>)>> {
+    let geometry = driver.geometry();
+    let coverage = geometry.slice_coverage_len();
+    let start = offset - offset % geometry.l2_coverage_len();
+    let count = geometry.l2_coverage_len() / coverage;
+    let slice = |number: u64| {
+        let at = start + number * coverage;
+        let slice = match old {
+            None => Arc::new(TableSlice::empty(geometry)),
+            Some(_) => map::slice_at(driver, at, MapMode::Wait)?
+                .ok_or_else(|| Error::new(ErrorKind::Io, "an L2 table has vanished from memory"))?,
+        };
+        Ok((geometry.slice_of(at), slice))
+    };
+    (0..count).map(slice).collect()
+}
+
+/// The range of whole clusters in `range`, the last one of the disk counted as whole.
+pub fn whole_clusters(driver: &Qcow2Driver, range: GuestRange) -> GuestRange {
+    let geometry = driver.geometry();
+    let cluster_len = geometry.cluster_len();
+    let start = range.offset().next_multiple_of(cluster_len);
+    let end = match range.end() == driver.disk_end() {
+        true => range.end(),
+        false => range.end() - range.end() % cluster_len,
+    };
+    GuestRange::new(start, end.saturating_sub(start)).unwrap_or(range.prefix(0))
+}
+
+/// A hold on a slice, which ends unless it is kept.
+struct Held(Option<Arc<TableSlice>>);
+
+impl Held {
+    /// Leaves the hold to whoever has the slice now.
+    fn keep(mut self) -> Option<Arc<TableSlice>> {
+        self.0.take()
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some(slice) = &self.0 {
+            slice.release();
+        }
+    }
+}
+
+/// A claim that is given back unless it is published.
+pub struct ClaimGuard {
+    writer: Arc<Writer>,
+    claim: Option<Claim>,
+}
+
+impl ClaimGuard {
+    /// A guard of `claim`, which is noted already.
+    pub fn new(writer: &Arc<Writer>, claim: Claim) -> Self {
+        ClaimGuard { writer: Arc::clone(writer), claim: Some(claim) }
+    }
+
+    /// Where the data goes.
+    pub fn host(&self) -> Result<HostCluster> {
+        let claim = self.claim.as_ref();
+        claim.map(|claim| claim.host).ok_or_else(|| Error::new(ErrorKind::Failed, "a claim has ended"))
+    }
+
+    /// Maps the cluster.
+    pub fn publish(mut self, driver: &Qcow2Driver) -> Result<()> {
+        check_writable(driver)?;
+        if let Some(claim) = self.claim.take() {
+            prepare::end_claims(driver, &self.writer, vec![claim], true);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for ClaimGuard {
+    fn drop(&mut self) {
+        if let Some(claim) = self.claim.take() {
+            let mut meta = self.writer.lock();
+            let write = meta.next_write;
+            meta.next_write += 1;
+            meta.writes.insert(write, vec![claim]);
+            drop(meta);
+            prepare::abandon(&self.writer, write);
+        }
+    }
+}

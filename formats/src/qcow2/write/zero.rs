@@ -1,0 +1,392 @@
+//! Zeroing and discarding: whole clusters by their entries, the parts at the ends by writing zeroes.
+//!
+//! A cluster that somebody has claimed is waited for: what he copies was read before.
+
+use super::super::driver::Qcow2Driver;
+use super::super::map;
+use super::super::tables::{SliceKey, TableSlice};
+use super::super::types::{GuestCluster, HostCluster, L2Entry};
+use super::allocator::Need;
+use super::meta::{Claim, Meta};
+use super::slow::{self, ClaimGuard, reads_zero_without_cluster, whole_clusters};
+use super::{Writer, begin_changes, commit, corrupt, satisfy};
+use crate::address::{GuestRange, HostRange};
+use crate::driver::{Provision, ZeroRequest};
+use crate::error::{Error, ErrorKind, Result};
+use crate::mover::{check_writable, storage_error};
+use crate::plan::{self, MapMode, ReadPlan};
+use crate::sync::Arc;
+
+/// Bytes of zeroes that are written at a time. Our choice.
+const CHUNK_LEN: usize = 64 << 10;
+
+/// What becomes of whole clusters.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Goal {
+    /// They read as zeroes and have no room.
+    Unmap,
+    /// They read as zeroes; room stays.
+    Keep,
+    /// Those that are not allocated read as zeroes; the others stay as they are.
+    Unallocated,
+    /// They may read as zeroes; where that takes writing they stay as they are.
+    Discard,
+}
+
+/// See [`BlockDriver::write_zeroes`](crate::BlockDriver::write_zeroes).
+pub fn write_zeroes(
+    driver: &Qcow2Driver,
+    writer: &Arc<Writer>,
+    range: GuestRange,
+    request: ZeroRequest,
+) -> Result<()> {
+    begin_changes(driver, writer)?;
+    let whole = whole_clusters(driver, range);
+    if request.fast && !is_fast(driver, range, whole, request.provision)? {
+        let what = "zeroing this range takes writing zeroes";
+        return Err(Error::new(ErrorKind::WouldBeSlow, what).with_path(&driver.image().facts().path));
+    }
+    let (head, tail) = ends(range, whole);
+    for part in [head, tail] {
+        zero_part(driver, writer, part, request.provision)?;
+    }
+    match request.provision {
+        Provision::Unmap => change_clusters(driver, writer, whole, Goal::Unmap),
+        Provision::Keep => change_clusters(driver, writer, whole, Goal::Keep),
+        Provision::Allocate => allocate_clusters(driver, writer, whole),
+    }
+}
+
+/// See [`BlockDriver::discard`](crate::BlockDriver::discard).
+pub fn discard(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) -> Result<()> {
+    if !writer.options.discard {
+        return Ok(());
+    }
+    begin_changes(driver, writer)?;
+    change_clusters(driver, writer, whole_clusters(driver, range), Goal::Discard)
+}
+
+/// What of the range lies before and behind its whole clusters.
+fn ends(range: GuestRange, whole: GuestRange) -> (GuestRange, GuestRange) {
+    if whole.is_empty() {
+        return (range, range.prefix(0));
+    }
+    (range.prefix(whole.offset() - range.offset()), range.skip(whole.end() - range.offset()))
+}
+
+fn is_fast(driver: &Qcow2Driver, range: GuestRange, whole: GuestRange, provision: Provision) -> Result<bool> {
+    let (head, tail) = ends(range, whole);
+    let by_entries = match provision {
+        Provision::Allocate => false,
+        // Version 2 has no zeroes but those of a disk that has nothing there.
+        Provision::Unmap => driver.geometry().zero_flag() || driver.backing().is_none(),
+        Provision::Keep => driver.geometry().zero_flag(),
+    };
+    if !whole.is_empty() && !by_entries {
+        return Ok(false);
+    }
+    for part in [head, tail] {
+        for piece in by_cluster(driver, part) {
+            if provision == Provision::Allocate || !reads_zero(driver, piece)? {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
+}
+
+fn by_cluster(driver: &Qcow2Driver, range: GuestRange) -> impl Iterator<Item = GuestRange> {
+    let cluster_len = driver.geometry().cluster_len();
+    let mut rest = range;
+    std::iter::from_fn(move || {
+        let piece = rest.prefix(map::up_to_boundary(rest.offset(), cluster_len));
+        rest = rest.skip(piece.len());
+        (!piece.is_empty()).then_some(piece)
+    })
+}
+
+/// Whether a part of one cluster reads as zeroes by its entry.
+fn reads_zero(driver: &Qcow2Driver, part: GuestRange) -> Result<bool> {
+    let geometry = driver.geometry();
+    let cluster = geometry.cluster_of(part.offset());
+    let offset = part.offset();
+    let table = driver.l1().l2_table(offset).map_err(|fault| map::bad_entry(driver, "L1", offset, fault))?;
+    if table.is_none() {
+        return Ok(!driver.backing_reaches(cluster));
+    }
+    let Some(slice) = map::slice_at(driver, offset, MapMode::Wait)? else { return Ok(false) };
+    let entry = slice.entry(cluster).map_err(|fault| map::bad_entry(driver, "L2", offset, fault))?;
+    Ok(matches!(entry, L2Entry::Zero { .. }) || reads_zero_without_cluster(driver, cluster, entry))
+}
+
+fn zero_part(
+    driver: &Qcow2Driver,
+    writer: &Arc<Writer>,
+    range: GuestRange,
+    provision: Provision,
+) -> Result<()> {
+    for part in by_cluster(driver, range) {
+        let geometry = driver.geometry();
+        if provision != Provision::Allocate {
+            if reads_zero(driver, part)? {
+                continue;
+            }
+            if geometry.zero_flag() && below_is_zero_around(driver, part)? {
+                let start = part.offset() - geometry.offset_in_cluster(part.offset());
+                let cluster = GuestRange::new(start, geometry.cluster_len()).unwrap_or(part);
+                change_clusters(driver, writer, cluster, Goal::Unallocated)?;
+            }
+        }
+        // What was done just now, or by others meanwhile, shows here.
+        if provision == Provision::Allocate || !reads_zero(driver, part)? {
+            write_zero_bytes(driver, writer, part)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether the backing file reads as zeroes in the cluster of `part`, `part` itself apart: a cluster that
+/// is not allocated can become a zero cluster then. What is below never changes.
+fn below_is_zero_around(driver: &Qcow2Driver, part: GuestRange) -> Result<bool> {
+    let Some(backing) = driver.backing() else { return Ok(false) };
+    let geometry = driver.geometry();
+    let start = part.offset() - geometry.offset_in_cluster(part.offset());
+    let end = start + geometry.cluster_len();
+    let mut plan = ReadPlan::default();
+    for (from, to) in [(start, part.offset()), (part.end(), end)] {
+        let len = to.min(backing.size()).saturating_sub(from);
+        let Some(range) = GuestRange::new(from, len).filter(|range| !range.is_empty()) else { continue };
+        backing.map_read(range, MapMode::Holes, &mut plan)?;
+        if plan.pieces.iter().any(|piece| !matches!(piece.place, plan::Place::Zero { .. })) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn write_zero_bytes(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) -> Result<()> {
+    let zeroes = [0; CHUNK_LEN];
+    let mut rest = range;
+    while !rest.is_empty() {
+        let part = rest.prefix(CHUNK_LEN as u64);
+        let len = usize::try_from(part.len()).unwrap_or(CHUNK_LEN);
+        slow::write(driver, writer, part.offset(), zeroes.get(..len).unwrap_or_default())?;
+        rest = rest.skip(part.len());
+    }
+    Ok(())
+}
+
+fn change_clusters(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange, goal: Goal) -> Result<()> {
+    let geometry = driver.geometry();
+    let mut rest = range;
+    while !rest.is_empty() {
+        let offset = rest.offset();
+        let table = driver.l1().l2_table(offset);
+        let table = table.map_err(|fault| map::bad_entry(driver, "L1", offset, fault))?;
+        if table.is_none()
+            && (!driver.backing_reaches(geometry.cluster_of(offset))
+                || !geometry.zero_flag() && goal == Goal::Discard)
+        {
+            // Nothing is there, and nothing shines through.
+            rest = rest.skip(map::up_to_boundary(offset, geometry.l2_coverage_len()));
+            continue;
+        }
+        commit::relieve(driver, writer)?;
+        let part = rest.prefix(map::up_to_boundary(offset, geometry.slice_coverage_len()));
+        let done = change_slice(driver, writer, part, goal)?;
+        rest = rest.skip(done);
+    }
+    Ok(())
+}
+
+/// Changes the entries of a part of one slice; returns how many bytes of it are done.
+fn change_slice(driver: &Qcow2Driver, writer: &Arc<Writer>, part: GuestRange, goal: Goal) -> Result<u64> {
+    let geometry = driver.geometry();
+    slow::own_table(driver, writer, part.offset())?;
+    let Some(slice) = map::slice_at(driver, part.offset(), MapMode::Wait)? else { return Ok(0) };
+    let key = SliceKey { image: driver.number(), slice: geometry.slice_of(part.offset()) };
+    let mut meta = writer.lock();
+    check_writable(driver)?;
+    if !geometry.is_owned(driver.l1().raw(geometry.l1_index(part.offset())))
+        || !driver.tables().hold(key, &slice)
+    {
+        return Ok(0);
+    }
+    let mut done = 0;
+    let mut stopped = Ok(());
+    for piece in by_cluster(driver, part) {
+        let cluster = geometry.cluster_of(piece.offset());
+        if meta.claims.contains(&cluster) {
+            stopped = Err(Stop::Claimed);
+        } else {
+            stopped = change_entry(driver, &mut meta, &slice, cluster, goal);
+        }
+        if stopped.is_err() {
+            break;
+        }
+        done += piece.len();
+    }
+    slice.release();
+    match stopped {
+        Ok(()) => Ok(done),
+        Err(Stop::Claimed) => {
+            if done == 0 {
+                writer.wait(&mut meta);
+            }
+            Ok(done)
+        }
+        Err(Stop::Fault(what)) => {
+            drop(meta);
+            Err(corrupt(driver, writer, what))
+        }
+        Err(Stop::WriteZeroes) => {
+            drop(meta);
+            let rest = part.skip(done);
+            let piece = rest.prefix(geometry.cluster_len());
+            write_zero_bytes(driver, writer, piece)?;
+            Ok(done + piece.len())
+        }
+    }
+}
+
+/// Why the entries of a slice were not all changed.
+enum Stop {
+    /// Somebody has claimed the next one.
+    Claimed,
+    /// The next one takes writing zeroes.
+    WriteZeroes,
+    /// The next one makes no sense.
+    Fault(&'static str),
+}
+
+fn change_entry(
+    driver: &Qcow2Driver,
+    meta: &mut Meta,
+    slice: &Arc<TableSlice>,
+    cluster: GuestCluster,
+    goal: Goal,
+) -> std::result::Result<(), Stop> {
+    let geometry = driver.geometry();
+    let entry = slice.entry(cluster).map_err(|_| Stop::Fault("an L2 entry is bad"))?;
+    let owned = geometry.is_owned(slice.raw(geometry.index_in_slice(cluster)));
+    let kept: Option<HostCluster> = match entry {
+        L2Entry::Zero { .. } | L2Entry::Data { .. } | L2Entry::Compressed(_) if goal == Goal::Unallocated => {
+            return Ok(());
+        }
+        L2Entry::Zero { host: None } => return Ok(()),
+        L2Entry::Unallocated if !driver.backing_reaches(cluster) => return Ok(()),
+        L2Entry::Zero { host: Some(_) } if goal == Goal::Keep => return Ok(()),
+        L2Entry::Data { host, .. } if goal == Goal::Keep && owned => Some(host),
+        L2Entry::Split { .. } => return Err(Stop::Fault("subclusters are not written")),
+        L2Entry::Unallocated | L2Entry::Zero { .. } | L2Entry::Data { .. } | L2Entry::Compressed(_) => None,
+    };
+    let raw = match (kept, geometry.zero_flag()) {
+        (None, _) if !driver.backing_reaches(cluster) => 0,
+        (kept, true) => geometry.encode_zero(kept),
+        (_, false) if goal == Goal::Discard => return Ok(()),
+        (_, false) => return Err(Stop::WriteZeroes),
+    };
+    meta.check_entry(driver, entry).map_err(Stop::Fault)?;
+    if kept.is_none() {
+        meta.free_entry(driver, entry).map_err(Stop::Fault)?;
+    }
+    meta.set_entry(driver, slice, cluster, raw);
+    Ok(())
+}
+
+/// Gives every cluster of the range a host cluster with room in the file, and zeroes in it.
+fn allocate_clusters(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) -> Result<()> {
+    for piece in by_cluster(driver, range) {
+        commit::relieve(driver, writer)?;
+        allocate_cluster(driver, writer, piece.offset())?;
+    }
+    Ok(())
+}
+
+fn allocate_cluster(driver: &Qcow2Driver, writer: &Arc<Writer>, offset: u64) -> Result<()> {
+    let geometry = driver.geometry();
+    let cluster = geometry.cluster_of(offset);
+    loop {
+        slow::own_table(driver, writer, offset)?;
+        let Some(slice) = map::slice_at(driver, offset, MapMode::Wait)? else { continue };
+        let pin = writer.pin();
+        match place_for(driver, writer, &slice, cluster)? {
+            Place::Again => {}
+            Place::Need(need) => {
+                drop(pin);
+                satisfy(driver, writer, need)?;
+            }
+            Place::There(host) => return zero_host(driver, host),
+            Place::New(claim) => {
+                zero_host(driver, claim.host()?)?;
+                return claim.publish(driver);
+            }
+        }
+    }
+}
+
+/// Where zeroes with room go.
+enum Place {
+    There(HostCluster),
+    New(ClaimGuard),
+    Need(Need),
+    Again,
+}
+
+fn place_for(
+    driver: &Qcow2Driver,
+    writer: &Arc<Writer>,
+    slice: &Arc<TableSlice>,
+    cluster: GuestCluster,
+) -> Result<Place> {
+    let geometry = driver.geometry();
+    let start = geometry.start_of(cluster);
+    let key = SliceKey { image: driver.number(), slice: geometry.slice_of(start) };
+    let mut meta = writer.lock();
+    while meta.claims.contains(&cluster) {
+        check_writable(driver)?;
+        writer.wait(&mut meta);
+    }
+    check_writable(driver)?;
+    if !geometry.is_owned(driver.l1().raw(geometry.l1_index(start))) {
+        return Ok(Place::Again);
+    }
+    let raw = slice.raw(geometry.index_in_slice(cluster));
+    let entry = slice.entry(cluster).map_err(|fault| map::bad_entry(driver, "L2", start, fault))?;
+    if let Err(what) = meta.check_entry(driver, entry) {
+        drop(meta);
+        return Err(corrupt(driver, writer, what));
+    }
+    if !driver.tables().hold(key, slice) {
+        return Ok(Place::Again);
+    }
+    if let Some(host) = geometry.overwritable(raw) {
+        slice.release();
+        return Ok(Place::There(host));
+    }
+    let reused = match entry {
+        L2Entry::Zero { host } => host.filter(|_| geometry.is_owned(raw)),
+        L2Entry::Unallocated | L2Entry::Data { .. } | L2Entry::Compressed(_) | L2Entry::Split { .. } => None,
+    };
+    let host = match reused {
+        Some(host) => host,
+        None => match meta.allocator.allocate() {
+            Ok(handed) => handed.host,
+            Err(need) => {
+                slice.release();
+                return Ok(Place::Need(need));
+            }
+        },
+    };
+    meta.claims.insert(cluster);
+    let claim = Claim { cluster, slice: Arc::clone(slice), host, allocated: reused.is_none() };
+    Ok(Place::New(ClaimGuard::new(writer, claim)))
+}
+
+fn zero_host(driver: &Qcow2Driver, host: HostCluster) -> Result<()> {
+    let storage = driver.data_storage();
+    let range = HostRange::new(host.start(), driver.geometry().cluster_len()).unwrap_or_default();
+    storage
+        .zero(range, Provision::Allocate, false)
+        .map_err(|e| storage_error(storage, "cannot zero", host.start(), e))
+}

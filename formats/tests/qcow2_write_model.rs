@@ -1,0 +1,195 @@
+//! Random operations on writable qcow2 images against a vector of bytes, with QEMU as the referee of what
+//! is in the file afterwards.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod qcow2_support;
+mod qcow2_write_support;
+mod support;
+
+use std::path::{Path, PathBuf};
+
+use nbd_img_formats::open::{OpenOptions, open};
+use nbd_img_formats::sync::Arc;
+use nbd_img_formats::{BlockDriver, Format};
+use qcow2_support::{Folder, mixed_content, qemu, qemu_bytes, read_all};
+use qcow2_write_support::{assert_clean, assert_image};
+use support::model::{Model, run, run_concurrently};
+
+const MIB: u64 = 1 << 20;
+
+struct Case {
+    name: &'static str,
+    options: &'static str,
+    size: u64,
+    /// Length of the backing file, if there is one.
+    backing: Option<u64>,
+    /// There is compressed content in it.
+    compressed: bool,
+    snapshots: usize,
+    table_cache_len: u64,
+    discard: bool,
+}
+
+impl Case {
+    fn new(name: &'static str, options: &'static str, size: u64) -> Self {
+        Case {
+            name,
+            options,
+            size,
+            backing: None,
+            compressed: false,
+            snapshots: 0,
+            table_cache_len: 1 << 20,
+            discard: true,
+        }
+    }
+
+    fn make(&self, folder: &Folder) -> PathBuf {
+        let path = folder.file("image.qcow2");
+        let name = path.to_str().unwrap();
+        if self.compressed {
+            let raw = folder.file("content.raw");
+            mixed_content(&raw, self.size, 5);
+            let raw = raw.to_str().unwrap();
+            qemu("qemu-img", ["convert", "-c", "-O", "qcow2", "-o", self.options, "-f", "raw", raw, name]);
+        } else if let Some(len) = self.backing {
+            let base = folder.file("base.raw");
+            mixed_content(&base, len, 9);
+            let size = self.size.to_string();
+            let base = base.to_str().unwrap();
+            let arguments =
+                ["create", "-q", "-f", "qcow2", "-o", self.options, "-b", base, "-F", "raw", name, &size];
+            qemu("qemu-img", arguments);
+        } else {
+            folder.create("image.qcow2", self.options, self.size);
+        }
+        for snapshot in 0..self.snapshots {
+            let write = format!("write -P {} {} 9000", snapshot + 1, snapshot as u64 * 20_000);
+            qemu("qemu-io", ["-f", "qcow2", "-c", &write, name]);
+            qemu("qemu-img", ["snapshot", "-c", &format!("s{snapshot}"), name]);
+        }
+        path
+    }
+
+    fn open(&self, path: &Path) -> Arc<dyn BlockDriver> {
+        let options = OpenOptions {
+            format: Some(Format::Qcow2),
+            writable: true,
+            table_cache_len: self.table_cache_len,
+            discard: self.discard,
+            ..OpenOptions::default()
+        };
+        open(path, &options).unwrap_or_else(|e| panic!("{}: {e}", self.name)).driver
+    }
+
+    fn saved(&self, folder: &Folder, path: &Path) -> Vec<Vec<u8>> {
+        let bytes = |i| qemu_bytes(folder, path, &["-l", &format!("snapshot.name=s{i}")]);
+        (0..self.snapshots).map(bytes).collect()
+    }
+
+    fn run(self) {
+        let folder = Folder::new();
+        let path = self.make(&folder);
+        let disk = qemu_bytes(&folder, &path, &[]);
+        let saved = self.saved(&folder, &path);
+        let mut reopen = |driver: Arc<dyn BlockDriver>| {
+            driver.close().unwrap();
+            assert_clean(&path);
+            self.open(&path)
+        };
+        // What is discarded may come back as zeroes only: never another's data, nor the backing file's.
+        let model = Model {
+            name: self.name,
+            content: disk,
+            len_max: (self.size / 4).min(300_000),
+            discarded: &[0],
+            reopen: Some(&mut reopen),
+        };
+        let driver = run(self.open(&path), model);
+        let content = read_all(&*driver);
+        driver.close().unwrap();
+        assert_image(&folder, &path, &content);
+        assert!(self.saved(&folder, &path) == saved, "{}: a snapshot has changed", self.name);
+    }
+
+    fn run_concurrently(self) {
+        let folder = Folder::new();
+        let path = self.make(&folder);
+        let saved = self.saved(&folder, &path);
+        let driver = self.open(&path);
+        run_concurrently(&driver, self.name, 8, 777);
+        let content = read_all(&*driver);
+        driver.close().unwrap();
+        assert_image(&folder, &path, &content);
+        assert!(self.saved(&folder, &path) == saved, "{}: a snapshot has changed", self.name);
+    }
+}
+
+#[test]
+fn cluster_lengths() {
+    Case::new("512", "cluster_size=512", MIB).run();
+    Case::new("4k", "cluster_size=4k", 4 * MIB).run();
+    Case::new("64k", "cluster_size=64k", 8 * MIB + 5 * 512).run();
+    Case::new("2M", "cluster_size=2M", 16 * MIB).run();
+}
+
+#[test]
+fn version_2() {
+    Case::new("v2 1k", "compat=v2,cluster_size=1k", 2 * MIB).run();
+    Case { backing: Some(MIB), ..Case::new("v2 backing", "compat=v2,cluster_size=4k", 2 * MIB) }.run();
+}
+
+#[test]
+fn refcount_widths() {
+    for (name, options) in [
+        ("width 1", "cluster_size=512,refcount_bits=1"),
+        ("width 2", "cluster_size=512,refcount_bits=2"),
+        ("width 4", "cluster_size=1k,refcount_bits=4"),
+        ("width 8", "cluster_size=512,refcount_bits=8"),
+        ("width 32", "cluster_size=512,refcount_bits=32"),
+        ("width 64", "cluster_size=512,refcount_bits=64"),
+    ] {
+        Case::new(name, options, 3 * MIB).run();
+    }
+}
+
+#[test]
+fn backing_files() {
+    for (name, len) in [("as long", MIB), ("shorter", MIB / 2 + 700), ("longer", 2 * MIB)] {
+        Case { backing: Some(len), ..Case::new(name, "cluster_size=4k", MIB) }.run();
+    }
+    Case { backing: Some(4 * MIB), ..Case::new("64k over backing", "cluster_size=64k", 4 * MIB + 512) }.run();
+}
+
+#[test]
+fn compressed_content() {
+    Case { compressed: true, ..Case::new("zlib", "cluster_size=4k", MIB) }.run();
+    Case { compressed: true, ..Case::new("zstd", "cluster_size=64k,compression_type=zstd", 2 * MIB) }.run();
+}
+
+#[test]
+fn snapshots_stay_as_they_are() {
+    Case { snapshots: 3, ..Case::new("snapshots 1k", "cluster_size=1k", MIB) }.run();
+    Case { snapshots: 2, ..Case::new("snapshots 64k", "cluster_size=64k", 4 * MIB) }.run();
+    Case { snapshots: 2, compressed: true, ..Case::new("compressed", "cluster_size=4k", MIB) }.run();
+}
+
+#[test]
+fn odds() {
+    Case { discard: false, ..Case::new("no discard", "cluster_size=4k", MIB) }.run();
+    Case { table_cache_len: 0, ..Case::new("tiny cache", "cluster_size=512", MIB) }.run();
+    Case::new("lazy", "cluster_size=4k,lazy_refcounts=on", MIB).run();
+    Case::new("preallocated", "cluster_size=4k,preallocation=metadata", MIB).run();
+    Case::new("falloc", "cluster_size=4k,preallocation=falloc", MIB + 300).run();
+}
+
+/// K1 and K2 of the reliability reference: many threads, tables that do not fit, an overlay.
+#[test]
+fn eight_threads() {
+    Case { table_cache_len: 0, ..Case::new("threads 512", "cluster_size=512", MIB) }.run_concurrently();
+    let tiny = Case { table_cache_len: 0, ..Case::new("threads overlay", "cluster_size=4k", 2 * MIB) };
+    Case { backing: Some(2 * MIB), ..tiny }.run_concurrently();
+    Case { snapshots: 2, ..Case::new("threads snapshots", "cluster_size=1k", MIB) }.run_concurrently();
+    Case { compressed: true, ..Case::new("threads compressed", "cluster_size=64k", 4 * MIB) }
+        .run_concurrently();
+}
