@@ -272,6 +272,25 @@ fn push_holes(driver: &Qcow2Driver, mut at: HostOffset, mut len: u64, plan: &mut
     }
 }
 
+/// Whether the backing file reads as zeroes in the cluster of `part`, `part` itself apart. What is below
+/// never changes.
+pub fn below_is_zero_around(driver: &Qcow2Driver, part: GuestRange) -> Result<bool> {
+    let Some(backing) = driver.backing() else { return Ok(true) };
+    let geometry = driver.geometry();
+    let start = part.offset() - geometry.offset_in_cluster(part.offset());
+    let end = start + geometry.cluster_len();
+    let mut plan = ReadPlan::default();
+    for (from, to) in [(start, part.offset()), (part.end(), end)] {
+        let len = to.min(backing.size()).saturating_sub(from);
+        let Some(range) = GuestRange::new(from, len).filter(|range| !range.is_empty()) else { continue };
+        backing.map_read(range, MapMode::Holes, &mut plan)?;
+        if plan.pieces.iter().any(|piece| !matches!(piece.place, Place::Zero { .. })) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// Bytes from `offset` to the next multiple of `unit`.
 pub fn up_to_boundary(offset: u64, unit: u64) -> u64 {
     unit - offset % unit

@@ -301,13 +301,6 @@ impl TableCache {
         kept
     }
 
-    /// Forgets what is under the key.
-    pub fn remove(&self, key: SliceKey) {
-        if let Some(set) = self.set_of(key) {
-            set.write().slots.retain(|slot| slot.key != key);
-        }
-    }
-
     /// How many slices have been read from files so far.
     pub fn loads(&self) -> usize {
         self.loads.load(Ordering::Relaxed)

@@ -286,6 +286,11 @@ impl Geometry {
         if plain { self.host_cluster(raw).ok().flatten() } else { None }
     }
 
+    /// The entry with the copied flag set or not.
+    pub fn with_owned(self, raw: u64, owned: bool) -> u64 {
+        if owned { raw | L2_COPIED } else { raw & !L2_COPIED }
+    }
+
     /// Where the host cluster of a standard L2 entry that is not compressed lies.
     pub fn host_of(self, raw: u64) -> Option<HostOffset> {
         let offset = raw & OFFSET_MASK;

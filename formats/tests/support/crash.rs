@@ -67,7 +67,8 @@ fn run_with<'a>(scene: &'a Scene, steps: Vec<Step>, between: Between<'_>, count_
 
 impl Run<'_> {
     fn name(&self) -> String {
-        format!("scene '{}', {:#?}", self.scene.name, self.steps)
+        let steps: Vec<_> = self.steps.iter().map(|step| format!("\n  {step:?}")).collect();
+        format!("scene '{}', {}\n", self.scene.name, steps.concat())
     }
 
     fn step(&mut self, driver: &dyn BlockDriver, number: usize) {
@@ -117,8 +118,8 @@ impl Run<'_> {
         }
     }
 
-    /// One sync when nothing but data or refcounts was written, two with metadata, three when the refcount table or
-    /// the header changed.
+    /// One sync when nothing but data or refcounts was written, two with metadata, three when the refcount
+    /// table or the header changed.
     fn check_syncs(&self, began: usize) {
         let records = self.log.records().split_off(began);
         let syncs = records.iter().filter(|record| record.change == Change::Sync).count();
@@ -129,7 +130,8 @@ impl Run<'_> {
             (3, _) => self.table_changed(began),
             _ => false,
         };
-        assert!(allowed, "{}: {syncs} syncs in a flush: {records:#?}", self.name());
+        let said: Vec<_> = records.iter().map(|record| describe(&record.change)).collect();
+        assert!(allowed, "{}: {syncs} syncs in a flush: {said:#?}", self.name());
     }
 
     /// Whether nothing but refcount blocks was written: counts of clusters that are not used any more need

@@ -161,6 +161,25 @@ impl Allocator {
         Ok(host)
     }
 
+    /// Sees to it that the refcount of the cluster can be set: that a block describes it.
+    pub fn describe(&mut self, index: HostIndex) -> Result<(), Need> {
+        let block = self.refcounts.block_of(index);
+        loop {
+            if block.0 >= self.refcounts.table_len() {
+                self.grow_table(block)?;
+            }
+            if self.refcounts.block_at(block)?.is_some() {
+                return Ok(());
+            }
+            let host = self.allocate_fresh()?;
+            // Unless the block was made on the way to this cluster.
+            if self.refcounts.block_at(block)?.is_none() {
+                self.refcounts.create(block, host.start());
+                self.map.add(host.start(), self.geometry.cluster_len(), Kind::RefcountBlock);
+            }
+        }
+    }
+
     /// Looks for clusters that were free at open, one block's worth. `false`: all of them are found.
     pub fn search(&mut self) -> Result<bool, Need> {
         let space = &self.space;

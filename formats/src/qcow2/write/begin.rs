@@ -3,7 +3,7 @@
 //! Nothing is written here, but by the repair of an image whose refcounts are not to be trusted.
 
 use super::super::driver::{Qcow2Driver, WriteOptions};
-use super::super::header::{Compatible, Header, Incompatible};
+use super::super::header::{Compatible, Header, Incompatible, TableLocation};
 use super::super::snapshots::Snapshot;
 use super::super::types::{DataFile, HostIndex};
 use super::allocator::{Allocator, Space};
@@ -53,12 +53,13 @@ pub fn begin(
         return Err(Error::new(ErrorKind::ReadOnly, "the file was opened read-only"));
     }
     let dirty = header.incompatible.contains(Incompatible::DIRTY);
+    let mut table = header.refcount_table;
     if dirty {
-        repair::rebuild(driver, header, snapshots.0)?;
+        table = repair::rebuild(driver, header, snapshots)?;
     } else if header.compatible.contains(Compatible::LAZY_REFCOUNTS) {
         tracing::debug!("the image asks for lazy refcounts; they are kept up to date all the same");
     }
-    let refcounts = load_table(driver, header)?;
+    let refcounts = load_table(driver, header, table)?;
     let map = map_metadata(driver, header, &refcounts, snapshots)?;
     let space = find_space(driver, &refcounts)?;
     let allocator = Allocator::new(header.geometry, refcounts, map, space);
@@ -66,8 +67,7 @@ pub fn begin(
 }
 
 /// The refcount table in memory.
-pub fn load_table(driver: &Qcow2Driver, header: &Header) -> Result<Refcounts> {
-    let table = header.refcount_table;
+pub fn load_table(driver: &Qcow2Driver, header: &Header, table: TableLocation) -> Result<Refcounts> {
     let mut bytes = vec![0; table.entries as usize * 8];
     read_exact(driver.image(), table.at, &mut bytes)?;
     let entries = bytes.as_chunks().0.iter().map(|word| u64::from_be_bytes(*word)).collect();
@@ -75,7 +75,7 @@ pub fn load_table(driver: &Qcow2Driver, header: &Header) -> Result<Refcounts> {
 }
 
 /// Notes where all metadata lies, but for the L2 tables of snapshots: their refcounts protect them.
-fn map_metadata(
+pub fn map_metadata(
     driver: &Qcow2Driver,
     header: &Header,
     refcounts: &Refcounts,
@@ -85,7 +85,7 @@ fn map_metadata(
     let mut map = MetadataMap::new(header.geometry);
     map.add(HostOffset(0), cluster_len, Kind::Header);
     map.add(header.l1.at, u64::from(header.l1.entries) * 8, Kind::L1);
-    map.add(header.refcount_table.at, u64::from(header.refcount_table.entries) * 8, Kind::RefcountTable);
+    map.add(refcounts.table_at(), refcounts.table_len() as u64 * 8, Kind::RefcountTable);
     for block in 0..refcounts.table_len() {
         // A bad entry is found when it is used.
         if let Ok(Some(at)) = refcounts.block_at(BlockIndex(block)) {

@@ -225,12 +225,17 @@ fn write_table_changes(driver: &Qcow2Driver, frozen: &Frozen) -> Result<bool> {
         }
     }
     let Some((moved, _)) = &frozen.moved else { return Ok(!frozen.entries.is_empty()) };
-    let clusters = u32::try_from(moved.clusters)
-        .map_err(|_| Error::new(ErrorKind::NoSpace, "the refcount table is too large"))?;
-    let mut pointer = frozen.table_at.0.to_be_bytes().to_vec();
-    pointer.extend(clusters.to_be_bytes());
-    write(driver, TABLE_POINTER_AT, &pointer)?;
+    write_table_pointer(driver, frozen.table_at, moved.clusters)?;
     Ok(true)
+}
+
+/// Points the header to the refcount table at `at`.
+pub fn write_table_pointer(driver: &Qcow2Driver, at: HostOffset, clusters: u64) -> Result<()> {
+    let clusters = u32::try_from(clusters)
+        .map_err(|_| Error::new(ErrorKind::NoSpace, "the refcount table is too large"))?;
+    let mut pointer = at.0.to_be_bytes().to_vec();
+    pointer.extend(clusters.to_be_bytes());
+    write(driver, TABLE_POINTER_AT, &pointer)
 }
 
 fn write(driver: &Qcow2Driver, at: HostOffset, bytes: &[u8]) -> Result<()> {

@@ -53,6 +53,8 @@ pub struct Claim {
     pub host: HostCluster,
     /// Whether the host cluster was allocated for this.
     pub allocated: bool,
+    /// Whether it reads as zeroes.
+    pub zeroed: bool,
 }
 
 /// A slice with changes that the file does not have.

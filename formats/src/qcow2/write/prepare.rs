@@ -278,19 +278,22 @@ impl<'a> Changing<'a> {
         entry: L2Entry,
         raw: u64,
     ) -> Option<HostCluster> {
-        let (host, allocated) = match entry {
-            L2Entry::Zero { host: Some(host) } if self.driver.geometry().is_owned(raw) => (host, false),
+        let (host, allocated, zeroed) = match entry {
+            L2Entry::Zero { host: Some(host) } if self.driver.geometry().is_owned(raw) => {
+                (host, false, false)
+            }
             L2Entry::Split { .. } => return None,
             L2Entry::Unallocated | L2Entry::Zero { .. } | L2Entry::Data { .. } | L2Entry::Compressed(_) => {
                 self.meta.check_entry(self.driver, entry).ok()?;
-                (self.meta.allocator.allocate().ok()?.host, true)
+                let handed = self.meta.allocator.allocate().ok()?;
+                (handed.host, true, handed.zeroed)
             }
         };
         if !self.driver.tables().hold(self.key, self.slice) {
             return None;
         }
         self.meta.claims.insert(cluster);
-        pass.claims.push(Claim { cluster, slice: Arc::clone(self.slice), host, allocated });
+        pass.claims.push(Claim { cluster, slice: Arc::clone(self.slice), host, allocated, zeroed });
         Some(host)
     }
 }

@@ -109,20 +109,20 @@ fn step(
             Err(Need::Room(_) | Need::NoSpace) => {}
         }
     }
-    let (host, allocated) = match entry {
-        L2Entry::Zero { host: Some(host) } if geometry.is_owned(raw) => (host, false),
+    let (host, allocated, zeroed) = match entry {
+        L2Entry::Zero { host: Some(host) } if geometry.is_owned(raw) => (host, false, false),
         L2Entry::Unallocated
         | L2Entry::Zero { .. }
         | L2Entry::Data { .. }
         | L2Entry::Compressed(_)
         | L2Entry::Split { .. } => match meta.allocator.allocate() {
-            Ok(handed) => (handed.host, true),
+            Ok(handed) => (handed.host, true, handed.zeroed),
             Err(need) => return Ok(Step::Need(need)),
         },
     };
     meta.claims.insert(cluster);
     held.keep();
-    let claim = Claim { cluster, slice: Arc::clone(slice), host, allocated };
+    let claim = Claim { cluster, slice: Arc::clone(slice), host, allocated, zeroed };
     Ok(Step::Copy(ClaimGuard { writer: Arc::clone(writer), claim: Some(claim) }, entry))
 }
 
@@ -145,6 +145,10 @@ fn copy(driver: &Qcow2Driver, claim: ClaimGuard, old: L2Entry, offset: u64, buf:
         write_data(driver, host.start(), buf)?;
         return claim.publish(driver);
     }
+    if claim.is_zeroed() && rest_is_zero(driver, old, offset, buf.len() as u64)? {
+        write_data(driver, host.at(within), buf)?;
+        return claim.publish(driver);
+    }
     let mut bytes = vec![0; usize::try_from(geometry.cluster_len()).unwrap_or(0)];
     let from = usize::try_from(within).unwrap_or(usize::MAX);
     let too_long = || Error::new(ErrorKind::InvalidInput, "a write reaches out of its cluster");
@@ -159,6 +163,18 @@ fn copy(driver: &Qcow2Driver, claim: ClaimGuard, old: L2Entry, offset: u64, buf:
     read_old(driver, old, tail_at, tail.get_mut(..there).unwrap_or_default())?;
     write_data(driver, host.start(), &bytes)?;
     claim.publish(driver)
+}
+
+/// Whether the cluster reads as zeroes where a write of `len` bytes at `offset` does not reach.
+fn rest_is_zero(driver: &Qcow2Driver, old: L2Entry, offset: u64, len: u64) -> Result<bool> {
+    match old {
+        L2Entry::Zero { .. } => Ok(true),
+        L2Entry::Unallocated => {
+            let part = GuestRange::new(offset, len);
+            part.map_or(Ok(false), |part| map::below_is_zero_around(driver, part))
+        }
+        L2Entry::Data { .. } | L2Entry::Compressed(_) | L2Entry::Split { .. } => Ok(false),
+    }
 }
 
 /// The old content of a part of one cluster.
@@ -292,6 +308,11 @@ impl ClaimGuard {
     pub fn host(&self) -> Result<HostCluster> {
         let claim = self.claim.as_ref();
         claim.map(|claim| claim.host).ok_or_else(|| Error::new(ErrorKind::Failed, "a claim has ended"))
+    }
+
+    /// Whether it reads as zeroes there.
+    fn is_zeroed(&self) -> bool {
+        self.claim.as_ref().is_some_and(|claim| claim.zeroed)
     }
 
     /// Maps the cluster.

@@ -14,7 +14,7 @@ use crate::address::{GuestRange, HostRange};
 use crate::driver::{Provision, ZeroRequest};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{check_writable, storage_error};
-use crate::plan::{self, MapMode, ReadPlan};
+use crate::plan::MapMode;
 use crate::sync::Arc;
 
 /// Bytes of zeroes that are written at a time. Our choice.
@@ -131,7 +131,7 @@ fn zero_part(
             if reads_zero(driver, part)? {
                 continue;
             }
-            if geometry.zero_flag() && below_is_zero_around(driver, part)? {
+            if geometry.zero_flag() && map::below_is_zero_around(driver, part)? {
                 let start = part.offset() - geometry.offset_in_cluster(part.offset());
                 let cluster = GuestRange::new(start, geometry.cluster_len()).unwrap_or(part);
                 change_clusters(driver, writer, cluster, Goal::Unallocated)?;
@@ -143,25 +143,6 @@ fn zero_part(
         }
     }
     Ok(())
-}
-
-/// Whether the backing file reads as zeroes in the cluster of `part`, `part` itself apart: a cluster that
-/// is not allocated can become a zero cluster then. What is below never changes.
-fn below_is_zero_around(driver: &Qcow2Driver, part: GuestRange) -> Result<bool> {
-    let Some(backing) = driver.backing() else { return Ok(false) };
-    let geometry = driver.geometry();
-    let start = part.offset() - geometry.offset_in_cluster(part.offset());
-    let end = start + geometry.cluster_len();
-    let mut plan = ReadPlan::default();
-    for (from, to) in [(start, part.offset()), (part.end(), end)] {
-        let len = to.min(backing.size()).saturating_sub(from);
-        let Some(range) = GuestRange::new(from, len).filter(|range| !range.is_empty()) else { continue };
-        backing.map_read(range, MapMode::Holes, &mut plan)?;
-        if plan.pieces.iter().any(|piece| !matches!(piece.place, plan::Place::Zero { .. })) {
-            return Ok(false);
-        }
-    }
-    Ok(true)
 }
 
 fn write_zero_bytes(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) -> Result<()> {
@@ -379,7 +360,7 @@ fn place_for(
         },
     };
     meta.claims.insert(cluster);
-    let claim = Claim { cluster, slice: Arc::clone(slice), host, allocated: reused.is_none() };
+    let claim = Claim { cluster, slice: Arc::clone(slice), host, allocated: reused.is_none(), zeroed: false };
     Ok(Place::New(ClaimGuard::new(writer, claim)))
 }
 
