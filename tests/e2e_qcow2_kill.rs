@@ -11,7 +11,6 @@ use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::ops::Range;
-use std::path::Path;
 use std::thread;
 use std::time::Duration;
 

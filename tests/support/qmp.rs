@@ -39,7 +39,8 @@ impl Monitor {
     fn start(folder: &Path, command: &mut Command) -> Self {
         let socket = folder.join("qmp.sock");
         let _ = fs::remove_file(&socket); // of an earlier one
-        let mut child = command.current_dir(folder).stdin(Stdio::null()).spawn().unwrap();
+        let mut child =
+            command.current_dir(folder).stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
         let commands = connect(&socket, &mut child);
         commands.set_read_timeout(Some(PATIENCE)).unwrap();
         let answers = BufReader::new(commands.try_clone().unwrap());
