@@ -8,6 +8,9 @@ use nbd_img_formats::{
     ZeroRequest,
 };
 
+use shuttle::scheduler::{PctScheduler, RandomScheduler};
+use shuttle::{Config, Runner};
+
 use crate::support::checker;
 use crate::support::scene::{self, CLUSTER, Scene};
 use crate::support::units::painted;
@@ -21,14 +24,14 @@ fn schedules() -> usize {
 
 /// A scene's image in a storage whose free space is poisoned.
 struct Stage {
-    scene: std::sync::Arc<Scene>,
+    scene: Arc<Scene>,
     storage: Arc<dyn Storage>,
     faults: Arc<Faults>,
     driver: Arc<dyn BlockDriver>,
 }
 
 impl Stage {
-    fn new(scene: &std::sync::Arc<Scene>) -> Stage {
+    fn new(scene: &Arc<Scene>) -> Stage {
         let options = MemoryOptions { len: 0, grows: true, poisoned: true };
         let memory = MemoryStorage::with(options).unwrap();
         memory.pwrite(&scene.image, HostOffset(0), LATER).unwrap();
@@ -36,7 +39,7 @@ impl Stage {
         let faults = Faults::new();
         let failing = faults.attach(Arc::clone(&storage));
         let driver = scene::open_over(failing, scene.backing_driver(), Some(Default::default()), 0).unwrap();
-        Stage { scene: std::sync::Arc::clone(scene), storage, faults, driver }
+        Stage { scene: Arc::clone(scene), storage, faults, driver }
     }
 
     fn spawn(&self, body: impl FnOnce(&dyn BlockDriver) + Send + 'static) -> thread::JoinHandle<()> {
@@ -57,19 +60,29 @@ impl Stage {
     }
 }
 
-fn overlay() -> std::sync::Arc<Scene> {
-    std::sync::Arc::new(Scene::mixed("overlay", "refcount_bits=16", Some(150 * CLUSTER), true))
+fn overlay() -> Arc<Scene> {
+    Arc::new(Scene::mixed("overlay", "refcount_bits=16", Some(150 * CLUSTER), true))
 }
 
-fn plain() -> std::sync::Arc<Scene> {
-    std::sync::Arc::new(Scene::mixed("plain", "refcount_bits=64", None, true))
+fn plain() -> Arc<Scene> {
+    Arc::new(Scene::mixed("plain", "refcount_bits=64", None, true))
 }
 
-/// Each thread's body over the same scene, as often as there are schedules: at random, and by priorities.
-fn explore(scene: std::sync::Arc<Scene>, scenario: fn(Stage)) {
-    let again = std::sync::Arc::clone(&scene);
-    shuttle::check_random(move || scenario(Stage::new(&scene)), schedules() / 2);
-    shuttle::check_pct(move || scenario(Stage::new(&again)), schedules() / 2, 3);
+/// The scenario as often as there are schedules: half of them at random, half by priorities.
+fn explore(scene: Arc<Scene>, scenario: fn(Stage)) {
+    let again = Arc::clone(&scene);
+    let half = schedules().div_ceil(2);
+    let random = Runner::new(RandomScheduler::new(half), config());
+    random.run(move || scenario(Stage::new(&scene)));
+    let priorities = Runner::new(PctScheduler::new(3, half), config());
+    priorities.run(move || scenario(Stage::new(&again)));
+}
+
+fn config() -> Config {
+    let mut config = Config::new();
+    // Tests keep whole clusters on their stacks, and builds for tests do not optimise them away.
+    config.stack_size = 1 << 20;
+    config
 }
 
 fn join<const N: usize>(threads: [thread::JoinHandle<()>; N]) {
@@ -127,7 +140,7 @@ fn a_mapped_read_against_zero_and_reuse() {
         let reader = stage.spawn(move |driver| {
             let mut plan = ReadPlan::default();
             driver.map_read(GuestRange::new(at, CLUSTER).unwrap(), MapMode::Wait, &mut plan).unwrap();
-            shuttle::thread::yield_now();
+            thread::yield_now();
             let mut got = vec![0; CLUSTER as usize];
             match plan.pieces[0].place {
                 Place::Data { storage, at } => {
@@ -159,7 +172,7 @@ fn a_mapped_write_against_discard_and_reuse() {
         let writer = stage.spawn(move |driver| {
             let mut plan = WritePlan::default();
             driver.prepare_write(GuestRange::new(at, CLUSTER).unwrap(), MapMode::Wait, &mut plan).unwrap();
-            shuttle::thread::yield_now();
+            thread::yield_now();
             let bytes = painted(at, CLUSTER, 5);
             match plan.pieces[0].place {
                 Place::Data { storage, at } => {
@@ -190,7 +203,7 @@ fn commit_against_write_and_commit() {
     explore(overlay(), |stage| {
         let threads = [0u64, 1, 2].map(|number| {
             let storage = Arc::clone(&stage.storage);
-            let scene = std::sync::Arc::clone(&stage.scene);
+            let scene = Arc::clone(&stage.scene);
             stage.spawn(move |driver| {
                 let at = (32 + number * 50) * CLUSTER + 64;
                 write(driver, at, 128, number as u32 + 1);

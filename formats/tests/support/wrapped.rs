@@ -23,6 +23,9 @@ pub trait Hooks: Send + Sync + 'static {
     /// The room of the range has been given back.
     fn gives_room(&self, _at: u64, _len: u64) {}
 
+    /// Called in the middle of what takes time on a real device.
+    fn pauses(&self) {}
+
     /// Whether a close gets through.
     fn closes(&self) -> bool {
         true
@@ -33,6 +36,23 @@ pub trait Hooks: Send + Sync + 'static {
 pub struct NeverClosed;
 
 impl Hooks for NeverClosed {
+    fn closes(&self) -> bool {
+        false
+    }
+}
+
+/// A device that now and then is slow, so that others get in between.
+pub struct Dawdling(pub AtomicU64);
+
+impl Hooks for Dawdling {
+    fn pauses(&self) {
+        match self.0.fetch_add(1, Ordering::Relaxed) % 7 {
+            0 => std::thread::sleep(std::time::Duration::from_micros(50)),
+            1 | 2 => std::thread::yield_now(),
+            _ => {}
+        }
+    }
+
     fn closes(&self) -> bool {
         false
     }
@@ -120,15 +140,20 @@ impl<H: Hooks> Storage for Wrapped<H> {
     }
 
     fn pread(&self, buf: &mut [u8], at: HostOffset) -> io::Result<usize> {
-        self.inner.pread(buf, at)
+        self.hooks.pauses();
+        let got = self.inner.pread(buf, at);
+        self.hooks.pauses();
+        got
     }
 
     fn try_pread(&self, buf: &mut [u8], at: HostOffset) -> io::Result<TryRead> {
+        self.hooks.pauses();
         self.inner.try_pread(buf, at)
     }
 
     fn pwrite(&self, buf: &[u8], at: HostOffset, durability: Durability) -> io::Result<()> {
         self.check_room(at.0, buf.len() as u64)?;
+        self.hooks.pauses();
         if durability.is_fua() {
             self.inner.pwrite(buf, at, Durability::Later)?;
             return self.sync();
@@ -137,6 +162,7 @@ impl<H: Hooks> Storage for Wrapped<H> {
     }
 
     fn sync(&self) -> io::Result<()> {
+        self.hooks.pauses();
         if self.hooks.drops_sync() { Ok(()) } else { self.inner.sync() }
     }
 

@@ -74,6 +74,8 @@ pub struct Writer {
     failed: AtomicBool,
     /// One at a time makes the file longer or clears header bits.
     file: Mutex<()>,
+    /// One at a time reads a refcount block. Taken after `file` and before `meta`.
+    loading: Mutex<()>,
     /// The file was made longer than it was at open.
     grown: AtomicBool,
 }
@@ -101,6 +103,7 @@ impl Writer {
             durable: AtomicU64::new(0),
             failed: AtomicBool::new(false),
             file: Mutex::new(()),
+            loading: Mutex::new(()),
             grown: AtomicBool::new(false),
         }
     }
@@ -234,14 +237,21 @@ fn satisfy(driver: &Qcow2Driver, writer: &Writer, need: Need) -> Result<()> {
 }
 
 fn load_block(driver: &Qcow2Driver, writer: &Writer, block: refcounts::BlockIndex) -> Result<()> {
-    let at = match writer.lock().allocator.refcounts.block_at(block) {
+    // From the look to the end, so that no block is read before, and put into memory after, somebody else
+    // has had it there, changed it and written it.
+    let _loading = writer.loading.lock();
+    let known = {
+        let meta = writer.lock();
+        let refcounts = &meta.allocator.refcounts;
+        if refcounts.has(block) { Ok(None) } else { refcounts.block_at(block) }
+    };
+    let at = match known {
         Ok(Some(at)) => at,
         Ok(None) => return Ok(()),
         Err(_) => return Err(corrupt(driver, writer, "an entry of the refcount table is bad")),
     };
     let mut bytes = vec![0; usize::try_from(writer.geometry.cluster_len()).unwrap_or(0)];
     read_exact(driver.image(), at, &mut bytes)?;
-    // A block never moves and is not written while it is not in memory.
     writer.lock().allocator.refcounts.insert(block, bytes);
     Ok(())
 }
