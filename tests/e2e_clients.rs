@@ -6,20 +6,12 @@
 mod support;
 
 use std::fs::{self, File};
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 
-use serde_json::json;
-use support::assert_same;
-use support::client::{Client, Request, Wishes};
-use support::qmp::StorageDaemon;
+use support::client::{Client, Wishes};
 use support::rng::Rng;
-use support::server::{Serve, Server};
+use support::server::Serve;
 use support::tools::{run, tool};
-use support::wire::command;
-
-const DISK_LEN: usize = 48 << 20;
+use support::{assert_same, migration};
 
 #[test]
 fn blockdev_mirror_in_the_background() {
@@ -36,85 +28,17 @@ fn blockdev_mirror_into_a_mapping() {
     mirror("mirror-mmap", "mmap-raw", "background");
 }
 
-/// The disk of a running guest moves into an export, as in a migration without shared storage: the guest (a client of the
-/// storage daemon) writes before, during and after the switch.
 fn mirror(test: &str, format: &str, copy_mode: &str) {
     let folder = support::scratch(test);
-    let (source, target) = (folder.path().join("source"), folder.path().join("target"));
-    let mut rng = Rng::new(test);
-    let mut shadow = rng.bytes(DISK_LEN);
-    shadow[10 << 20..20 << 20].fill(0);
-    fs::write(&source, &shadow).unwrap();
-    File::create_new(&target).unwrap().set_len(DISK_LEN as u64).unwrap();
+    let target = folder.path().join("target");
+    File::create_new(&target).unwrap().set_len(migration::DISK_LEN as u64).unwrap();
     let server = Serve::image(&target).format(format).start();
-    let mut daemon = start_daemon(folder.path(), &server);
-
-    let over = AtomicBool::new(false);
-    let guest_socket = folder.path().join("guest.sock");
-    let guest = Client::unix(&guest_socket, "disk", Wishes::STRUCTURED);
-    let (mut guest, shadow) = thread::scope(|scope| {
-        let writer = scope.spawn(|| write_until(guest, shadow, rng, &over));
-        daemon.execute(
-            "blockdev-mirror",
-            &json!({ "job-id": "move", "device": "source", "target": "target", "sync": "full", "copy-mode": copy_mode,
-                "buf-size": 1 << 20 }),
-        );
-        daemon.wait_for("BLOCK_JOB_READY");
-        daemon.execute("block-job-complete", &json!({ "device": "move" }));
-        let end = daemon.wait_for("BLOCK_JOB_COMPLETED");
-        over.store(true, Ordering::Relaxed);
-        assert!(end.get("error").is_none(), "the mirror failed: {end}");
-        assert_eq!(end["offset"], end["len"], "{end}");
-        writer.join().unwrap()
-    });
-    // The guest's disk is the export now: what it reads and writes from here on comes to it through QEMU.
-    guest.write(123_456, b"after the move");
-    let mut shadow = shadow;
-    shadow[123_456..123_470].copy_from_slice(b"after the move");
-    guest.flush();
-    drop(guest);
-    drop(daemon);
+    let shadow = migration::mirror(folder.path(), &server, Rng::new(test), copy_mode);
     let mut client = Client::unix(server.socket(), "", Wishes::STRUCTURED);
     assert_same("the export after the move", &client.read_all(), &shadow);
     client.disconnect();
     server.stop();
     assert_same("the file after the move", &fs::read(&target).unwrap(), &shadow);
-}
-
-fn start_daemon(folder: &Path, server: &Server) -> StorageDaemon {
-    let socket = server.socket().display();
-    let args = [
-        "--blockdev",
-        "driver=file,node-name=source,filename=source",
-        "--blockdev",
-        &format!("driver=nbd,node-name=target,server.type=unix,server.path={socket},export="),
-        "--nbd-server",
-        "addr.type=unix,addr.path=guest.sock",
-        "--export",
-        "type=nbd,id=guest,node-name=source,name=disk,writable=on",
-    ];
-    StorageDaemon::start(folder, &args.map(String::from))
-}
-
-/// Writes and zeroes until told to stop; gives back what the disk must hold.
-fn write_until(mut guest: Client, mut shadow: Vec<u8>, mut rng: Rng, over: &AtomicBool) -> (Client, Vec<u8>) {
-    let mut writes = 0;
-    while !over.load(Ordering::Relaxed) {
-        let len = usize::try_from(rng.in_range(1..100_000)).unwrap();
-        let at = usize::try_from(rng.below((DISK_LEN - len) as u64)).unwrap();
-        if rng.one_in(4) {
-            shadow[at..at + len].fill(0);
-            let reply = guest.ask(Request::new(command::WRITE_ZEROES, at as u64, len), &[]);
-            assert_eq!(reply.error, 0, "{}", reply.text);
-        } else {
-            let data = rng.bytes(len);
-            guest.write(at as u64, &data);
-            shadow[at..at + len].copy_from_slice(&data);
-        }
-        writes += 1;
-    }
-    assert!(writes > 10, "only {writes} writes during the move: it proves nothing");
-    (guest, shadow)
 }
 
 /// guestfish boots an appliance (a small Linux below QEMU, here always emulated, so that it needs no /dev/kvm) with the

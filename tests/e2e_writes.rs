@@ -6,22 +6,16 @@
 mod support;
 
 use std::fs::{self, File};
-use std::ops::Range;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::thread;
 
 use support::assert_same;
 use support::client::{Client, Request, Wishes};
 use support::rng::Rng;
 use support::server::{Peer, Serve, Server};
 use support::tools::{run, tool};
-use support::wire::{command, command_flag, transmission};
-
-const WRITERS: u64 = 16;
-
-/// Of each writer's part. Odd, so that neighbours share sectors, pages and blocks of the file system at the seams.
-const PART_LEN: u64 = (3 << 20) + 777;
+use support::wire::{command, transmission};
+use support::writers::{self, DISK_LEN, sparse_source};
 
 #[test]
 fn sixteen_writers_on_raw() {
@@ -48,130 +42,21 @@ fn writers_against_shadow(test: &str, format: &str, args: &[&str]) {
     let disk = folder.path().join("disk");
     let mut rng = Rng::new(test);
     // Half of it stale data, half a hole.
-    let size = (WRITERS * PART_LEN).next_multiple_of(512);
-    let mut shadow = rng.bytes(usize::try_from(size / 2).unwrap());
+    let mut shadow = rng.bytes(usize::try_from(DISK_LEN / 2).unwrap());
     fs::write(&disk, &shadow).unwrap();
-    shadow.resize(usize::try_from(size).unwrap(), 0);
-    File::options().write(true).open(&disk).unwrap().set_len(size).unwrap();
+    shadow.resize(usize::try_from(DISK_LEN).unwrap(), 0);
+    File::options().write(true).open(&disk).unwrap().set_len(DISK_LEN).unwrap();
 
     let cache: Vec<String> = args.chunks(2).map(|pair| pair.join("=")).collect();
     let cache: Vec<&str> = cache.iter().map(String::as_str).collect();
     let server = Serve::image(&disk).format(format).args(args).qemu_args(&cache).start();
-    let rounds = support::count("NBD_IMG_WRITE_ROUNDS", 60);
-    thread::scope(|scope| {
-        for (i, part) in shadow.chunks_mut(usize::try_from(PART_LEN).unwrap()).enumerate() {
-            let (rng, server) = (rng.fork(), &server);
-            let wishes = if i % 2 == 0 { Wishes::SIMPLE } else { Wishes::STRUCTURED };
-            scope.spawn(move || Writer::new(server, wishes, i as u64 * PART_LEN, part, rng).run(rounds));
-        }
-    });
+    writers::write_all_parts(&server, &mut shadow, &mut rng, support::count("NBD_IMG_WRITE_ROUNDS", 60));
     let mut reader = Client::unix(server.socket(), "", Wishes::STRUCTURED);
     assert_same("the export after all writers", &reader.read_all(), &shadow);
     reader.flush();
     reader.disconnect();
     server.stop();
     assert_same("the file after the end", &fs::read(&disk).unwrap(), &shadow);
-}
-
-/// One client that owns a part of the disk and remembers what is in it.
-struct Writer<'a> {
-    client: Client,
-    start: u64,
-    shadow: &'a mut [u8],
-    rng: Rng,
-    /// The minimum block size.
-    block_len: u64,
-}
-
-impl<'a> Writer<'a> {
-    fn new(server: &Server, wishes: Wishes, start: u64, shadow: &'a mut [u8], rng: Rng) -> Self {
-        let client = Client::unix(server.socket(), "", wishes);
-        let block_len = client.block_sizes.map_or(1, |(minimum, ..)| minimum.into());
-        Self { client, start, shadow, rng, block_len }
-    }
-
-    fn run(mut self, rounds: usize) {
-        for round in 0..rounds {
-            let batch = self.batch();
-            // In flight together, and disjoint: the order in which they are done must not matter.
-            for range in &batch {
-                self.submit(range.clone());
-            }
-            self.gather();
-            if let Some(range) = batch.first().filter(|_| round % 3 == 0) {
-                self.check(range.clone());
-            }
-            if self.rng.one_in(8) {
-                self.client.flush();
-            }
-        }
-        self.client.disconnect();
-    }
-
-    /// Up to 8 ranges that do not touch each other's bytes, of 512 B to 1 MiB, aligned or not.
-    fn batch(&mut self) -> Vec<Range<usize>> {
-        let mut batch: Vec<Range<usize>> = Vec::new();
-        for _ in 0..=self.rng.below(8) {
-            let limit = 1 << self.rng.in_range(10..21);
-            let (mut start, mut len) = (self.rng.below(PART_LEN), self.rng.in_range(512..limit));
-            // Aligned on the disk, not in the part; never below what the server can do.
-            let align = if self.rng.one_in(2) { 4096 } else { self.block_len };
-            start = (self.start + start).next_multiple_of(align) - self.start;
-            len = len.next_multiple_of(align);
-            let end = usize::try_from(start + len).unwrap().min(self.shadow.len());
-            let end = end - usize::try_from((self.start + end as u64) % self.block_len).unwrap();
-            let start = usize::try_from(start).unwrap();
-            if start < end && batch.iter().all(|other| end <= other.start || other.end <= start) {
-                batch.push(start..end);
-            }
-        }
-        batch
-    }
-
-    fn submit(&mut self, range: Range<usize>) {
-        let offset = self.start + range.start as u64;
-        let fua = if self.rng.one_in(20) { command_flag::FUA } else { 0 };
-        match self.rng.below(10) {
-            0..6 => {
-                let data = self.rng.bytes(range.len());
-                self.shadow[range.clone()].copy_from_slice(&data);
-                let request = Request::new(command::WRITE, offset, data.len()).flags(fua);
-                self.client.send(request, &data).unwrap();
-            }
-            6 | 7 => {
-                let no_hole = if self.rng.one_in(2) { command_flag::NO_HOLE } else { 0 };
-                self.shadow[range.clone()].fill(0);
-                let request = Request::new(command::WRITE_ZEROES, offset, range.len());
-                self.client.send(request.flags(fua | no_hole), &[]).unwrap();
-            }
-            8 => self.trim(range, fua),
-            _ => drop(self.client.send(Request::new(command::FLUSH, 0, 0), &[]).unwrap()),
-        }
-    }
-
-    /// The content after a trim is anybody's guess within it (and nowhere else): so it is written over afterwards.
-    fn trim(&mut self, range: Range<usize>, flags: u16) {
-        self.gather();
-        let offset = self.start + range.start as u64;
-        let reply = self.client.ask(Request::new(command::TRIM, offset, range.len()).flags(flags), &[]);
-        assert_eq!(reply.error, 0, "trim {range:?}: {}", reply.text);
-        let found = self.client.read(offset, range.len());
-        let unknown = found.iter().zip(&self.shadow[range.clone()]).all(|(&a, &b)| a == 0 || a == b);
-        assert!(unknown, "after the trim of {range:?} there are bytes that nobody wrote");
-        self.shadow[range].copy_from_slice(&found);
-    }
-
-    fn gather(&mut self) {
-        while self.client.in_flight() > 0 {
-            let reply = self.client.reply().unwrap();
-            assert_eq!(reply.error, 0, "{}", reply.text);
-        }
-    }
-
-    fn check(&mut self, range: Range<usize>) {
-        let found = self.client.read(self.start + range.start as u64, range.len());
-        assert_same(&format!("{range:?} at {:#x}", self.start), &found, &self.shadow[range]);
-    }
 }
 
 #[test]
@@ -189,34 +74,8 @@ fn fio_verifies(test: &str, format: &str, sizes: &str) {
     let disk = folder.path().join("disk");
     File::create(&disk).unwrap().set_len(32 << 20).unwrap();
     let server = Serve::image(&disk).format(format).start();
-    let out = run(tool("fio").current_dir(folder.path()).args([
-        "--name=verify",
-        "--ioengine=nbd",
-        &format!("--uri={}", server.uri("")),
-        "--rw=randwrite",
-        &format!("--bsrange={sizes}"),
-        "--iodepth=32",
-        "--size=32M",
-        "--verify=crc32c",
-        "--do_verify=1",
-        "--verify_fatal=1",
-        "--verify_backlog=64",
-        "--thread",
-    ]));
-    let text = String::from_utf8_lossy(&out);
-    assert!(text.contains("err= 0") && text.contains("READ:") && text.contains("WRITE:"), "{text}");
+    writers::fio_verifies(folder.path(), &server, sizes);
     server.stop();
-}
-
-/// 64 MiB, of which some 5 are data: a part of each is kept by a copy that is worth its name.
-fn sparse_source(path: &Path) -> Vec<u8> {
-    let file = File::create_new(path).unwrap();
-    file.set_len(64 << 20).unwrap();
-    let mut rng = Rng::fixed(5);
-    for at in [0, 9_000_000, 20_000_001, 50 << 20, (64 << 20) - (1 << 20)] {
-        file.write_all_at(&rng.bytes(1 << 20), at).unwrap();
-    }
-    fs::read(path).unwrap()
 }
 
 #[test]

@@ -6,12 +6,16 @@ pub mod client;
 pub mod fuse;
 pub mod images;
 pub mod in_process;
+pub mod journal;
+pub mod migration;
 pub mod proc;
+pub mod qcow2;
 pub mod qmp;
 pub mod rng;
 pub mod server;
 pub mod tools;
 pub mod wire;
+pub mod writers;
 
 use std::path::{Path, PathBuf};
 

@@ -1,9 +1,10 @@
-//! A qemu-storage-daemon that a test drives over QMP (one JSON object a line on a Unix socket).
+//! QEMU's programs that a test drives over QMP (one JSON object a line on a Unix socket).
 
+use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,34 +14,48 @@ use super::tools::tool;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A running qemu-storage-daemon; killed when it is dropped.
-pub struct StorageDaemon {
+/// A running program of QEMU's; killed when it is dropped.
+pub struct Monitor {
     child: Child,
     commands: UnixStream,
     answers: BufReader<UnixStream>,
     events: Vec<Value>,
 }
 
-impl StorageDaemon {
-    /// Starts it in `folder` with `args` and a monitor.
-    pub fn start(folder: &Path, args: &[String]) -> Self {
+impl Monitor {
+    /// A qemu-storage-daemon in `folder`.
+    pub fn storage_daemon(folder: &Path, args: &[&str]) -> Self {
+        let mut command = tool("qemu-storage-daemon");
+        command.args(args).args(["--chardev", "socket,id=qmp,server=on,wait=off,path=qmp.sock"]);
+        Self::start(folder, command.args(["--monitor", "chardev=qmp"]))
+    }
+
+    /// A virtual machine in `folder` that is stopped before its first instruction, without any device but those of
+    /// `args`.
+    pub fn stopped_machine(folder: &Path, args: &[&str]) -> Self {
+        Self::start(folder, machine(args).args(["-qmp", "unix:qmp.sock,server=on,wait=off"]))
+    }
+
+    fn start(folder: &Path, command: &mut Command) -> Self {
         let socket = folder.join("qmp.sock");
-        let child = tool("qemu-storage-daemon")
-            .current_dir(folder)
-            .args(args)
-            .arg("--chardev")
-            .arg(format!("socket,id=qmp,server=on,wait=off,path={}", socket.display()))
-            .args(["--monitor", "chardev=qmp"])
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        let commands = connect(&socket);
+        let _ = fs::remove_file(&socket); // of an earlier one
+        let mut child =
+            command.current_dir(folder).stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+        let commands = connect(&socket, &mut child);
         commands.set_read_timeout(Some(PATIENCE)).unwrap();
         let answers = BufReader::new(commands.try_clone().unwrap());
-        let mut daemon = Self { child, commands, answers, events: Vec::new() };
-        assert!(daemon.line().get("QMP").is_some());
-        daemon.execute("qmp_capabilities", &json!({}));
-        daemon
+        let mut monitor = Self { child, commands, answers, events: Vec::new() };
+        assert!(monitor.line().get("QMP").is_some());
+        monitor.execute("qmp_capabilities", &json!({}));
+        monitor
+    }
+
+    /// Has it end in its own way, with status 0.
+    #[track_caller]
+    pub fn quit(mut self) {
+        self.execute("quit", &json!({}));
+        let status = self.child.wait().unwrap();
+        assert!(status.success(), "{status}");
     }
 
     /// Runs a command and gives what it returns; a failure fails the test.
@@ -77,24 +92,36 @@ impl StorageDaemon {
         let mut line = String::new();
         let len =
             self.answers.read_line(&mut line).unwrap_or_else(|e| panic!("{e}; events {:?}", self.events));
-        assert!(len > 0, "qemu-storage-daemon is gone");
+        assert!(len > 0, "the program is gone");
         serde_json::from_str(&line).unwrap()
     }
 }
 
-impl Drop for StorageDaemon {
+impl Drop for Monitor {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-fn connect(socket: &Path) -> UnixStream {
+/// `qemu-system-x86_64` that runs nothing.
+pub fn machine(args: &[&str]) -> Command {
+    let mut command = tool("qemu-system-x86_64");
+    command
+        .args(["-S", "-nodefaults", "-display", "none", "-machine", "q35,accel=tcg", "-m", "32"])
+        .args(args);
+    command
+}
+
+fn connect(socket: &Path, child: &mut Child) -> UnixStream {
     let begin = Instant::now();
     loop {
         match UnixStream::connect(socket) {
             Ok(stream) => return stream,
             Err(e) => assert!(begin.elapsed() < PATIENCE, "{}: {e}", socket.display()),
+        }
+        if let Some(status) = child.try_wait().unwrap() {
+            panic!("the program ended with {status}");
         }
         thread::sleep(Duration::from_millis(5));
     }

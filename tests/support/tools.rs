@@ -6,17 +6,20 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// Program and Debian package.
-const PACKAGES: [(&str, &str); 17] = [
+const PACKAGES: [(&str, &str); 20] = [
     ("qemu-img", "qemu-utils"),
     ("qemu-io", "qemu-utils"),
     ("qemu-nbd", "qemu-utils"),
     ("qemu-storage-daemon", "qemu-utils"),
+    ("qemu-system-x86_64", "qemu-system-x86"),
     ("nbdcopy", "libnbd-bin"),
     ("nbdinfo", "libnbd-bin"),
     ("nbdfuse", "libnbd-bin"),
     ("nbdkit", "nbdkit"),
     ("fio", "fio"),
     ("sh", "dash"),
+    ("mount", "mount"),
+    ("umount", "mount"),
     ("strace", "strace"),
     ("guestfish", "guestfish"),
     ("fusermount3", "fuse3"),

@@ -1,0 +1,51 @@
+//! qcow2 images as qemu-img makes and judges them.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use super::tools::{output, qemu_img, tool};
+
+/// What `qemu-img check` says of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Health {
+    Clean,
+    /// Clusters are counted that nobody points to. They cost room and nothing else.
+    Leaks,
+}
+
+/// Checks an image that nobody has open. Fails the test when it is damaged.
+#[track_caller]
+pub fn check(folder: &Path, image: &str) -> Health {
+    let output = output(tool("qemu-img").current_dir(folder).args(["check", "-f", "qcow2", image]));
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    // qemu-img's manual: 0 is clean, 2 is corruption, 3 is leaks and nothing worse.
+    match output.status.code() {
+        Some(0) => Health::Clean,
+        Some(3) => Health::Leaks,
+        _ => panic!("qemu-img check {image}: {}\n{text}", output.status),
+    }
+}
+
+/// Checks an image that was closed properly.
+#[track_caller]
+pub fn check_clean(folder: &Path, image: &str) {
+    assert_eq!(check(folder, image), Health::Clean, "{image}");
+}
+
+/// What QEMU reads from an image, or with `snapshot` from a snapshot of it.
+pub fn content(folder: &Path, image: &str, snapshot: Option<&str>) -> Vec<u8> {
+    let choice = snapshot.map_or_else(String::new, |name| format!("-l snapshot.name={name} "));
+    let copy = folder.join("content.raw");
+    qemu_img(folder, &format!("convert -f qcow2 {choice}-O raw {image} content.raw"));
+    let bytes = fs::read(&copy).unwrap();
+    fs::remove_file(copy).unwrap();
+    bytes
+}
+
+/// Bits 0 (dirty) and 1 (corrupt) of the incompatible features, of a version 3 header.
+pub fn is_marked_dirty_or_corrupt(image: &Path) -> bool {
+    let mut low = [0];
+    File::open(image).unwrap().read_exact_at(&mut low, 79).unwrap();
+    low[0] & 3 != 0
+}
