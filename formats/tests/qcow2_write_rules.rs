@@ -5,6 +5,7 @@
 mod allocations;
 mod qcow2_support;
 mod qcow2_write_support;
+#[allow(dead_code)]
 #[path = "support/wrapped.rs"]
 mod wrapped;
 
