@@ -179,7 +179,11 @@ fn fill(maker: &Maker, size: u64, cluster: u64, compressed: bool, snapshot: bool
     while compressed && places.len() < 6 {
         let at = random.below(clusters) * cluster;
         if places.insert(at) {
-            maker.write(at, &vec![places.len() as u8; cluster as usize], true);
+            // Blobs of half a cluster, of which some lie in two.
+            let mut bytes = vec![places.len() as u8; cluster as usize];
+            let half = cluster as usize / 2;
+            bytes[..half].copy_from_slice(&random.bytes(half as u64));
+            maker.write(at, &bytes, true);
         }
     }
     for round in 0..8 {
