@@ -9,10 +9,10 @@ use std::ops::ControlFlow;
 
 use crate::address::GuestRange;
 use crate::error::Result;
+use crate::info::ImageInfo;
 use crate::mover;
-use crate::open::ImageInfo;
 use crate::plan::{MapMode, ReadPlan, WritePlan};
-use crate::storage::{Durability, Storage};
+use crate::storage::{Durability, Provision, Storage};
 use crate::sync::Arc;
 
 /// The formats that can be served.
@@ -66,17 +66,6 @@ pub enum State {
     Failed,
     /// Nothing.
     Closed,
-}
-
-/// What a zeroing leaves behind. After any of them the range reads as zeroes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Provision {
-    /// Room may be given back (NBD's may-unmap).
-    Unmap,
-    /// Room stays as it is where there is some.
-    Keep,
-    /// Room is there afterwards: later writes do not fail for lack of space (NBD's NO_HOLE).
-    Allocate,
 }
 
 /// How to zero a range.

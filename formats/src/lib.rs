@@ -12,11 +12,13 @@
 //! | [`workers`] | the threads that may wait, so that nobody else has to |
 //! | [`raw`], [`qcow2`] | the formats |
 //! | [`open`] | from a path to a driver: probing, policy, locks |
+//! | [`info`] | what is known of an image, for people |
 //! | [`error`], [`address`], [`sync`] | what all of them share |
 
 pub mod address;
 pub mod driver;
 pub mod error;
+pub mod info;
 pub mod mover;
 pub mod open;
 pub mod plan;
@@ -27,7 +29,7 @@ pub mod sync;
 pub mod workers;
 
 pub use address::{GuestRange, HostOffset, HostRange};
-pub use driver::{BlockDriver, Facts, Format, Provision, State, StatusQuery, ZeroRequest};
+pub use driver::{BlockDriver, Facts, Format, State, StatusQuery, ZeroRequest};
 pub use error::{Error, ErrorKind, Result};
 pub use plan::{Piece, Pin, Place, ReadPlan, SlowReason, WritePlan};
-pub use storage::{Durability, Storage};
+pub use storage::{Durability, Provision, Storage};

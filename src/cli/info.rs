@@ -3,7 +3,8 @@
 use std::fmt::{self, Write as _};
 use std::io::{self, Write};
 
-use nbd_img_formats::open::{ImageInfo, SnapshotInfo, open};
+use nbd_img_formats::info::{ImageInfo, SnapshotInfo};
+use nbd_img_formats::open::open;
 
 use super::Error;
 use super::options::InfoOptions;

@@ -5,17 +5,14 @@
 //! | `probe` | which format a file has |
 //! | `policy` | which files an image may name |
 //! | `chain` | the image and what lies below it |
-//! | `info` | what is known of an image, for people |
 
 mod chain;
-mod info;
 mod policy;
 mod probe;
 
 use std::path::{Path, PathBuf};
 
 pub use chain::CHAIN_MAX;
-pub use info::{BitmapInfo, ImageInfo, SnapshotInfo};
 
 use crate::driver::{BlockDriver, Format};
 use crate::error::Result;

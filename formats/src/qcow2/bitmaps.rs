@@ -6,7 +6,7 @@
 use super::extensions::{be_u32, be_u64};
 use super::header::{Autoclear, Header};
 use crate::address::HostOffset;
-use crate::open::BitmapInfo;
+use crate::info::BitmapInfo;
 use crate::storage::Storage;
 use crate::sync::Arc;
 

@@ -6,8 +6,8 @@ use super::extensions::{be_u32, be_u64};
 use super::header::{Header, L1_LEN_MAX, TableLocation, check_place};
 use crate::address::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
+use crate::info::SnapshotInfo;
 use crate::mover::storage_error;
-use crate::open::SnapshotInfo;
 use crate::storage::Storage;
 use crate::sync::Arc;
 

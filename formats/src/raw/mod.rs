@@ -8,11 +8,12 @@ mod guard;
 use std::path::Path;
 
 use crate::address::{GuestRange, HostOffset, HostRange};
-use crate::driver::{BlockDriver, Facts, Format, Provision, State, ZeroRequest};
+use crate::driver::{BlockDriver, Facts, Format, State, ZeroRequest};
 use crate::error::{Error, ErrorKind, Result};
+use crate::info::ImageInfo;
 use crate::mover::{check_writable, checked_range, storage_error};
-use crate::open::ImageInfo;
 use crate::plan::{MapMode, Piece, Place, ReadPlan, SlowReason, StorageId, WritePlan};
+use crate::storage::Provision;
 use crate::storage::{Durability, Storage, StorageKind};
 use crate::sync::Arc;
 use crate::sync::Mutex;

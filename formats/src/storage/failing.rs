@@ -7,7 +7,7 @@ use std::io;
 
 use super::{Durability, Operation, Queue, Run, Storage, StorageFacts, TryRead, engine};
 use crate::address::{HostOffset, HostRange};
-use crate::driver::Provision;
+use crate::storage::Provision;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Arc, Mutex};
 

@@ -21,8 +21,8 @@ use super::{
 };
 use super::{blkdev, cachestat, place};
 use crate::address::{HostOffset, HostRange};
-use crate::driver::Provision;
 use crate::error::{Error, ErrorKind, Result};
+use crate::storage::Provision;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Arc, RwLock, RwLockReadGuard};
 

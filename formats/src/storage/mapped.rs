@@ -14,8 +14,8 @@ use super::{
     Durability, FileStorage, InPlace, Operation, Queue, Run, Storage, StorageFacts, TryRead, engine, place,
 };
 use crate::address::{HostOffset, HostRange};
-use crate::driver::Provision;
 use crate::error::{Error, ErrorKind, Result};
+use crate::storage::Provision;
 use crate::sync::{Arc, RwLock};
 
 /// Bytes whose presence in memory is asked for at a time: bounds the answer, a byte per page, to the

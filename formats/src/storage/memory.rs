@@ -15,7 +15,7 @@ use super::room::{Room, Target};
 use super::{Durability, InPlace, Operation, Queue, Run, Storage, StorageFacts, StorageKind, TryRead};
 use super::{engine, place};
 use crate::address::{HostOffset, HostRange};
-use crate::driver::Provision;
+use crate::storage::Provision;
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicBool, Ordering};
 

@@ -37,7 +37,6 @@ pub use recording::{Change, Fate, FileId, Log, Record, RecordingStorage};
 pub use sparse::SparseBytes;
 
 use crate::address::{HostOffset, HostRange};
-use crate::driver::Provision;
 use crate::sync::Arc;
 
 /// When a change must be durable.
@@ -54,6 +53,17 @@ impl Durability {
     pub fn is_fua(self) -> bool {
         self == Durability::Fua
     }
+}
+
+/// What a zeroing leaves behind. After any of them the range reads as zeroes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Provision {
+    /// Room may be given back (NBD's may-unmap).
+    Unmap,
+    /// Room stays as it is where there is some.
+    Keep,
+    /// Room is there afterwards: later writes do not fail for lack of space (NBD's NO_HOLE).
+    Allocate,
 }
 
 /// What kind of thing a storage is.

@@ -13,7 +13,7 @@ use std::io;
 use super::sparse::SparseBytes;
 use super::{Durability, Operation, POISON, Queue, Run, Storage, StorageFacts, TryRead, engine};
 use crate::address::{HostOffset, HostRange};
-use crate::driver::Provision;
+use crate::storage::Provision;
 use crate::sync::{Arc, Mutex};
 
 /// The unit that reaches a disk whole or not at all: the smallest sector of disks in use.

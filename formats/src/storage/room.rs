@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use super::file::retry;
 use super::{StorageKind, blkdev};
 use crate::address::{HostOffset, HostRange};
-use crate::driver::Provision;
+use crate::storage::Provision;
 use crate::sync::atomic::{AtomicU8, Ordering};
 
 /// Most zeroes written by one call. Our choice: large enough for a disk's full speed.

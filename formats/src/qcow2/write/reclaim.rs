@@ -8,8 +8,8 @@ use super::super::types::HostIndex;
 use super::meta::Freed;
 use super::{Writer, corrupt, satisfy};
 use crate::address::HostRange;
-use crate::driver::Provision;
 use crate::error::Result;
+use crate::storage::Provision;
 
 /// Whether to mind the pins.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

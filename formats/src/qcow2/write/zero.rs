@@ -11,10 +11,11 @@ use super::meta::{Claim, Meta};
 use super::slow::{self, ClaimGuard, reads_zero_without_cluster, whole_clusters};
 use super::{Writer, begin_changes, check_changing, commit, corrupt, satisfy};
 use crate::address::{GuestRange, HostRange};
-use crate::driver::{Provision, ZeroRequest};
+use crate::driver::ZeroRequest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::storage_error;
 use crate::plan::MapMode;
+use crate::storage::Provision;
 use crate::sync::Arc;
 
 /// Bytes of zeroes that are written at a time. Our choice.
