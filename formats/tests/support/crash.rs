@@ -143,7 +143,11 @@ impl Run<'_> {
             |at: u64| blocks.iter().any(|block| *block != 0 && (*block..*block + 512).contains(&at));
         self.log.records().split_off(began).iter().all(|record| match &record.change {
             Change::Write { at, .. } => in_block(at.0),
-            _ => true,
+            Change::Zero { .. }
+            | Change::Discard { .. }
+            | Change::SetLen(_)
+            | Change::Sync
+            | Change::Mark(_) => true,
         })
     }
 
