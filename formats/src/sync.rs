@@ -15,7 +15,11 @@ pub use checked::{Condvar, Mutex, RwLock};
 #[cfg(shuttle)]
 pub use shuttle::sync::{Arc, MutexGuard, RwLockReadGuard, RwLockWriteGuard, Weak, atomic};
 #[cfg(shuttle)]
-pub use shuttle::thread;
+pub mod thread {
+    //! shuttle's threads, and what std knows of all threads.
+    pub use shuttle::thread::*;
+    pub use std::thread::{available_parallelism, panicking};
+}
 #[cfg(shuttle)]
 pub use std::sync::OnceLock;
 

@@ -282,24 +282,40 @@ fn files_of_the_chain_are_locked_as_readers() {
     assert!(opened.driver.pread(0, &mut [0]).is_err(), "closed");
 }
 
+/// Images with what is not written yet, and one that somebody else writes: refused, and not touched.
 #[test]
-fn writing_qcow2_is_refused_and_touches_nothing() {
+fn what_is_not_written_is_refused_and_stays_as_it_is() {
     let scene = Scene::new();
-    let image = scene.folder.create("image.qcow2", "", MIB as u64);
-    qemu_io(&image, &["write -P 1 0 64k".to_owned()]);
-    let before = (std::fs::read(&image).unwrap(), std::fs::metadata(&image).unwrap().modified().unwrap());
-    for format in [None, Some(Format::Qcow2)] {
-        // Somebody else who writes is not in the way: it is not locked at all.
-        let writer = FileOptions { writable: true, direct: false, lock: LockMode::Writer };
-        let _held = FileStorage::open(&image, &writer).unwrap();
-        let options = OpenOptions { writable: true, format, ..OpenOptions::default() };
-        let error = refusal(&image, &options);
-        assert_eq!(error.kind(), ErrorKind::Unsupported);
-        assert!(error.to_string().contains("--read-only"), "{error}");
+    let cases = [
+        ("extended_l2=on", "subclusters"),
+        ("data_file=data.raw", "data file"),
+        ("", "bitmaps"),
+        ("cluster_size=4k", "lock"),
+    ];
+    for (number, (options, said)) in cases.into_iter().enumerate() {
+        let options = options.replace("data.raw", scene.folder.file("data.raw").to_str().unwrap());
+        let image = scene.folder.create(&format!("image{number}.qcow2"), &options, MIB as u64);
+        qemu_io(&image, &["write -P 1 0 64k".to_owned()]);
+        if said == "bitmaps" {
+            qemu("qemu-img", ["bitmap", "--add", image.to_str().unwrap(), "dirty"]);
+        }
+        let before = (std::fs::read(&image).unwrap(), std::fs::metadata(&image).unwrap().modified().unwrap());
+        let reader = FileOptions { writable: false, direct: false, lock: LockMode::Reader };
+        let held = (said == "lock").then(|| FileStorage::open(&image, &reader).unwrap());
+        for format in [None, Some(Format::Qcow2)] {
+            let error = refusal(&image, &OpenOptions { writable: true, format, ..OpenOptions::default() });
+            let kind = if held.is_some() { ErrorKind::Locked } else { ErrorKind::Unsupported };
+            assert_eq!(error.kind(), kind, "{error}");
+            assert!(error.to_string().contains(said), "{error}");
+            assert!(held.is_some() || error.to_string().contains("--read-only"), "{error}");
+        }
+        drop(held);
+        let after = (std::fs::read(&image).unwrap(), std::fs::metadata(&image).unwrap().modified().unwrap());
+        assert!(before == after, "{said}");
+        if said != "data file" {
+            let driver = open_read_only(&image).driver;
+            let refused = driver.pwrite(0, &[1], nbd_img_formats::Durability::Later).unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::ReadOnly);
+        }
     }
-    let after = (std::fs::read(&image).unwrap(), std::fs::metadata(&image).unwrap().modified().unwrap());
-    assert!(before == after);
-    let driver = open_read_only(&image).driver;
-    let refused = driver.pwrite(0, &[1], nbd_img_formats::Durability::Later).unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::ReadOnly);
 }

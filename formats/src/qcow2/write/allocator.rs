@@ -197,7 +197,8 @@ impl Allocator {
         for index in from.0..to.0 {
             let index = HostIndex(index);
             // What no block describes is left alone: it would need a block first.
-            if described && self.refcounts.get(index)? == 0 && self.map.kind(index).is_none() {
+            let listed = self.space.zeroed.contains(index) || self.space.stale.contains(index);
+            if described && !listed && !self.is_used(index)? {
                 self.space.stale.insert(index, 1);
             }
         }
@@ -370,6 +371,24 @@ mod tests {
         assert_eq!(allocator.allocate(), Err(Need::Room(1)));
         allocator.space.extend_to(HostIndex(11));
         assert!(allocator.allocate().is_ok());
+    }
+
+    #[test]
+    fn a_search_finds_what_is_free_and_not_what_is_listed() {
+        let mut allocator = small(16, 40);
+        let handed: Vec<_> = (0..20).map(|_| allocator.allocate().unwrap().host).collect();
+        allocator.space.search_end = allocator.space.fresh;
+        for (number, host) in handed.iter().enumerate().take(10) {
+            let index = HostIndex(host.start().0 / 512);
+            allocator.refcounts.set(index, 0).unwrap();
+            if number % 3 != 0 {
+                allocator.space.give_back(index, 1, number % 3 == 1);
+            }
+        }
+        while allocator.search().unwrap() {}
+        let mut again: Vec<_> = (0..10).map(|_| allocator.allocate().unwrap().host).collect();
+        again.sort_unstable();
+        assert_eq!(again, handed[..10]);
     }
 
     #[test]

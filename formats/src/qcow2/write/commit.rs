@@ -69,6 +69,7 @@ pub fn flush_and_reclaim(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
 /// Commits until nothing is left to do, and gives back what the file was made longer by and not used.
 /// For the end: no plan is made any more, and what old ones still read is not reused.
 pub fn settle(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
+    writer.begin_close();
     flush_and_reclaim(driver, writer)?;
     // A commit lets clusters go, which changes refcounts for the next one.
     for _ in 0..SETTLE_ROUNDS {
@@ -257,13 +258,13 @@ fn sync(driver: &Qcow2Driver, frozen: &mut Frozen) -> Result<()> {
 fn put_back(writer: &Writer, frozen: Frozen) {
     let mut meta = writer.lock();
     meta.allocator.refcounts.unwritten(&frozen.blocks, &frozen.entries);
-    for (number, taken) in frozen.slices {
+    for (number, mut taken) in frozen.slices {
         if frozen.a_durable && taken.extent == Extent::Body {
-            // Its table may have a pointer in the file now: it is a live one.
-            taken.slice.release();
-        } else {
-            meta.put_back(number, taken);
+            // Its table may have a pointer in the file now: it is a live one. It stays dirty, so that
+            // nobody takes what it maps for durable.
+            taken.extent = Extent::Words(0..taken.slice.len());
         }
+        meta.put_back(number, taken);
     }
     meta.dirty_l1.extend(frozen.l1.iter().map(|(index, _)| *index));
     let still_there = meta.allocator.refcounts.table_at() == frozen.table_at;

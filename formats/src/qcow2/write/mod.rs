@@ -72,8 +72,12 @@ pub struct Writer {
     /// The last commit that succeeded: `Meta::done_commit` for those without the lock.
     durable: AtomicU64,
     failed: AtomicBool,
+    /// Nothing is changed any more. Set with the lock of the metadata held.
+    closing: AtomicBool,
     /// One at a time makes the file longer or clears header bits.
     file: Mutex<()>,
+    /// One at a time reads a refcount block. Taken after `file` and before `meta`.
+    loading: Mutex<()>,
     /// The file was made longer than it was at open.
     grown: AtomicBool,
 }
@@ -100,7 +104,9 @@ impl Writer {
             pins: Pins::new(),
             durable: AtomicU64::new(0),
             failed: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
             file: Mutex::new(()),
+            loading: Mutex::new(()),
             grown: AtomicBool::new(false),
         }
     }
@@ -130,6 +136,18 @@ impl Writer {
 
     fn lock(&self) -> MetaGuard<'_> {
         MetaGuard { inner: self.meta.lock(), failed: &self.failed }
+    }
+
+    /// Whether mappings may be changed. What it says holds as long as the caller has the lock.
+    fn accepts(&self, _meta: &Meta) -> bool {
+        !self.is_failed() && !self.closing.load(Ordering::Acquire)
+    }
+
+    /// From here on nothing is changed.
+    fn begin_close(&self) {
+        let _meta = self.lock();
+        self.closing.store(true, Ordering::Release);
+        self.changed.notify_all();
     }
 
     /// Waits until something has changed.
@@ -201,6 +219,17 @@ impl Drop for MetaGuard<'_> {
     }
 }
 
+/// Fails unless mappings may be changed, as long as the caller has the lock.
+fn check_changing(driver: &Qcow2Driver, writer: &Writer, meta: &Meta) -> Result<()> {
+    check_writable(driver)?;
+    if writer.accepts(meta) { Ok(()) } else { Err(closed()) }
+}
+
+/// The error of a change that came too late.
+fn closed() -> Error {
+    Error::new(ErrorKind::Failed, "the image is being closed, or an earlier failure has made it read-only")
+}
+
 /// Sees to what has to be done once before the first change: features that a writer does not know lose
 /// their promise.
 fn begin_changes(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
@@ -234,14 +263,21 @@ fn satisfy(driver: &Qcow2Driver, writer: &Writer, need: Need) -> Result<()> {
 }
 
 fn load_block(driver: &Qcow2Driver, writer: &Writer, block: refcounts::BlockIndex) -> Result<()> {
-    let at = match writer.lock().allocator.refcounts.block_at(block) {
+    // From the look to the end, so that no block is read before, and put into memory after, somebody else
+    // has had it there, changed it and written it.
+    let _loading = writer.loading.lock();
+    let known = {
+        let meta = writer.lock();
+        let refcounts = &meta.allocator.refcounts;
+        if refcounts.has(block) { Ok(None) } else { refcounts.block_at(block) }
+    };
+    let at = match known {
         Ok(Some(at)) => at,
         Ok(None) => return Ok(()),
         Err(_) => return Err(corrupt(driver, writer, "an entry of the refcount table is bad")),
     };
     let mut bytes = vec![0; usize::try_from(writer.geometry.cluster_len()).unwrap_or(0)];
     read_exact(driver.image(), at, &mut bytes)?;
-    // A block never moves and is not written while it is not in memory.
     writer.lock().allocator.refcounts.insert(block, bytes);
     Ok(())
 }

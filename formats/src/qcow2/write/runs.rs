@@ -50,6 +50,12 @@ impl RunSet {
         Some(HostIndex(start))
     }
 
+    /// Whether the cluster is in the set.
+    pub fn contains(&self, index: HostIndex) -> bool {
+        let run = self.runs.range(..=index.0).next_back();
+        run.is_some_and(|(start, len)| index.0 < start + len)
+    }
+
     /// The first cluster of the set.
     pub fn first(&self) -> Option<HostIndex> {
         self.runs.first_key_value().map(|(start, _)| HostIndex(*start))
