@@ -9,7 +9,7 @@
 
 mod support;
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nbd_img_formats::BlockDriver;
@@ -175,12 +175,15 @@ fn fill(maker: &Maker, size: u64, cluster: u64, compressed: bool, snapshot: bool
         (at * cluster, cluster * (1 + random.below(6)).min(clusters - at))
     };
     // First the compressed ones: QEMU compresses only where nothing is yet.
-    let mut places = BTreeSet::new();
-    while compressed && places.len() < 6 {
-        let at = random.below(clusters) * cluster;
-        if places.insert(at) {
-            maker.write(at, &vec![places.len() as u8; cluster as usize], true);
-        }
+    let mut blobs = BTreeMap::new();
+    while compressed && blobs.len() < 8 {
+        let mut bytes = vec![blobs.len() as u8 + 1; cluster as usize];
+        let half = cluster as usize / 2;
+        bytes[..half].copy_from_slice(&random.bytes(half as u64));
+        blobs.insert(random.below(clusters) * cluster, bytes);
+    }
+    if compressed {
+        maker.compress(&blobs.into_iter().collect::<Vec<_>>());
     }
     for round in 0..8 {
         let (at, len) = some(random);

@@ -2,18 +2,18 @@
 //!
 //! It joins tables, translation, decompression and, in an image that is written, the [writer](super::write). It opens nothing itself: files come in [`Parts`].
 
-use super::compressed::{self, ClusterCache};
-use super::header::{Autoclear, Compatible, Header, Incompatible};
-use super::map::{self, Layer, LayerRun, LayerRuns};
+use super::compressed::ClusterCache;
+use super::header::{Compression, Header};
+use super::map::{self, LayerRuns};
 use super::snapshots::{self, Snapshot};
 use super::tables::{ImageNumber, L1Table, TableCache, TableSlice};
-use super::types::{Blob, DataFile, Geometry, GuestCluster};
+use super::types::{DataFile, Geometry, GuestCluster};
 use super::write::{Writer, begin, commit, prepare, slow, zero};
 use super::{bitmaps, header};
 use crate::address::{GuestRange, HostOffset, HostRange};
 use crate::driver::{BlockDriver, Facts, Format, State, ZeroRequest};
 use crate::error::{Error, ErrorKind, Result};
-use crate::mover::{check_writable, checked_range, read_exact, storage_error};
+use crate::mover::{check_writable, checked_range, storage_error};
 use crate::open::{BitmapInfo, ImageInfo};
 use crate::plan::{MapMode, Place, ReadPlan, StorageId, WritePlan};
 use crate::storage::{Durability, Storage};
@@ -146,6 +146,14 @@ impl Qcow2Driver {
         &self.caches.tables
     }
 
+    pub(super) fn clusters(&self) -> &ClusterCache {
+        &self.caches.clusters
+    }
+
+    pub(super) fn compression(&self) -> Compression {
+        self.header.compression
+    }
+
     pub(super) fn number(&self) -> ImageNumber {
         self.number
     }
@@ -234,65 +242,6 @@ impl Qcow2Driver {
     fn flush_if_fua(&self, durability: Durability) -> Result<()> {
         if durability.is_fua() { self.flush() } else { Ok(()) }
     }
-
-    pub(super) fn read_run(&self, run: LayerRun, buf: &mut [u8]) -> Result<()> {
-        match run.layer {
-            Layer::Unallocated => self.read_backing(run.offset, buf),
-            Layer::Zero { .. } => {
-                buf.fill(0);
-                Ok(())
-            }
-            Layer::Data(at) => self.read_data(at, buf),
-            Layer::Compressed(cluster, blob) => self.read_compressed(cluster, blob, run.offset, buf),
-            Layer::Cold => Err(Error::new(ErrorKind::Io, "an L2 table has vanished from memory")),
-        }
-    }
-
-    fn read_backing(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        let Some(backing) = &self.backing else {
-            buf.fill(0);
-            return Ok(());
-        };
-        let inside = backing.size().saturating_sub(offset).min(buf.len() as u64);
-        let (there, behind) = buf.split_at_mut(usize::try_from(inside).unwrap_or(0));
-        behind.fill(0);
-        if there.is_empty() { Ok(()) } else { backing.pread(offset, there) }
-    }
-
-    fn read_data(&self, at: HostOffset, buf: &mut [u8]) -> Result<()> {
-        let present = self.data_present(at, buf.len() as u64, MapMode::Wait)?.unwrap_or(0);
-        let (there, behind) = buf.split_at_mut(usize::try_from(present).unwrap_or(0));
-        behind.fill(0);
-        read_exact(self.data_storage(), at, there)
-    }
-
-    fn read_compressed(&self, cluster: GuestCluster, blob: Blob, offset: u64, buf: &mut [u8]) -> Result<()> {
-        let geometry = self.header.geometry;
-        let len = usize::try_from(geometry.cluster_len()).unwrap_or(0);
-        let make = || compressed::read_cluster(self.image(), blob, self.header.compression, len);
-        let bytes = self.caches.clusters.get_or_make((self.number, cluster), make)?;
-        let from = usize::try_from(geometry.offset_in_cluster(offset)).unwrap_or(usize::MAX);
-        let wanted = bytes.get(from..).and_then(|rest| rest.get(..buf.len()));
-        buf.copy_from_slice(wanted.ok_or_else(|| {
-            Error::new(ErrorKind::Corrupt, "a decompressed cluster is too short").with_offset(offset)
-        })?);
-        Ok(())
-    }
-
-    fn feature_names(&self) -> Vec<String> {
-        let header = &self.header;
-        let mut names = Vec::new();
-        let mut add = |set: bool, name: &str| names.extend(set.then(|| name.to_owned()));
-        add(header.incompatible.contains(Incompatible::DIRTY), "dirty");
-        add(header.incompatible.contains(Incompatible::CORRUPT), "corrupt");
-        add(header.incompatible.contains(Incompatible::DATA_FILE), "external-data-file");
-        add(header.incompatible.contains(Incompatible::COMPRESSION), "compression-type");
-        add(header.incompatible.contains(Incompatible::EXTENDED_L2), "extended-l2");
-        add(header.compatible.contains(Compatible::LAZY_REFCOUNTS), "lazy-refcounts");
-        add(header.autoclear.contains(Autoclear::BITMAPS), "bitmaps");
-        add(header.autoclear.contains(Autoclear::DATA_FILE_RAW), "data-file-raw");
-        names
-    }
 }
 
 impl BlockDriver for Qcow2Driver {
@@ -341,7 +290,7 @@ impl BlockDriver for Qcow2Driver {
             version: Some(header.version),
             refcount_bits: Some(header.refcount_bits),
             compression: Some(header.compression.to_string()),
-            features: self.feature_names(),
+            features: header.feature_names(),
             backing_name: header.backing_name.as_ref().map(text),
             backing_format: header.extensions.backing_format.clone(),
             data_file_name: header.extensions.data_file_name.as_ref().map(text),

@@ -151,6 +151,21 @@ pub struct Header {
 }
 
 impl Header {
+    /// Names of the feature bits that are set, for people.
+    pub fn feature_names(&self) -> Vec<String> {
+        let mut names = Vec::new();
+        let mut add = |set: bool, name: &str| names.extend(set.then(|| name.to_owned()));
+        add(self.incompatible.contains(Incompatible::DIRTY), "dirty");
+        add(self.incompatible.contains(Incompatible::CORRUPT), "corrupt");
+        add(self.incompatible.contains(Incompatible::DATA_FILE), "external-data-file");
+        add(self.incompatible.contains(Incompatible::COMPRESSION), "compression-type");
+        add(self.incompatible.contains(Incompatible::EXTENDED_L2), "extended-l2");
+        add(self.compatible.contains(Compatible::LAZY_REFCOUNTS), "lazy-refcounts");
+        add(self.autoclear.contains(Autoclear::BITMAPS), "bitmaps");
+        add(self.autoclear.contains(Autoclear::DATA_FILE_RAW), "data-file-raw");
+        names
+    }
+
     /// Reads and checks the header of the image in `storage`. Fails with `InvalidFormat` when it is no
     /// qcow2 image, `Unsupported` when it needs what is not here, `Corrupt` when it contradicts itself.
     pub fn load(storage: &Arc<dyn Storage>) -> Result<Self> {

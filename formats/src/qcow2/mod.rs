@@ -7,6 +7,7 @@
 //! | `snapshots`, `bitmaps` | the tables of internal snapshots and dirty bitmaps |
 //! | `tables` | L1 in memory, L2 in slices under a budget |
 //! | `map` | from a guest range to a plan, through the backing chain |
+//! | `read` | the bytes of a run of one layer |
 //! | `compressed` | compressed clusters and their cache |
 //! | `flight` | making a thing once for all who need it at the same time |
 //! | `write` | everything that changes an image |
@@ -22,6 +23,7 @@ mod extensions;
 mod flight;
 mod header;
 mod map;
+mod read;
 mod snapshots;
 mod tables;
 mod types;

@@ -56,6 +56,21 @@ impl Maker {
         self.io(&[format!("{how} -s {} {at} {}", text(&source), content.len())])
     }
 
+    /// Writes whole clusters compressed, in one go: only then QEMU packs the blobs, several to a cluster,
+    /// and some in two.
+    pub fn compress(&self, clusters: &[(u64, Vec<u8>)]) -> &Self {
+        let commands: Vec<_> = clusters
+            .iter()
+            .enumerate()
+            .map(|(number, (at, content))| {
+                let source = self.file(&format!("source-{number}"));
+                std::fs::write(&source, content).unwrap();
+                format!("write -q -c -s {} {at} {}", text(&source), content.len())
+            })
+            .collect();
+        self.io(&commands)
+    }
+
     /// Takes an internal snapshot.
     pub fn snapshot(&self, name: &str) -> &Self {
         run("qemu-img", &["snapshot", "-c", name, text(&self.path())]);

@@ -90,9 +90,8 @@ impl Scene {
         let compressed = if options.contains("refcount_bits=1,") || options.ends_with("refcount_bits=1") {
             0..0
         } else {
-            for cluster in 16..24 {
-                maker.write(cluster * CLUSTER, &painted(cluster * CLUSTER, CLUSTER, IMAGE), true);
-            }
+            let blob = |cluster| (cluster * CLUSTER, painted(cluster * CLUSTER, CLUSTER, IMAGE));
+            maker.compress(&(16..24).map(blob).collect::<Vec<_>>());
             16..24
         };
         if !options.contains("compat=v2") {

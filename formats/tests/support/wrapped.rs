@@ -46,9 +46,13 @@ pub struct Dawdling(pub AtomicU64);
 
 impl Hooks for Dawdling {
     fn pauses(&self) {
-        match self.0.fetch_add(1, Ordering::Relaxed) % 7 {
-            0 => std::thread::sleep(std::time::Duration::from_micros(50)),
-            1 | 2 => std::thread::yield_now(),
+        let number = self.0.fetch_add(1, Ordering::Relaxed);
+        let sleep = |micros| std::thread::sleep(std::time::Duration::from_micros(micros));
+        match (number % 61, number % 7) {
+            // Long enough for a whole commit of somebody else.
+            (0, _) => sleep(2000),
+            (_, 0) => sleep(50),
+            (_, 1 | 2) => std::thread::yield_now(),
             _ => {}
         }
     }

@@ -69,6 +69,7 @@ pub fn flush_and_reclaim(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
 /// Commits until nothing is left to do, and gives back what the file was made longer by and not used.
 /// For the end: no plan is made any more, and what old ones still read is not reused.
 pub fn settle(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
+    writer.begin_close();
     flush_and_reclaim(driver, writer)?;
     // A commit lets clusters go, which changes refcounts for the next one.
     for _ in 0..SETTLE_ROUNDS {

@@ -72,6 +72,8 @@ pub struct Writer {
     /// The last commit that succeeded: `Meta::done_commit` for those without the lock.
     durable: AtomicU64,
     failed: AtomicBool,
+    /// Nothing is changed any more. Set with the lock of the metadata held.
+    closing: AtomicBool,
     /// One at a time makes the file longer or clears header bits.
     file: Mutex<()>,
     /// One at a time reads a refcount block. Taken after `file` and before `meta`.
@@ -102,6 +104,7 @@ impl Writer {
             pins: Pins::new(),
             durable: AtomicU64::new(0),
             failed: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
             file: Mutex::new(()),
             loading: Mutex::new(()),
             grown: AtomicBool::new(false),
@@ -133,6 +136,18 @@ impl Writer {
 
     fn lock(&self) -> MetaGuard<'_> {
         MetaGuard { inner: self.meta.lock(), failed: &self.failed }
+    }
+
+    /// Whether mappings may be changed. What it says holds as long as the caller has the lock.
+    fn accepts(&self, _meta: &Meta) -> bool {
+        !self.is_failed() && !self.closing.load(Ordering::Acquire)
+    }
+
+    /// From here on nothing is changed.
+    fn begin_close(&self) {
+        let _meta = self.lock();
+        self.closing.store(true, Ordering::Release);
+        self.changed.notify_all();
     }
 
     /// Waits until something has changed.
@@ -202,6 +217,17 @@ impl Drop for MetaGuard<'_> {
             self.failed.store(true, Ordering::Release);
         }
     }
+}
+
+/// Fails unless mappings may be changed, as long as the caller has the lock.
+fn check_changing(driver: &Qcow2Driver, writer: &Writer, meta: &Meta) -> Result<()> {
+    check_writable(driver)?;
+    if writer.accepts(meta) { Ok(()) } else { Err(closed()) }
+}
+
+/// The error of a change that came too late.
+fn closed() -> Error {
+    Error::new(ErrorKind::Failed, "the image is being closed, or an earlier failure has made it read-only")
 }
 
 /// Sees to what has to be done once before the first change: features that a writer does not know lose

@@ -13,9 +13,9 @@ use super::super::map;
 use super::super::tables::{SliceKey, TableSlice};
 use super::super::types::{GuestCluster, HostCluster, L2Entry};
 use super::meta::{Claim, Meta};
-use super::{MetaGuard, Writer, begin_changes};
+use super::{MetaGuard, Writer, begin_changes, closed};
 use crate::address::GuestRange;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::plan::{MapMode, Piece, Place, SlowReason, WritePlan};
 use crate::sync::Arc;
 use crate::sync::atomic::Ordering;
@@ -53,17 +53,13 @@ pub fn prepare(
 /// See [`BlockDriver::finish_write`](crate::BlockDriver::finish_write).
 pub fn finish(driver: &Qcow2Driver, writer: &Writer, plan: &mut WritePlan, written: bool) -> Result<()> {
     let write = plan.pin.as_ref().map_or(0, |pin| pin.key() >> super::KEY_EPOCH_BITS);
-    let mut lost = false;
+    let mut mapped = written;
     if write != 0 {
         let claims = writer.lock().writes.remove(&write).unwrap_or_default();
-        lost = writer.is_failed();
-        end_claims(driver, writer, claims, written && !lost);
+        mapped = end_claims(driver, writer, claims, written);
     }
     plan.reset();
-    if lost {
-        return Err(Error::new(ErrorKind::Failed, "an earlier failure has made the image read-only"));
-    }
-    Ok(())
+    if mapped == written { Ok(()) } else { Err(closed()) }
 }
 
 /// Ends a planned write that nobody finished: its clusters go back.
@@ -76,12 +72,14 @@ pub fn abandon(writer: &Writer, write: u64) {
     writer.changed.notify_all();
 }
 
-/// Maps what was claimed, or gives it back.
-pub fn end_claims(driver: &Qcow2Driver, writer: &Writer, claims: Vec<Claim>, written: bool) {
+/// Maps what was claimed if it was `written` and the image still takes changes; else gives it back.
+/// Returns whether it was mapped.
+pub fn end_claims(driver: &Qcow2Driver, writer: &Writer, claims: Vec<Claim>, written: bool) -> bool {
     let mut meta = writer.lock();
+    let mapped = written && writer.accepts(&meta);
     let mut fault = None;
     for claim in claims {
-        if written {
+        if mapped {
             fault = publish(driver, &mut meta, &claim).err().or(fault);
             claim.slice.release();
             meta.claims.remove(&claim.cluster);
@@ -93,7 +91,9 @@ pub fn end_claims(driver: &Qcow2Driver, writer: &Writer, claims: Vec<Claim>, wri
     drop(meta);
     if let Some(fault) = fault {
         writer.fail(fault);
+        return false;
     }
+    mapped
 }
 
 fn drop_claim(writer: &Writer, meta: &mut Meta, claim: &Claim) {
@@ -244,7 +244,7 @@ impl<'a> Changing<'a> {
         let held = driver.tables().hold(key, slice);
         let owned = geometry.is_owned(driver.l1().raw(geometry.l1_index(part.offset())));
         let room = meta.dirty_len() < writer.options.dirty_len_max;
-        let possible = held && owned && room && !slice.is_suspect() && !writer.is_failed();
+        let possible = held && owned && room && !slice.is_suspect() && writer.accepts(&meta);
         Changing { driver, meta, slice, key, possible, held }
     }
 

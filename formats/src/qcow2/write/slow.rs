@@ -10,10 +10,10 @@ use super::super::types::{GuestCluster, HostCluster, L2Entry, SliceNumber};
 use super::allocator::Need;
 use super::meta::{Claim, Extent};
 use super::metadata_map::Kind;
-use super::{Writer, begin_changes, commit, corrupt, prepare, satisfy};
+use super::{Writer, begin_changes, check_changing, closed, commit, corrupt, prepare, satisfy};
 use crate::address::{GuestRange, HostOffset};
 use crate::error::{Error, ErrorKind, Result};
-use crate::mover::{check_writable, storage_error};
+use crate::mover::storage_error;
 use crate::plan::MapMode;
 use crate::storage::Durability;
 use crate::sync::Arc;
@@ -80,10 +80,10 @@ fn step(
     let key = SliceKey { image: driver.number(), slice: geometry.slice_of(start) };
     let mut meta = writer.lock();
     while meta.claims.contains(&cluster) {
-        check_writable(driver)?;
+        check_changing(driver, writer, &meta)?;
         writer.wait(&mut meta);
     }
-    check_writable(driver)?;
+    check_changing(driver, writer, &meta)?;
     if !geometry.is_owned(driver.l1().raw(geometry.l1_index(start))) || !driver.tables().hold(key, slice) {
         return Ok(Step::Again);
     }
@@ -215,7 +215,7 @@ pub fn own_table(driver: &Qcow2Driver, writer: &Writer, offset: u64) -> Result<(
         if driver.l1().raw(index) != raw {
             continue;
         }
-        check_writable(driver)?;
+        check_changing(driver, writer, &meta)?;
         let host = match meta.allocator.allocate_metadata(Kind::L2) {
             Ok(host) => host,
             Err(need) => {
@@ -317,11 +317,8 @@ impl ClaimGuard {
 
     /// Maps the cluster.
     pub fn publish(mut self, driver: &Qcow2Driver) -> Result<()> {
-        check_writable(driver)?;
-        if let Some(claim) = self.claim.take() {
-            prepare::end_claims(driver, &self.writer, vec![claim], true);
-        }
-        Ok(())
+        let Some(claim) = self.claim.take() else { return Err(closed()) };
+        if prepare::end_claims(driver, &self.writer, vec![claim], true) { Ok(()) } else { Err(closed()) }
     }
 }
 

@@ -9,11 +9,11 @@ use super::super::types::{GuestCluster, HostCluster, L2Entry};
 use super::allocator::Need;
 use super::meta::{Claim, Meta};
 use super::slow::{self, ClaimGuard, reads_zero_without_cluster, whole_clusters};
-use super::{Writer, begin_changes, commit, corrupt, satisfy};
+use super::{Writer, begin_changes, check_changing, commit, corrupt, satisfy};
 use crate::address::{GuestRange, HostRange};
 use crate::driver::{Provision, ZeroRequest};
 use crate::error::{Error, ErrorKind, Result};
-use crate::mover::{check_writable, storage_error};
+use crate::mover::storage_error;
 use crate::plan::MapMode;
 use crate::sync::Arc;
 
@@ -187,7 +187,7 @@ fn change_slice(driver: &Qcow2Driver, writer: &Arc<Writer>, part: GuestRange, go
     let Some(slice) = map::slice_at(driver, part.offset(), MapMode::Wait)? else { return Ok(0) };
     let key = SliceKey { image: driver.number(), slice: geometry.slice_of(part.offset()) };
     let mut meta = writer.lock();
-    check_writable(driver)?;
+    check_changing(driver, writer, &meta)?;
     if !geometry.is_owned(driver.l1().raw(geometry.l1_index(part.offset())))
         || !driver.tables().hold(key, &slice)
     {
@@ -325,10 +325,10 @@ fn place_for(
     let key = SliceKey { image: driver.number(), slice: geometry.slice_of(start) };
     let mut meta = writer.lock();
     while meta.claims.contains(&cluster) {
-        check_writable(driver)?;
+        check_changing(driver, writer, &meta)?;
         writer.wait(&mut meta);
     }
-    check_writable(driver)?;
+    check_changing(driver, writer, &meta)?;
     if !geometry.is_owned(driver.l1().raw(geometry.l1_index(start))) {
         return Ok(Place::Again);
     }

@@ -1,0 +1,56 @@
+//! Reading what a run of one layer is: the bytes behind a [`LayerRun`].
+
+use super::compressed;
+use super::driver::Qcow2Driver;
+use super::map::{Layer, LayerRun};
+use super::types::{Blob, GuestCluster};
+use crate::address::HostOffset;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mover::read_exact;
+use crate::plan::MapMode;
+
+impl Qcow2Driver {
+    pub(super) fn read_run(&self, run: LayerRun, buf: &mut [u8]) -> Result<()> {
+        match run.layer {
+            Layer::Unallocated => self.read_backing(run.offset, buf),
+            Layer::Zero { .. } => {
+                buf.fill(0);
+                Ok(())
+            }
+            Layer::Data(at) => self.read_data(at, buf),
+            Layer::Compressed(cluster, blob) => self.read_compressed(cluster, blob, run.offset, buf),
+            Layer::Cold => Err(Error::new(ErrorKind::Io, "an L2 table has vanished from memory")),
+        }
+    }
+
+    fn read_backing(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let Some(backing) = self.backing() else {
+            buf.fill(0);
+            return Ok(());
+        };
+        let inside = backing.size().saturating_sub(offset).min(buf.len() as u64);
+        let (there, behind) = buf.split_at_mut(usize::try_from(inside).unwrap_or(0));
+        behind.fill(0);
+        if there.is_empty() { Ok(()) } else { backing.pread(offset, there) }
+    }
+
+    fn read_data(&self, at: HostOffset, buf: &mut [u8]) -> Result<()> {
+        let present = self.data_present(at, buf.len() as u64, MapMode::Wait)?.unwrap_or(0);
+        let (there, behind) = buf.split_at_mut(usize::try_from(present).unwrap_or(0));
+        behind.fill(0);
+        read_exact(self.data_storage(), at, there)
+    }
+
+    fn read_compressed(&self, cluster: GuestCluster, blob: Blob, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let geometry = self.geometry();
+        let len = usize::try_from(geometry.cluster_len()).unwrap_or(0);
+        let make = || compressed::read_cluster(self.image(), blob, self.compression(), len);
+        let bytes = self.clusters().get_or_make((self.number(), cluster), make)?;
+        let from = usize::try_from(geometry.offset_in_cluster(offset)).unwrap_or(usize::MAX);
+        let wanted = bytes.get(from..).and_then(|rest| rest.get(..buf.len()));
+        buf.copy_from_slice(wanted.ok_or_else(|| {
+            Error::new(ErrorKind::Corrupt, "a decompressed cluster is too short").with_offset(offset)
+        })?);
+        Ok(())
+    }
+}

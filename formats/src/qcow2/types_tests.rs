@@ -1,0 +1,98 @@
+//! Tests of [`types`](super).
+
+use super::*;
+
+fn plain(cluster_bits: u32) -> Geometry {
+    Geometry::new(cluster_bits, false, 3, DataFile::Internal)
+}
+
+#[test]
+fn tables_cover_what_the_specification_says() {
+    assert_eq!(plain(16).l2_coverage_len(), 512 << 20);
+    assert_eq!(plain(9).l2_coverage_len(), 32 << 10);
+    assert_eq!(plain(21).l2_coverage_len(), 512 << 30);
+    assert_eq!(plain(21).slice_coverage_len(), 16 << 30);
+    let extended = Geometry::new(16, true, 3, DataFile::Internal);
+    assert_eq!(extended.l2_coverage_len(), 256 << 20);
+    assert_eq!(extended.subcluster_len(), 2048);
+    assert_eq!(plain(16).l1_entries_for(0), 0);
+    assert_eq!(plain(16).l1_entries_for((512 << 20) + 1), 2);
+}
+
+#[test]
+fn slices_number_the_guest_disk_without_gaps() {
+    let geometry = plain(20);
+    let coverage = geometry.slice_coverage_len();
+    assert_eq!(geometry.slice_of(coverage * 17 - 1), SliceNumber(16));
+    assert_eq!(geometry.slice_offset_in_table(SliceNumber(16)), 0);
+    assert_eq!(geometry.slice_offset_in_table(SliceNumber(17)), 64 << 10);
+    let last = geometry.cluster_of(coverage * 17 - 1);
+    assert_eq!(geometry.index_in_slice(last), 8191);
+}
+
+#[test]
+fn standard_entries() {
+    let g = plain(16);
+    let decode = |raw| g.decode_l2(raw, 0, GuestCluster(0));
+    assert_eq!(decode(0), Ok(L2Entry::Unallocated));
+    assert_eq!(decode(L2_COPIED), Ok(L2Entry::Unallocated));
+    assert_eq!(decode(1), Ok(L2Entry::Zero { host: None }));
+    assert_eq!(decode(L2_COPIED | 0x50000), Ok(L2Entry::Data { host: HostCluster(0x50000), copied: true }));
+    assert_eq!(decode(0x50001), Ok(L2Entry::Zero { host: Some(HostCluster(0x50000)) }));
+    assert_eq!(decode(0x50200), Err(EntryFault::Misaligned));
+    assert_eq!(decode(0x50002), Err(EntryFault::ReservedBits));
+    // The two pokes of QEMU's iotest 080.
+    assert_eq!(decode(0xbfff_ffff_ffff_0000), Err(EntryFault::ReservedBits));
+    assert_eq!(
+        decode(0x8000_00ff_ffff_0000),
+        Ok(L2Entry::Data { host: HostCluster(0xff_ffff_0000), copied: true })
+    );
+    let v2 = Geometry::new(16, false, 2, DataFile::Internal);
+    assert_eq!(v2.decode_l2(1, 0, GuestCluster(0)), Err(EntryFault::ZeroFlagInVersion2));
+}
+
+#[test]
+fn compressed_descriptors_split_by_cluster_length() {
+    for bits in CLUSTER_BITS_MIN..=CLUSTER_BITS_MAX {
+        let offset_bits = 62 - (bits - 8);
+        let raw = L2_COMPRESSED | 3 << offset_bits.min(60) | 0x1234;
+        let Ok(L2Entry::Compressed(blob)) = plain(bits).decode_l2(raw, 0, GuestCluster(0)) else {
+            // At 512 bytes one bit is left for the sectors, so 3 << 60 reaches into the offset.
+            assert_eq!(bits, 9);
+            continue;
+        };
+        assert_eq!(blob.at, HostOffset(0x1234));
+        assert_eq!(blob.len_max, 4 * 512 - 0x34);
+    }
+    let largest = plain(21).decode_l2(L2_COMPRESSED | ((1 << 62) - (1 << 49)), 0, GuestCluster(0));
+    assert_eq!(largest, Ok(L2Entry::Compressed(Blob { at: HostOffset(0), len_max: 4 << 20 })));
+}
+
+#[test]
+fn external_data_files_use_offset_zero() {
+    let external = Geometry::new(16, false, 3, DataFile::External);
+    let entry = external.decode_l2(L2_COPIED, 0, GuestCluster(5));
+    assert_eq!(entry, Ok(L2Entry::Data { host: HostCluster(0), copied: true }));
+    assert_eq!(external.decode_l2(0, 0, GuestCluster(5)), Ok(L2Entry::Unallocated));
+    let raw = Geometry::new(16, false, 3, DataFile::ExternalRaw);
+    assert_eq!(raw.decode_l2(L2_COPIED, 0, GuestCluster(5)), Err(EntryFault::NotTheGuestOffset));
+    let fault = external.decode_l2(L2_COMPRESSED, 0, GuestCluster(0));
+    assert_eq!(fault, Err(EntryFault::CompressedWithDataFile));
+}
+
+#[test]
+fn subclusters_run() {
+    let g = Geometry::new(16, true, 3, DataFile::Internal);
+    let Ok(L2Entry::Split { host: Some(_), subclusters }) =
+        g.decode_l2(0x50000, 0x0000_00f0_8000_000f, GuestCluster(0))
+    else {
+        panic!("the entry is good")
+    };
+    assert_eq!(subclusters.run_from(0), (Subcluster::Data, 4));
+    assert_eq!(subclusters.run_from(5), (Subcluster::Zero, 3));
+    assert_eq!(subclusters.run_from(8), (Subcluster::Unallocated, 23));
+    assert_eq!(subclusters.run_from(31), (Subcluster::Data, 1));
+    assert_eq!(g.decode_l2(0x50000, 1 << 32 | 1, GuestCluster(0)), Err(EntryFault::BadSubclusters));
+    assert_eq!(g.decode_l2(0, 1, GuestCluster(0)), Err(EntryFault::BadSubclusters));
+    assert_eq!(g.decode_l2(0x50001, 0, GuestCluster(0)), Err(EntryFault::ReservedBits));
+}
