@@ -6,11 +6,10 @@
 mod support;
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use support::client::{Client, Request, Wishes};
@@ -208,13 +207,15 @@ fn images_in_use_are_not_written() {
     make(folder, "");
     qemu_img(folder, "create -f qcow2 -b disk -F qcow2 overlay");
     let mut holder = tool("qemu-io");
-    holder.current_dir(folder).args(["-f", "qcow2", "overlay"]).stdin(Stdio::piped()).stdout(Stdio::null());
+    holder.current_dir(folder).args(["-f", "qcow2", "overlay"]).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut holder = holder.spawn().unwrap();
     let pid = holder.id();
-    let begin = Instant::now();
-    while !holds_locks(pid, &folder.join("overlay")) {
-        assert!(begin.elapsed() < Duration::from_secs(20), "qemu-io does not open the image");
-        thread::sleep(Duration::from_millis(10));
+    // It has the image when it has done something with it.
+    holder.stdin.as_mut().unwrap().write_all(b"read -P 0x31 0 512\n").unwrap();
+    let mut said = BufReader::new(holder.stdout.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("read 512/512") {
+        assert!(said.read_line(&mut line).unwrap() > 0, "qemu-io is gone: {line}");
     }
     for image in ["overlay", "disk"] {
         let refusal = Serve::image(folder.join(image)).format("qcow2").start_refused();
@@ -231,16 +232,6 @@ fn images_in_use_are_not_written() {
     Serve::image(folder.join("disk")).format("qcow2").read_only().start().stop();
     server.stop();
     Serve::image(folder.join("disk")).format("qcow2").start().stop();
-}
-
-/// Whether `pid` has the image open and its locks are in place: /proc/locks names no owner of OFD locks, so by inode.
-fn holds_locks(pid: u32, image: &Path) -> bool {
-    let inode = format!(":{} ", fs::metadata(image).unwrap().ino());
-    let open = fs::read_dir(format!("/proc/{pid}/fd"))
-        .unwrap()
-        .any(|fd| fs::read_link(fd.unwrap().path()).is_ok_and(|target| target == image));
-    open && fs::read_to_string("/proc/locks").unwrap().lines().filter(|line| line.contains(&inode)).count()
-        > 4
 }
 
 /// An image with lazy refcounts that QEMU left open: its refcounts are wrong and it says so.
