@@ -60,7 +60,6 @@ fn a_full_file_system_below_an_overlay() {
 /// Writes until there is no room, in pieces that need copy-on-write, then makes room and goes on.
 fn full_file_system(made_by: &str, old: u8) {
     const LEN: usize = 64 << 20;
-    const PIECE: usize = 72 << 10;
     let outside = scratch("outside");
     let small = SmallFileSystem::mount(24 << 20);
     let folder = small.path();
@@ -78,38 +77,16 @@ fn full_file_system(made_by: &str, old: u8) {
     let mut client = Client::unix(server.socket(), "", Wishes::STRUCTURED);
     let mut shadow = vec![old; LEN];
     let mut rng = Rng::new("full");
-    let (mut refused, mut full) = (0, true);
-    for at in (1234..LEN - PIECE).step_by(PIECE) {
-        let data = rng.bytes(PIECE);
-        let reply = client.ask(Request::new(command::WRITE, at as u64, PIECE), &data);
-        match reply.error {
-            0 => shadow[at..at + PIECE].copy_from_slice(&data),
-            errno::ENOSPC => {
-                refused += 1;
-                // Some of it may be there, in whole sectors of either, and nothing else.
-                let found = client.read(at as u64, PIECE);
-                let old = &shadow[at..at + PIECE];
-                let known = found.iter().enumerate().all(|(i, &byte)| byte == data[i] || byte == old[i]);
-                assert!(known, "after ENOSPC at {at:#x} there are bytes that nobody wrote");
-                shadow[at..at + PIECE].copy_from_slice(&found);
-            }
-            other => panic!("error {other} for want of room: {}", reply.text),
-        }
-        if refused == 5 && full {
-            full = false;
-            // What has its room is written as ever.
-            let data = rng.bytes(4096);
-            client.write(4096, &data);
-            shadow[4096..8192].copy_from_slice(&data);
-            assert_same("while it is full", &client.read_all(), &shadow);
-            fs::remove_file(folder.join("ballast-1")).unwrap();
-            client.flush();
-        }
-        if refused > 10 {
-            break;
-        }
-    }
-    assert!(refused > 10, "{refused} writes were refused: the file system was never full");
+    let mut next = 1234;
+    write_until_refused(&mut client, &mut shadow, &mut next, &mut rng, 5);
+    // What has its room is written as ever.
+    let data = rng.bytes(4096);
+    client.write(4096, &data);
+    shadow[4096..8192].copy_from_slice(&data);
+    assert_same("while it is full", &client.read_all(), &shadow);
+    fs::remove_file(folder.join("ballast-1")).unwrap();
+    client.flush();
+    write_until_refused(&mut client, &mut shadow, &mut next, &mut rng, 6);
     // The metadata may find no room; then the flush says so, and succeeds when there is some.
     let reply = client.ask(Request::new(command::FLUSH, 0, 0), &[]);
     assert!([0, errno::ENOSPC].contains(&reply.error), "flush: {reply:?}");
@@ -131,6 +108,38 @@ fn full_file_system(made_by: &str, old: u8) {
     qcow2::check_clean(folder, "disk");
     qemu_img(folder, &format!("convert -f qcow2 -O raw disk {}", outside.path().join("copy").display()));
     assert_same("as QEMU reads it", &fs::read(outside.path().join("copy")).unwrap(), &shadow);
+}
+
+/// Writes pieces from `next` on until so many were refused for want of room.
+fn write_until_refused(
+    client: &mut Client,
+    shadow: &mut [u8],
+    next: &mut usize,
+    rng: &mut Rng,
+    times: usize,
+) {
+    const PIECE: usize = 72 << 10;
+    let mut refused = 0;
+    while refused < times {
+        let range = *next..*next + PIECE;
+        *next = range.end;
+        assert!(range.end <= shadow.len(), "the file system was never full");
+        let data = rng.bytes(PIECE);
+        let reply = client.ask(Request::new(command::WRITE, range.start as u64, PIECE), &data);
+        match reply.error {
+            0 => shadow[range].copy_from_slice(&data),
+            errno::ENOSPC => {
+                refused += 1;
+                // Some of it may be there, and nothing that is neither old nor new.
+                let found = client.read(range.start as u64, PIECE);
+                let (old, at) = (&shadow[range.clone()], range.start);
+                let known = found.iter().enumerate().all(|(i, &byte)| byte == data[i] || byte == old[i]);
+                assert!(known, "after ENOSPC at {at:#x} there are bytes that nobody wrote");
+                shadow[range].copy_from_slice(&found);
+            }
+            other => panic!("error {other} for want of room: {}", reply.text),
+        }
+    }
 }
 
 /// Makes an image `disk` with `make`, and wants a read-write open to say all of `hints`, to change nothing, and to tell of
