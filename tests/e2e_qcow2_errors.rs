@@ -6,11 +6,10 @@
 mod support;
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use support::client::{Client, Request, Wishes};
@@ -61,7 +60,6 @@ fn a_full_file_system_below_an_overlay() {
 /// Writes until there is no room, in pieces that need copy-on-write, then makes room and goes on.
 fn full_file_system(made_by: &str, old: u8) {
     const LEN: usize = 64 << 20;
-    const PIECE: usize = 72 << 10;
     let outside = scratch("outside");
     let small = SmallFileSystem::mount(24 << 20);
     let folder = small.path();
@@ -79,38 +77,16 @@ fn full_file_system(made_by: &str, old: u8) {
     let mut client = Client::unix(server.socket(), "", Wishes::STRUCTURED);
     let mut shadow = vec![old; LEN];
     let mut rng = Rng::new("full");
-    let (mut refused, mut full) = (0, true);
-    for at in (1234..LEN - PIECE).step_by(PIECE) {
-        let data = rng.bytes(PIECE);
-        let reply = client.ask(Request::new(command::WRITE, at as u64, PIECE), &data);
-        match reply.error {
-            0 => shadow[at..at + PIECE].copy_from_slice(&data),
-            errno::ENOSPC => {
-                refused += 1;
-                // Some of it may be there, in whole sectors of either, and nothing else.
-                let found = client.read(at as u64, PIECE);
-                let old = &shadow[at..at + PIECE];
-                let known = found.iter().enumerate().all(|(i, &byte)| byte == data[i] || byte == old[i]);
-                assert!(known, "after ENOSPC at {at:#x} there are bytes that nobody wrote");
-                shadow[at..at + PIECE].copy_from_slice(&found);
-            }
-            other => panic!("error {other} for want of room: {}", reply.text),
-        }
-        if refused == 5 && full {
-            full = false;
-            // What has its room is written as ever.
-            let data = rng.bytes(4096);
-            client.write(4096, &data);
-            shadow[4096..8192].copy_from_slice(&data);
-            assert_same("while it is full", &client.read_all(), &shadow);
-            fs::remove_file(folder.join("ballast-1")).unwrap();
-            client.flush();
-        }
-        if refused > 10 {
-            break;
-        }
-    }
-    assert!(refused > 10, "{refused} writes were refused: the file system was never full");
+    let mut next = 1234;
+    write_until_refused(&mut client, &mut shadow, &mut next, &mut rng, 5);
+    // What has its room is written as ever.
+    let data = rng.bytes(4096);
+    client.write(4096, &data);
+    shadow[4096..8192].copy_from_slice(&data);
+    assert_same("while it is full", &client.read_all(), &shadow);
+    fs::remove_file(folder.join("ballast-1")).unwrap();
+    client.flush();
+    write_until_refused(&mut client, &mut shadow, &mut next, &mut rng, 6);
     // The metadata may find no room; then the flush says so, and succeeds when there is some.
     let reply = client.ask(Request::new(command::FLUSH, 0, 0), &[]);
     assert!([0, errno::ENOSPC].contains(&reply.error), "flush: {reply:?}");
@@ -132,6 +108,38 @@ fn full_file_system(made_by: &str, old: u8) {
     qcow2::check_clean(folder, "disk");
     qemu_img(folder, &format!("convert -f qcow2 -O raw disk {}", outside.path().join("copy").display()));
     assert_same("as QEMU reads it", &fs::read(outside.path().join("copy")).unwrap(), &shadow);
+}
+
+/// Writes pieces from `next` on until so many were refused for want of room.
+fn write_until_refused(
+    client: &mut Client,
+    shadow: &mut [u8],
+    next: &mut usize,
+    rng: &mut Rng,
+    times: usize,
+) {
+    const PIECE: usize = 72 << 10;
+    let mut refused = 0;
+    while refused < times {
+        let range = *next..*next + PIECE;
+        *next = range.end;
+        assert!(range.end <= shadow.len(), "the file system was never full");
+        let data = rng.bytes(PIECE);
+        let reply = client.ask(Request::new(command::WRITE, range.start as u64, PIECE), &data);
+        match reply.error {
+            0 => shadow[range].copy_from_slice(&data),
+            errno::ENOSPC => {
+                refused += 1;
+                // Some of it may be there, and nothing that is neither old nor new.
+                let found = client.read(range.start as u64, PIECE);
+                let (old, at) = (&shadow[range.clone()], range.start);
+                let known = found.iter().enumerate().all(|(i, &byte)| byte == data[i] || byte == old[i]);
+                assert!(known, "after ENOSPC at {at:#x} there are bytes that nobody wrote");
+                shadow[range].copy_from_slice(&found);
+            }
+            other => panic!("error {other} for want of room: {}", reply.text),
+        }
+    }
 }
 
 /// Makes an image `disk` with `make`, and wants a read-write open to say all of `hints`, to change nothing, and to tell of
@@ -208,13 +216,15 @@ fn images_in_use_are_not_written() {
     make(folder, "");
     qemu_img(folder, "create -f qcow2 -b disk -F qcow2 overlay");
     let mut holder = tool("qemu-io");
-    holder.current_dir(folder).args(["-f", "qcow2", "overlay"]).stdin(Stdio::piped()).stdout(Stdio::null());
+    holder.current_dir(folder).args(["-f", "qcow2", "overlay"]).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut holder = holder.spawn().unwrap();
     let pid = holder.id();
-    let begin = Instant::now();
-    while !holds_locks(pid, &folder.join("overlay")) {
-        assert!(begin.elapsed() < Duration::from_secs(20), "qemu-io does not open the image");
-        thread::sleep(Duration::from_millis(10));
+    // It has the image when it has done something with it.
+    holder.stdin.as_mut().unwrap().write_all(b"read -P 0x31 0 512\n").unwrap();
+    let mut said = BufReader::new(holder.stdout.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("read 512/512") {
+        assert!(said.read_line(&mut line).unwrap() > 0, "qemu-io is gone: {line}");
     }
     for image in ["overlay", "disk"] {
         let refusal = Serve::image(folder.join(image)).format("qcow2").start_refused();
@@ -231,16 +241,6 @@ fn images_in_use_are_not_written() {
     Serve::image(folder.join("disk")).format("qcow2").read_only().start().stop();
     server.stop();
     Serve::image(folder.join("disk")).format("qcow2").start().stop();
-}
-
-/// Whether `pid` has the image open and its locks are in place: /proc/locks names no owner of OFD locks, so by inode.
-fn holds_locks(pid: u32, image: &Path) -> bool {
-    let inode = format!(":{} ", fs::metadata(image).unwrap().ino());
-    let open = fs::read_dir(format!("/proc/{pid}/fd"))
-        .unwrap()
-        .any(|fd| fs::read_link(fd.unwrap().path()).is_ok_and(|target| target == image));
-    open && fs::read_to_string("/proc/locks").unwrap().lines().filter(|line| line.contains(&inode)).count()
-        >= 4
 }
 
 /// An image with lazy refcounts that QEMU left open: its refcounts are wrong and it says so.
