@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use nbd_img_formats::plan::{MapMode, Place, ReadPlan, WritePlan};
 use nbd_img_formats::qcow2::WriteOptions;
-use nbd_img_formats::storage::{CallClass, Change, Fault, Faults, Log, MemoryStorage};
+use nbd_img_formats::storage::{CallClass, Change, Fault, Faults, Log, MemoryOptions, MemoryStorage};
 use nbd_img_formats::sync::Arc;
 use nbd_img_formats::{
     BlockDriver, Durability, ErrorKind, GuestRange, HostOffset, Provision, State, Storage, ZeroRequest,
@@ -289,4 +289,24 @@ fn unknown_autoclear_bits_are_cleared_by_the_first_change() {
     let path = folder.file("again.qcow2");
     std::fs::write(&path, bytes_of(&*memory)).unwrap();
     qemu_io(&path, &["read -P 1 0 1".to_owned()]);
+}
+
+/// Refcounts of less than a byte end inside of one; what it counts behind the end of a device is not there.
+#[test]
+fn nothing_behind_the_end_of_a_device_is_handed_out() {
+    let folder = Folder::new();
+    for bits in [1, 2, 4, 8] {
+        let options = format!("cluster_size=512,refcount_bits={bits}");
+        let image = bytes_of(&*memory_of(&folder, &options, 40 * KIB));
+        let len = (image.len() as u64).next_multiple_of(512);
+        assert_ne!(len / 512 % 8, 0, "the image is to end inside of a byte of refcounts");
+        let device = MemoryStorage::with(MemoryOptions { len, grows: false, poisoned: false }).unwrap();
+        device.pwrite(&image, HostOffset(0), Durability::Later).unwrap();
+        let driver = open_kept(&device);
+        let error = driver.pwrite(0, &[7; 512], Durability::Later).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NoSpace, "{bits}: {error}");
+        driver.flush().unwrap();
+        driver.close().unwrap();
+        check(&folder, &device, &vec![0; 40 * KIB as usize]);
+    }
 }

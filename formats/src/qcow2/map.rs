@@ -94,22 +94,25 @@ pub fn slice_at(driver: &Qcow2Driver, offset: u64, mode: MapMode) -> Result<Opti
     match mode {
         MapMode::Try => Ok(driver.tables().get(key)),
         MapMode::Wait | MapMode::Holes => {
-            driver.tables().get_or_load(key, || load_slice(driver, offset)).map(Some)
+            let load = |at| load_slice(driver, at);
+            driver.tables().get_or_load(key, || locate_slice(driver, offset), load).map(Some)
         }
     }
 }
 
-/// Where the table lies is looked up only now: as long as this load is under way nobody else has the
-/// slice, so nobody can move or change the table.
-fn load_slice(driver: &Qcow2Driver, offset: u64) -> Result<TableSlice> {
+/// Where the slice for the guest's byte at `offset` lies as things are now.
+fn locate_slice(driver: &Qcow2Driver, offset: u64) -> Result<HostOffset> {
     let geometry = driver.geometry();
     let fail = |fault| bad_entry(driver, "L1", offset, fault);
     let table = driver.l1().l2_table(offset).map_err(fail)?;
     let table = table.ok_or_else(|| {
         Error::new(ErrorKind::Corrupt, "an L2 table has vanished").with_path(&driver.image().facts().path)
     })?;
-    let at = table.at(geometry.slice_offset_in_table(geometry.slice_of(offset)));
-    let slice = TableSlice::load(driver.image(), at, geometry)
+    Ok(table.at(geometry.slice_offset_in_table(geometry.slice_of(offset))))
+}
+
+fn load_slice(driver: &Qcow2Driver, at: HostOffset) -> Result<TableSlice> {
+    let slice = TableSlice::load(driver.image(), at, driver.geometry())
         .map_err(|e| e.with_path(&driver.image().facts().path))?;
     Ok(driver.checked_slice(slice))
 }

@@ -253,25 +253,32 @@ impl TableCache {
         Some(Arc::clone(&slot.slice))
     }
 
-    /// The slice, read by `load` if it is not in memory.
+    /// The slice, read by `load` from where `locate` says if it is not in memory. Where the table moves
+    /// meanwhile, it is read anew: whoever moves one [puts its slices here](Self::hold_or_insert) first.
     pub fn get_or_load(
         &self,
         key: SliceKey,
-        load: impl FnOnce() -> Result<TableSlice>,
+        locate: impl Fn() -> Result<HostOffset>,
+        load: impl Fn(HostOffset) -> Result<TableSlice>,
     ) -> Result<Arc<TableSlice>> {
         if let Some(slice) = self.get(key) {
             return Ok(slice);
         }
         self.loading.join(key, || {
-            // It may have come between the look above and here.
-            if let Some(slice) = self.get(key) {
-                return Ok(slice);
-            }
-            self.loads.fetch_add(1, Ordering::Relaxed);
-            let slice = Arc::new(load()?);
-            match self.set_of(key) {
-                Some(set) => Ok(set.write().insert(key, slice, self.ways)),
-                None => Ok(slice),
+            loop {
+                // It may have come between the look above and here.
+                if let Some(slice) = self.get(key) {
+                    return Ok(slice);
+                }
+                self.loads.fetch_add(1, Ordering::Relaxed);
+                let at = locate()?;
+                let slice = Arc::new(load(at)?);
+                let Some(set) = self.set_of(key) else { return Ok(slice) };
+                let mut set = set.write();
+                // A table that has moved may have been changed, written and dropped from here since.
+                if locate()? == at {
+                    return Ok(set.insert(key, slice, self.ways));
+                }
             }
         })
     }
@@ -375,6 +382,10 @@ mod tests {
         TableSlice::of_words(std::iter::repeat_n(word, 64), geometry)
     }
 
+    fn here() -> Result<HostOffset> {
+        Ok(HostOffset(0))
+    }
+
     fn key(slice: u64) -> SliceKey {
         SliceKey { image: ImageNumber(0), slice: SliceNumber(slice) }
     }
@@ -384,8 +395,8 @@ mod tests {
         let geometry = Geometry::new(9, false, 3, DataFile::Internal);
         let cache = TableCache::new(0, geometry.slice_len());
         for round in 1..50 {
-            cache.get_or_load(key(0), || Ok(slice(geometry, 0))).unwrap();
-            cache.get_or_load(key(round), || Ok(slice(geometry, 1))).unwrap();
+            cache.get_or_load(key(0), here, |_| Ok(slice(geometry, 0))).unwrap();
+            cache.get_or_load(key(round), here, |_| Ok(slice(geometry, 1))).unwrap();
             let kept: usize = cache.sets.iter().map(|set| set.read().slots.len()).sum();
             assert!(kept <= 2);
         }
@@ -399,7 +410,7 @@ mod tests {
         let geometry = Geometry::new(9, false, 3, DataFile::Internal);
         for _ in 0..3 {
             for number in 0..512 {
-                cache.get_or_load(key(number), || Ok(slice(geometry, 0))).unwrap();
+                cache.get_or_load(key(number), here, |_| Ok(slice(geometry, 0))).unwrap();
             }
         }
         assert_eq!(cache.loads(), 512);
@@ -409,10 +420,32 @@ mod tests {
     fn a_failed_load_leaves_nothing_behind() {
         let geometry = Geometry::new(9, false, 3, DataFile::Internal);
         let cache = TableCache::new(0, 512);
-        let failed = cache.get_or_load(key(0), || Err(Error::new(ErrorKind::Io, "as the test wants")));
+        let failed = cache.get_or_load(key(0), here, |_| Err(Error::new(ErrorKind::Io, "as the test wants")));
         assert!(failed.is_err());
         assert!(cache.get(key(0)).is_none());
-        assert!(cache.get_or_load(key(0), || Ok(slice(geometry, 0))).is_ok());
+        assert!(cache.get_or_load(key(0), here, |_| Ok(slice(geometry, 0))).is_ok());
+    }
+
+    /// A load that takes so long that the table was copied, changed, written and dropped meanwhile.
+    #[test]
+    fn a_table_that_moves_while_it_is_read_is_read_anew() {
+        let geometry = Geometry::new(9, false, 3, DataFile::Internal);
+        let cache = TableCache::new(0, geometry.slice_len());
+        let place = AtomicU64::new(512);
+        let locate = || Ok(HostOffset(place.load(Ordering::SeqCst)));
+        let load = |at: HostOffset| {
+            if at == HostOffset(512) {
+                let moved = cache.hold_or_insert(key(0), Arc::new(slice(geometry, 1024)));
+                place.store(1024, Ordering::SeqCst);
+                moved.release();
+                for other in 1..50 {
+                    cache.get_or_load(key(other), here, |_| Ok(slice(geometry, 0))).unwrap();
+                }
+                assert!(cache.get(key(0)).is_none(), "it is to be dropped here");
+            }
+            Ok(slice(geometry, at.0))
+        };
+        assert_eq!(cache.get_or_load(key(0), locate, load).unwrap().raw(0), 1024);
     }
 }
 

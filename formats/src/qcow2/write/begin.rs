@@ -120,8 +120,9 @@ fn find_space(driver: &Qcow2Driver, refcounts: &Refcounts) -> Result<Space> {
         let fresh = len.div_ceil(cluster_len).max(counted);
         return Ok(Space::new(HostIndex(fresh), HostIndex(fresh), facts.new_space_is_zero));
     }
+    // What is counted behind the end of a device is not there, whatever the refcounts say.
     let end = len / cluster_len;
-    Ok(Space::new(HostIndex(counted), HostIndex(end.max(counted)), false))
+    Ok(Space::new(HostIndex(counted.min(end)), HostIndex(end), false))
 }
 
 /// The number behind the last cluster with a refcount.
