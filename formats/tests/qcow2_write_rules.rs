@@ -5,8 +5,7 @@
 mod allocations;
 mod qcow2_support;
 mod qcow2_write_support;
-#[path = "support/wrapped.rs"]
-mod wrapped;
+mod support;
 
 use std::time::{Duration, Instant};
 
@@ -19,7 +18,7 @@ use nbd_img_formats::{
 };
 use qcow2_support::{Folder, qemu_io, read_all};
 use qcow2_write_support::{assert_clean, assert_image, bytes_of, open_with, open_writable};
-use wrapped::{NeverClosed, Wrapped};
+use support::wrapped::{NeverClosed, Wrapped};
 
 #[global_allocator]
 static ALLOCATOR: allocations::Counting = allocations::Counting;

@@ -40,6 +40,9 @@ impl<K: Eq + Hash + Copy, V: Clone> Flights<K, V> {
         };
         let landing = Landing { flights: self, key, flight: &flight };
         let made = make();
+        // Before the others have it: whoever finds that what they got is out of date already can have it
+        // made anew, instead of getting it again.
+        landing.depart();
         flight.land(copy_of(&made));
         drop(landing);
         made
@@ -67,12 +70,22 @@ impl<V: Clone> Flight<V> {
 struct Landing<'a, K: Eq + Hash + Copy, V: Clone> {
     flights: &'a Flights<K, V>,
     key: K,
-    flight: &'a Flight<V>,
+    flight: &'a Arc<Flight<V>>,
+}
+
+impl<K: Eq + Hash + Copy, V: Clone> Landing<'_, K, V> {
+    /// Nobody joins this flight any more.
+    fn depart(&self) {
+        let mut under_way = self.flights.under_way.lock();
+        if under_way.get(&self.key).is_some_and(|flight| Arc::ptr_eq(flight, self.flight)) {
+            under_way.remove(&self.key);
+        }
+    }
 }
 
 impl<K: Eq + Hash + Copy, V: Clone> Drop for Landing<'_, K, V> {
     fn drop(&mut self) {
-        self.flights.under_way.lock().remove(&self.key);
+        self.depart();
         self.flight.land(Err(Error::new(ErrorKind::Failed, "the thread that read this for all has failed")));
     }
 }
