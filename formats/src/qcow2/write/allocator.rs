@@ -265,7 +265,8 @@ impl Allocator {
             if clusters * cluster_len > REFCOUNT_TABLE_LEN_MAX {
                 return Err(Need::NoSpace);
             }
-            let room = clusters + clusters / entries + 3;
+            // The blocks describe themselves, too, and the first and the last of them more than this.
+            let room = clusters + clusters / (entries - 1) + 4;
             let start = self.free_stretch(room)?;
             let last = self.refcounts.block_of(HostIndex(start.0 + room)).max(wanted);
             if clusters * (cluster_len / 8) > last.0 as u64 {
@@ -371,6 +372,21 @@ mod tests {
         assert_eq!(allocator.allocate(), Err(Need::Room(1)));
         allocator.space.extend_to(HostIndex(11));
         assert!(allocator.allocate().is_ok());
+    }
+
+    #[test]
+    fn a_table_of_many_blocks_lies_in_the_room_that_was_asked_for() {
+        let geometry = Geometry::new(9, false, 3, DataFile::Internal);
+        let refcounts = Refcounts::new(geometry, 64, vec![0; 8000 * 64], HostOffset(512));
+        let fresh = HostIndex(8000 * 64 * 64);
+        let space = Space::new(fresh, HostIndex(fresh.0 + 1), true);
+        let mut allocator = Allocator::new(geometry, refcounts, MetadataMap::new(geometry), space);
+        while let Err(need) = allocator.allocate() {
+            let Need::Room(clusters) = need else { panic!("{need:?}") };
+            assert!(allocator.space.fresh <= allocator.space.end, "behind the end");
+            allocator.space.extend_to(HostIndex(allocator.space.fresh.0 + clusters));
+        }
+        assert!(allocator.moved.is_some());
     }
 
     #[test]

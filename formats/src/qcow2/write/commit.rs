@@ -76,7 +76,9 @@ pub fn settle(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
         if writer.lock().is_settled() {
             break;
         }
+        let committing = Committing::begin(writer);
         reclaim::reclaim(driver, writer, reclaim::When::Now);
+        drop(committing);
         flush_and_reclaim(driver, writer)?;
     }
     writer.trim_file(driver)
@@ -102,7 +104,17 @@ impl Drop for Committing<'_> {
     }
 }
 
-impl Committing<'_> {
+impl<'a> Committing<'a> {
+    /// Waits until nobody else commits.
+    fn begin(writer: &'a Writer) -> Self {
+        let mut meta = writer.lock();
+        while meta.committing {
+            writer.wait(&mut meta);
+        }
+        meta.committing = true;
+        Committing { writer }
+    }
+
     fn run(&self, driver: &Qcow2Driver) -> Result<()> {
         let writer = self.writer;
         let mut frozen = freeze(driver, writer);

@@ -154,16 +154,15 @@ fn apply(driver: &Qcow2Driver, allocator: &mut Allocator, counts: &Counts) -> Re
         }
     }
     let entries = allocator.refcounts.block_entries();
-    let fresh = allocator.space.fresh();
     for block in (0..allocator.refcounts.table_len()).map(BlockIndex) {
         if !allocator.refcounts.has(block) {
             continue;
         }
         let first = block.0 as u64 * entries;
         for index in (first..first + entries).map(HostIndex) {
-            // What was allocated just now is counted right already.
-            let new = index.0 >= counts.end && index < fresh && allocator.map.kind(index).is_some();
             let wanted = counts.get(index);
+            // Metadata that was there is counted; what was allocated just now is right already.
+            let new = wanted == 0 && allocator.map.kind(index).is_some();
             let is = allocator.refcounts.get(index).map_err(|need| unmet(driver, need))?;
             if !new && is != wanted {
                 allocator.refcounts.set(index, wanted).map_err(|need| unmet(driver, need))?;
