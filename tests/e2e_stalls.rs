@@ -7,6 +7,7 @@ mod support;
 use std::fs;
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,22 @@ use support::{assert_same, proc};
 const READ_DELAY: Duration = Duration::from_secs(2);
 const SLOW_LEN: u64 = 1 << 30;
 
+/// Taken by each test for its whole time: what one of them loads the machine with is not what another one measures.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Tells the slow clients to end when it goes, also when a check has failed: a scope waits for its threads, and
+/// threads that nobody stops would make a hang of a failure.
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Slow exports `slow0` and `slow1` of the same file, and a quick one.
 fn exports(slow: &SlowFile, quick: &std::path::Path) -> Vec<Export> {
     let export = |name: &str, file: &std::path::Path| Export {
@@ -34,6 +51,7 @@ fn exports(slow: &SlowFile, quick: &std::path::Path) -> Vec<Export> {
 
 #[test]
 fn a_stalled_disk_delays_nobody_else() {
+    let _alone = alone();
     let folder = support::scratch("stall");
     let quick = folder.path().join("quick");
     let content = Rng::fixed(3).bytes(16 << 20);
@@ -43,6 +61,7 @@ fn a_stalled_disk_delays_nobody_else() {
 
     let (stop, answered) = (AtomicBool::new(false), AtomicUsize::new(0));
     let elapsed = thread::scope(|scope| {
+        let stop_slow_clients = StopOnDrop(&stop);
         for i in 0..4 {
             let (server, stop, answered) = (&server, &stop, &answered);
             scope.spawn(move || stalled_client(server, &format!("slow{}", i % 2), i, stop, answered));
@@ -53,7 +72,7 @@ fn a_stalled_disk_delays_nobody_else() {
             answered.load(Ordering::Relaxed) > 0,
             "no slow read was answered: the slow file did not answer at all"
         );
-        stop.store(true, Ordering::Relaxed);
+        drop(stop_slow_clients);
         let begin = Instant::now();
         server.signal(Signal::TERM);
         // Until the process has ended as far as it can by itself: a zombie. Not until wait() returns: a read that FUSE's
@@ -102,8 +121,23 @@ fn stalled_client(server: &Server, export: &str, seed: u64, stop: &AtomicBool, a
     }
 }
 
-/// 4 KiB reads at depth 1 over more than two of the slow reads' times, old and new connections.
+/// 4 KiB reads at depth 1 over more than two of the slow reads' times, old and new connections. A machine that is busy
+/// with something else gets two more chances: a disk that holds others up takes them all.
 fn quick_reads_are_quick(server: &Server, content: &[u8]) {
+    for chance in 1..=3 {
+        let (connected, p99) = quick_reads(server, content);
+        if p99 < Duration::from_millis(5) && connected < Duration::from_millis(500) {
+            return;
+        }
+        assert!(
+            chance < 3,
+            "p99 {p99:?} of quick reads, a new connection took {connected:?}, in each of 3 attempts"
+        );
+    }
+}
+
+/// The time to connect, and the 99th percentile of the reads' times.
+fn quick_reads(server: &Server, content: &[u8]) -> (Duration, Duration) {
     let begin = Instant::now();
     let mut client = Client::unix(server.socket(), "quick", Wishes::STRUCTURED);
     let connected = begin.elapsed();
@@ -128,12 +162,12 @@ fn quick_reads_are_quick(server: &Server, content: &[u8]) {
         times[times.len() / 2],
         times.last().unwrap()
     );
-    assert!(p99 < Duration::from_millis(5), "p99 {p99:?}");
-    assert!(connected < Duration::from_millis(500), "a new connection took {connected:?}");
+    (connected, p99)
 }
 
 #[test]
 fn what_is_in_flight_is_finished_on_sigterm() {
+    let _alone = alone();
     let folder = support::scratch("drain");
     let quick = folder.path().join("quick");
     fs::write(&quick, vec![1; 4096]).unwrap();
@@ -196,6 +230,7 @@ fn resetting_tcp_clients_leave_nothing_behind() {
 /// `--cache none`, so that every read and write is submitted, and is under way when its client vanishes.
 fn resets(test: &str, args: &[&str], reset: impl Fn(&Server, &mut Rng) + Sync) {
     const WORKERS: usize = 4;
+    let _alone = alone();
     let rounds = support::count("NBD_IMG_RESETS", 2000);
     let folder = support::scratch(test);
     let disk = folder.path().join("disk");
