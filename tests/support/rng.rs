@@ -7,13 +7,20 @@ use std::time::{SystemTime, UNIX_EPOCH};
 pub struct Rng(u64);
 
 impl Rng {
-    /// Seeded by the clock, or by NBD_IMG_SEED. The seed is printed; cargo shows it when the test fails.
+    /// Seeded by NBD_IMG_SEED; without it by the clock, but in CI (the variable `CI`) by the test's name, so that a
+    /// change is judged by itself. The seed is printed; cargo shows it when the test fails.
     pub fn new(test: &str) -> Self {
         let clock = || {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
             now.as_secs() ^ u64::from(now.subsec_nanos())
         };
-        let seed = std::env::var("NBD_IMG_SEED").map_or_else(|_| clock(), |s| s.parse().unwrap());
+        let name =
+            || test.bytes().fold(1, |seed: u64, byte| seed.wrapping_mul(31).wrapping_add(u64::from(byte)));
+        let seed = match (std::env::var("NBD_IMG_SEED"), std::env::var_os("CI")) {
+            (Ok(text), _) => text.parse().unwrap(),
+            (Err(_), Some(_)) => name(),
+            (Err(_), None) => clock(),
+        };
         eprintln!("{test}: NBD_IMG_SEED={seed}");
         Self(seed)
     }

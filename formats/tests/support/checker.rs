@@ -220,7 +220,13 @@ impl<'a, 'b> Walk<'a, 'b> {
             if entry & TABLE_RESERVED != 0 || !block.is_multiple_of(image.cluster_len()) {
                 self.report.corruptions.push(format!("refcount table entry {index} is {entry:#x}"));
             } else if block != 0 {
-                self.refer(&format!("refcount block {index}"), block, image.cluster_len(), Kind::Metadata);
+                let what = format!("refcount block {index}");
+                self.refer(&what, block, image.cluster_len(), Kind::Metadata);
+                // Of these alone QEMU says that they must not be anything else, whatever the refcounts say.
+                let used = self.uses.get((block / image.cluster_len()) as usize).map_or(0, Use::count);
+                if used > 1 {
+                    self.report.corruptions.push(format!("{what} at {block:#x} is used {used} times"));
+                }
             }
         }
     }

@@ -12,11 +12,17 @@ impl Random {
         Random(seed)
     }
 
-    /// The seed in `NBD_IMG_MODEL_SEED`, or one from the clock; printed, so that a failure shows it.
+    /// The seed in `NBD_IMG_MODEL_SEED`; without it one from the clock, but in CI (the variable `CI`) one that
+    /// follows from the test's name, so that a change is judged by itself. Printed, so that a failure shows it.
     pub fn seed(test: &str) -> u64 {
-        let seed = match std::env::var("NBD_IMG_MODEL_SEED") {
-            Ok(text) => text.parse().unwrap(),
-            Err(_) => SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |now| now.as_nanos() as u64),
+        let seed = match (std::env::var("NBD_IMG_MODEL_SEED"), std::env::var_os("CI")) {
+            (Ok(text), _) => text.parse().unwrap(),
+            (Err(_), Some(_)) => {
+                test.bytes().fold(1, |seed: u64, byte| seed.wrapping_mul(31).wrapping_add(u64::from(byte)))
+            }
+            (Err(_), None) => {
+                SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |now| now.as_nanos() as u64)
+            }
         };
         eprintln!("{test}: NBD_IMG_MODEL_SEED={seed}");
         seed
