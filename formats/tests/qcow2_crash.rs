@@ -7,6 +7,7 @@
 
 mod support;
 
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use nbd_img_formats::storage::{Change, Log, Storage};
@@ -16,12 +17,12 @@ use support::crash::{self, Run};
 use support::image::{COPIED, Image};
 use support::random::Random;
 use support::scene::{CLUSTER, Scene};
-use support::steps::{Action, KINDS, Kind, Step};
+use support::steps::{self, Action, KINDS, Kind, Step};
 use support::units::{Journal, painted};
 use support::wrapped::{Hooks, Wrapped};
 
-/// States looked at in each run of a sequence.
-const STATES_PER_RUN: u64 = 30;
+/// States looked at in each run of a long sequence.
+const STATES_PER_LONG_RUN: u64 = 60;
 
 fn states() -> u64 {
     std::env::var("NBD_IMG_CRASH_STATES").map_or(50_000, |text| text.parse().unwrap())
@@ -31,67 +32,56 @@ fn honest(storage: Arc<dyn Storage>) -> Arc<dyn Storage> {
     storage
 }
 
-/// Every sequence of one, two and three kinds.
-fn sequences() -> Vec<Vec<Kind>> {
-    let ones: Vec<_> = KINDS.iter().map(|kind| vec![*kind]).collect();
-    let longer = |shorter: &[Vec<Kind>]| -> Vec<Vec<Kind>> {
-        let with = |first: &Vec<Kind>| KINDS.map(|kind| [first.as_slice(), &[kind]].concat());
-        shorter.iter().flat_map(with).collect()
-    };
-    let twos = longer(&ones);
-    let threes = longer(&twos);
-    [ones, twos, threes].concat()
-}
-
-/// Runs `count` sequences, on all processors; sequence `number` follows from the seed alone.
-fn in_parallel(count: usize, one: impl Fn(usize) + Sync) {
+/// Runs `one` with 0, 1, 2, ... on all processors, until it says that it is enough.
+fn in_parallel(one: impl Fn(usize) -> ControlFlow<()> + Sync) {
     let next = AtomicUsize::new(0);
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
         for _ in 0..threads {
-            scope.spawn(|| {
-                loop {
-                    let number = next.fetch_add(1, Ordering::Relaxed);
-                    if number >= count {
-                        break;
-                    }
-                    one(number);
-                }
-            });
+            scope.spawn(|| while one(next.fetch_add(1, Ordering::Relaxed)).is_continue() {});
         }
     });
 }
 
-fn explore_all(name: &str, scenes: &[Scene], sequences: &[Vec<Kind>], states: u64) {
+/// Runs the sequences, each at least once, in scenes and with places that follow from the seed and the
+/// number of the run, until so many states have been looked at: `each` of a run, or one for every record
+/// of its log.
+fn explore_all(name: &str, sequences: &[Vec<Kind>], states: u64, each: Option<u64>) {
+    let scenes = Scene::all();
     let seed = Random::seed(name);
-    let rounds = (states / STATES_PER_RUN / sequences.len() as u64).max(1);
-    let total = rounds as usize * sequences.len();
-    let each = states.div_ceil(total as u64);
-    let seen = AtomicU64::new(0);
-    in_parallel(total, |number| {
+    let (seen, runs) = (AtomicU64::new(0), AtomicUsize::new(0));
+    in_parallel(|number| {
+        if number >= sequences.len() && seen.load(Ordering::Relaxed) >= states {
+            return ControlFlow::Break(());
+        }
         let mut random = Random::new(seed.wrapping_add(number as u64));
         let scene = &scenes[(random.next() % scenes.len() as u64) as usize];
         let kinds = &sequences[number % sequences.len()];
         let steps: Vec<_> = kinds.iter().map(|kind| Step::random(*kind, &mut random)).collect();
         let run = crash::run(scene, steps, &honest);
-        run.explore(each, &mut random).unwrap_or_else(|what| panic!("{name}, sequence {number}: {what}"));
-        seen.fetch_add(each, Ordering::Relaxed);
+        let count = each.unwrap_or_else(|| run.cuts());
+        run.explore(count, &mut random).unwrap_or_else(|what| panic!("{name}, sequence {number}: {what}"));
+        seen.fetch_add(count, Ordering::Relaxed);
+        runs.fetch_add(1, Ordering::Relaxed);
+        ControlFlow::Continue(())
     });
-    eprintln!("{name}: {} states of {total} runs", seen.into_inner());
+    eprintln!("{name}: {} states of {} runs", seen.into_inner(), runs.into_inner());
 }
 
+/// Cut after every record.
 #[test]
 fn short_sequences() {
-    explore_all("short sequences", &Scene::all(), &sequences(), states() * 7 / 10);
+    explore_all("short sequences", &steps::sequences(), states() * 7 / 10, None);
 }
 
 #[test]
 fn long_sequences() {
     let mut random = Random::new(Random::seed("kinds of long sequences"));
-    let count = (states() / 1000).max(20);
+    let states = states() * 3 / 10;
+    let count = (states / STATES_PER_LONG_RUN).max(20);
     let long = |_| (0..8 + random.below(30)).map(|_| random.pick(&KINDS)).collect();
     let sequences: Vec<Vec<Kind>> = (0..count).map(long).collect();
-    explore_all("long sequences", &Scene::all(), &sequences, states() * 3 / 10);
+    explore_all("long sequences", &sequences, states, Some(STATES_PER_LONG_RUN));
 }
 
 /// The refcount table itself gets too small, and moves.
@@ -139,7 +129,7 @@ fn an_image_that_is_not_written_stays_as_it_is() {
         let log = Log::new();
         let recording = log.attach(scene.storage(&scene.image)).unwrap();
         let driver = scene.open(recording).unwrap();
-        support::steps::read_all(&*driver).unwrap();
+        steps::read_all(&*driver).unwrap();
         driver.flush().unwrap();
         driver.close().unwrap();
         let changes = log.records().into_iter().filter(|record| record.change != Change::Sync).count();

@@ -1,15 +1,31 @@
-//! The same operations on the qcow2 driver and on QEMU (qemu-io): the same data, the same block status,
-//! and each one opens the other's image and goes on with it.
+//! The same operations on the qcow2 driver and on QEMU: the same data, the same block status, and each one
+//! opens the other's image and goes on with it.
 //!
-//! `NBD_IMG_SCRIPTS` says how many scripts, `NBD_IMG_MODEL_SEED` which.
+//! QEMU is one storage daemon for all scripts, which is given each image and driven over NBD; the driver
+//! runs in the test. `NBD_IMG_SCRIPTS` says how many scripts, `NBD_IMG_MODEL_SEED` which: a seed that is
+//! larger by as many goes on where another run has ended.
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are not told apart from a program's code.
 
+#[path = "differential_support/daemon.rs"]
+mod daemon;
 mod support;
+
+/// The root package's client of NBD and its way of driving QEMU.
+#[allow(dead_code)]
+#[path = "../../tests/support"]
+mod peer {
+    pub mod client;
+    pub mod qmp;
+    pub mod tools;
+    pub mod wire;
+}
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
+use daemon::Daemon;
 use nbd_img_formats::driver::Status;
 use nbd_img_formats::open::{OpenOptions, open};
 use nbd_img_formats::plan::MapMode;
@@ -18,65 +34,111 @@ use nbd_img_formats::{BlockDriver, Durability, Format, GuestRange, Place, Provis
 use nbd_img_formats::{StatusQuery, ZeroRequest};
 use support::maker::{self, text};
 use support::random::Random;
-use support::{checker, steps};
+use support::{checker, session, steps};
 
-const KINDS: [(&str, u64, bool); 9] = [
-    ("cluster_size=512", 512, false),
-    ("cluster_size=512,refcount_bits=64", 512, true),
-    ("cluster_size=4k,refcount_bits=1", 4096, true),
-    ("cluster_size=4k,compression_type=zstd", 4096, true),
-    ("cluster_size=4k,compat=v2", 4096, false),
-    ("cluster_size=512,compat=v2", 512, true),
-    ("cluster_size=64k,lazy_refcounts=on", 65536, true),
-    ("cluster_size=64k", 65536, false),
-    ("cluster_size=2M", 2 << 20, true),
+/// A kind of image.
+struct Kind {
+    options: &'static str,
+    cluster: u64,
+    backing: bool,
+    /// How many of a hundred scripts it gets: large clusters move many bytes.
+    share: u64,
+}
+
+const fn kind(options: &'static str, cluster: u64, backing: bool, share: u64) -> Kind {
+    Kind { options, cluster, backing, share }
+}
+
+const KINDS: [Kind; 16] = [
+    kind("cluster_size=512", 512, false, 12),
+    kind("cluster_size=512,refcount_bits=64", 512, true, 12),
+    kind("cluster_size=512,refcount_bits=2", 512, true, 8),
+    kind("cluster_size=512,refcount_bits=1", 512, false, 6),
+    kind("cluster_size=512,compat=v2", 512, true, 9),
+    kind("cluster_size=1k,refcount_bits=4", 1024, false, 6),
+    kind("cluster_size=1k,refcount_bits=32", 1024, true, 6),
+    kind("cluster_size=2k,refcount_bits=8,compression_type=zstd", 2048, true, 6),
+    kind("cluster_size=4k,refcount_bits=1", 4096, true, 8),
+    kind("cluster_size=4k,compression_type=zstd", 4096, true, 8),
+    kind("cluster_size=4k,compat=v2", 4096, false, 8),
+    kind("cluster_size=8k,lazy_refcounts=on", 8192, true, 4),
+    kind("cluster_size=16k", 16384, true, 3),
+    kind("cluster_size=64k,lazy_refcounts=on", 65536, true, 2),
+    kind("cluster_size=64k", 65536, false, 1),
+    kind("cluster_size=2M", 2 << 20, true, 1),
 ];
 
+/// Scripts after which a new image to begin with is made.
+const SCRIPTS_PER_START: u64 = 200;
+
+/// One script in so many is also looked at by `qemu-img check`.
+const CHECK_ONE_IN: u64 = 40;
+
 fn scripts() -> u64 {
-    std::env::var("NBD_IMG_SCRIPTS").map_or(27, |text| text.parse().unwrap())
+    std::env::var("NBD_IMG_SCRIPTS").map_or(2500, |text| text.parse().unwrap())
+}
+
+impl Kind {
+    fn of_script(number: u64) -> &'static Kind {
+        let mut left = number % KINDS.iter().map(|kind| kind.share).sum::<u64>();
+        KINDS
+            .iter()
+            .find(|kind| {
+                let found = left < kind.share;
+                left = left.saturating_sub(kind.share);
+                found
+            })
+            .unwrap()
+    }
+
+    fn is_version_2(&self) -> bool {
+        self.options.contains("compat=v2")
+    }
+
+    fn size(&self) -> u64 {
+        (self.cluster * 60).clamp(64 << 10, 8 << 20) + 512
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
 enum Operation {
-    Write { byte: u8, at: u64, len: u64 },
+    Write { byte: u8, at: u64, len: u64, fua: bool },
     Zero { at: u64, len: u64, unmap: bool },
     Discard { at: u64, len: u64 },
     Flush,
 }
 
 impl Operation {
-    fn random(kind: (&str, u64, bool), size: u64, random: &mut Random) -> Operation {
-        let (options, cluster, backing) = kind;
-        let unit = random.pick(&[512, 512, cluster]);
+    fn random(kind: &Kind, random: &mut Random) -> Operation {
+        let unit = random.pick(&[512, 512, kind.cluster]);
+        let size = kind.size();
         let at = random.below(size / unit) * unit;
-        let len = ((1 + random.below(cluster * 3 / unit)) * unit).min(size - at);
-        let version_2 = options.contains("v2");
+        let len = ((1 + random.below(kind.cluster * 3 / unit)) * unit).min(size - at);
         match random.below(10) {
             0 => Operation::Zero { at, len, unmap: false },
             1 | 2 => Operation::Zero { at, len, unmap: true },
             // QEMU lets the backing file shine through there; the driver does not.
-            3 | 4 if !(version_2 && backing) => Operation::Discard { at, len },
+            3 | 4 if !(kind.is_version_2() && kind.backing) => Operation::Discard { at, len },
             5 => Operation::Flush,
-            _ => Operation::Write { byte: 1 + random.below(255) as u8, at, len },
-        }
-    }
-
-    fn for_qemu(self) -> String {
-        match self {
-            Operation::Write { byte, at, len } => format!("write -q -P {byte} {at} {len}"),
-            Operation::Zero { at, len, unmap } => {
-                format!("write -q -z {} {at} {len}", if unmap { "-u" } else { "" })
+            _ => {
+                let fua = random.below(20) == 0;
+                Operation::Write { byte: 1 + random.below(255) as u8, at, len, fua }
             }
-            Operation::Discard { at, len } => format!("discard -q {at} {len}"),
-            Operation::Flush => "flush".to_owned(),
         }
     }
 
     fn carry_out(self, driver: &dyn BlockDriver) {
         let range = |at, len| GuestRange::new(at, len).unwrap();
         match self {
-            Operation::Write { byte, at, len } => {
-                driver.pwrite(at, &vec![byte; len as usize], Durability::Later).unwrap();
+            Operation::Write { byte, at, len, fua } => {
+                let durability = if fua { Durability::Fua } else { Durability::Later };
+                let bytes = vec![byte; len as usize];
+                // In the two ways in which a session or a worker writes.
+                if byte.is_multiple_of(2) {
+                    session::write(driver, at, &bytes, durability).unwrap();
+                } else {
+                    driver.pwrite(at, &bytes, durability).unwrap();
+                }
             }
             Operation::Zero { at, len, unmap } => {
                 let provision = if unmap { Provision::Unmap } else { Provision::Keep };
@@ -89,43 +151,44 @@ impl Operation {
     }
 }
 
-/// Two copies of an image in a folder: one for QEMU, one for the driver.
+/// An image to begin with, and two copies of it in a folder: one for QEMU, one for the driver.
 struct Pair {
     folder: tempfile::TempDir,
-    size: u64,
-    version_2: bool,
+    kind: &'static Kind,
 }
 
 impl Pair {
-    fn new(kind: (&str, u64, bool), random: &mut Random) -> Pair {
-        let (options, cluster, backing) = kind;
-        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
-        let size = (cluster * 60).clamp(100 << 10, 8 << 20) + 512;
-        let mut options = options.to_owned();
-        if backing {
-            let base = folder.path().join("base.qcow2");
-            let base_size = (size / 2 + random.below(size)).next_multiple_of(512).to_string();
+    fn new(kind: &'static Kind, random: &mut Random) -> Pair {
+        let pair = Pair { folder: tempfile::tempdir_in("/dev/shm").unwrap(), kind };
+        let size = kind.size();
+        let mut options = kind.options.to_owned();
+        if kind.backing {
+            let base = pair.folder.path().join("base.qcow2");
+            let base_size = (size / 2 + random.below(size)).next_multiple_of(512).max(100 << 10).to_string();
             let path = text(&base);
-            maker::run(
-                "qemu-img",
-                &["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", path, &base_size],
-            );
+            let small = "cluster_size=4k";
+            maker::run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", small, path, &base_size]);
             maker::run("qemu-io", &["-f", "qcow2", "-c", &format!("write -q -P 77 8k {}", size / 3), path]);
             options += ",backing_fmt=qcow2,backing_file=base.qcow2";
         }
-        let pair = Pair { folder, size, version_2: options.contains("compat=v2") };
-        let theirs = pair.theirs();
-        let path = text(&theirs);
+        let start = pair.start();
+        let path = text(&start);
         maker::run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &options, path, &size.to_string()]);
         if !options.contains("refcount_bits=1") {
-            maker::run(
-                "qemu-io",
-                &["-f", "qcow2", "-c", &format!("write -q -P 9 0 {}", size / 5 / 512 * 512), path],
-            );
+            maker::run("qemu-io", &["-f", "qcow2", "-c", &format!("write -q -P 9 0 {}", size / 6), path]);
+            if !["refcount_bits=2", "refcount_bits=4"].iter().any(|narrow| options.contains(narrow)) {
+                // Many blobs lie in one cluster.
+                let at = size / kind.cluster / 2 * kind.cluster;
+                let len = (size / 8).next_multiple_of(kind.cluster);
+                maker::run("qemu-io", &["-f", "qcow2", "-c", &format!("write -q -c -P 5 {at} {len}"), path]);
+            }
             maker::run("qemu-img", &["snapshot", "-c", "snap", path]);
         }
-        std::fs::copy(&theirs, pair.ours()).unwrap();
         pair
+    }
+
+    fn start(&self) -> PathBuf {
+        self.folder.path().join("start.qcow2")
     }
 
     fn theirs(&self) -> PathBuf {
@@ -136,50 +199,49 @@ impl Pair {
         self.folder.path().join("ours.qcow2")
     }
 
-    /// Does the operations by QEMU on one, by the driver on the other.
-    fn carry_out(&self, operations: &[Operation], by_qemu: &Path, by_driver: &Path) {
-        let commands: Vec<_> = operations.iter().map(|operation| operation.for_qemu()).collect();
-        let mut args = vec!["-f", "qcow2", "-d", "unmap"];
-        for command in &commands {
-            args.extend(["-c", command]);
+    /// Both copies are as in the beginning.
+    fn reset(&self) {
+        for copy in [self.theirs(), self.ours()] {
+            std::fs::copy(self.start(), copy).unwrap();
         }
-        args.push(text(by_qemu));
-        maker::run("qemu-io", &args);
-        let driver = open_for(by_driver, true);
-        for operation in operations {
-            operation.carry_out(&*driver);
-        }
-        driver.close().unwrap();
     }
 
-    fn compare(&self, said: &dyn std::fmt::Debug) {
-        let (ours, theirs) = (self.ours(), self.theirs());
-        for path in [&ours, &theirs] {
-            let (code, qemu) = maker::check_file(path);
-            assert_eq!(code, 0, "{said:?}: {qemu}");
+    fn compare(&self, daemon: &mut Daemon, with_check: bool, said: &dyn std::fmt::Debug) {
+        let paths = [self.ours(), self.theirs()];
+        for path in &paths {
             let report = checker::check(&std::fs::read(path).unwrap()).unwrap();
             assert!(report.is_clean(), "{said:?}: {report}");
+            if with_check {
+                let (code, qemu) = maker::check_file(path);
+                assert_eq!(code, 0, "{said:?}: {qemu}");
+            }
         }
-        let output = maker::try_run(
-            "qemu-img",
-            &["compare", "-f", "qcow2", "-F", "qcow2", text(&ours), text(&theirs)],
-        );
-        assert!(output.status.success(), "{said:?}: {}", String::from_utf8_lossy(&output.stdout));
-        let drivers = [open_for(&ours, false), open_for(&theirs, false)];
-        let [one, other] = drivers.each_ref().map(|driver| steps::read_all(&**driver).unwrap());
-        assert!(one == other, "{said:?}: the driver reads them differently");
-        let by_qemu = [&ours, &theirs].map(|path| zeroes_by_qemu(path));
+        let by_qemu = paths.each_ref().map(|path| daemon.read(path));
+        assert!(by_qemu[0].content == by_qemu[1].content, "{said:?}: QEMU reads them differently");
+        let drivers = paths.each_ref().map(|path| open_for(path, false));
+        let by_driver = drivers.each_ref().map(|driver| steps::read_all(&**driver).unwrap());
+        assert!(by_driver[0] == by_driver[1], "{said:?}: the driver reads them differently");
+        assert!(by_driver[0] == by_qemu[0].content, "{said:?}: the driver reads what QEMU does not");
+        let by_qemu = by_qemu.map(|read| joined(read.extents));
         // Version 2 has no flag for zeroes: QEMU writes them, the driver gives the cluster back.
-        if !self.version_2 {
+        if !self.kind.is_version_2() {
             assert_eq!(by_qemu[0], by_qemu[1], "{said:?}: what QEMU says is zero");
         }
         for (driver, zeroes) in drivers.iter().zip(&by_qemu) {
-            check_status(&**driver, &one, zeroes);
+            check_status(&**driver, &by_driver[0], zeroes);
+            let by_driver = zeroes_by_driver(&**driver, self.kind.size());
+            assert_eq!(by_driver, *zeroes, "{said:?}: what the driver says is zero, and what QEMU says");
         }
-        let by_driver = drivers.each_ref().map(|driver| zeroes_by_driver(&**driver, self.size));
-        assert_eq!(by_driver[0], by_qemu[0], "{said:?}: what the driver says of its image");
-        assert_eq!(by_driver[1], by_qemu[1], "{said:?}: what the driver says of QEMU's image");
     }
+}
+
+/// Does the operations by the driver.
+fn carry_out(operations: &[Operation], image: &Path) {
+    let driver = open_for(image, true);
+    for operation in operations {
+        operation.carry_out(&*driver);
+    }
+    driver.close().unwrap();
 }
 
 fn open_for(path: &Path, writable: bool) -> Arc<dyn BlockDriver> {
@@ -197,16 +259,6 @@ fn joined(runs: impl IntoIterator<Item = (u64, u64, bool)>) -> Vec<(u64, u64)> {
         }
     }
     zeroes
-}
-
-fn zeroes_by_qemu(path: &Path) -> Vec<(u64, u64)> {
-    let output = maker::run("qemu-img", &["map", "--output=json", "-f", "qcow2", text(path)]);
-    let map: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    let number = |run: &serde_json::Value, name: &str| run[name].as_u64().unwrap();
-    let runs = map.as_array().unwrap().iter();
-    // What is data according to the image may be a hole of its file: that is not the image's doing.
-    let zero = |run: &serde_json::Value| run["zero"] == true && run["data"] == false;
-    joined(runs.map(|run| (number(run, "start"), number(run, "length"), zero(run))))
 }
 
 /// By the metadata alone, as plans for reading have it.
@@ -241,23 +293,40 @@ fn check_status(driver: &dyn BlockDriver, content: &[u8], zeroes: &[(u64, u64)])
     }
 }
 
+/// Runs the script with this number; `pairs` keeps the images that scripts begin with.
+fn run(daemon: &mut Daemon, pairs: &mut [Option<Pair>], seed: u64, number: u64) {
+    let mut random = Random::new(seed.wrapping_add(number));
+    let kind = Kind::of_script(number);
+    let index = KINDS.iter().position(|other| std::ptr::eq(other, kind)).unwrap();
+    if number % (SCRIPTS_PER_START * 100 / kind.share) < 100 {
+        pairs[index] = None;
+    }
+    let pair = pairs[index].get_or_insert_with(|| Pair::new(kind, &mut random));
+    pair.reset();
+    let with_check = random.below(CHECK_ONE_IN) == 0;
+    let script = |random: &mut Random| -> Vec<Operation> {
+        let count = 1 + random.below(30);
+        (0..count).map(|_| Operation::random(kind, random)).collect()
+    };
+    let first = script(&mut random);
+    daemon.carry_out(&first, &pair.theirs());
+    carry_out(&first, &pair.ours());
+    pair.compare(daemon, with_check, &(kind.options, number, &first));
+    // Each goes on with what the other one has written.
+    let second = script(&mut random);
+    daemon.carry_out(&second, &pair.ours());
+    carry_out(&second, &pair.theirs());
+    pair.compare(daemon, with_check, &(kind.options, number, &first, &second));
+}
+
 #[test]
 fn scripts_do_the_same() {
     let seed = Random::seed("differential");
+    let begin = Instant::now();
+    let mut daemon = Daemon::start();
+    let mut pairs = KINDS.each_ref().map(|_| None);
     for number in 0..scripts() {
-        let mut random = Random::new(seed.wrapping_add(number));
-        let kind = KINDS[(number % KINDS.len() as u64) as usize];
-        let pair = Pair::new(kind, &mut random);
-        let script = |random: &mut Random| -> Vec<Operation> {
-            let count = 1 + random.below(30);
-            (0..count).map(|_| Operation::random(kind, pair.size, random)).collect()
-        };
-        let first = script(&mut random);
-        pair.carry_out(&first, &pair.theirs(), &pair.ours());
-        pair.compare(&(kind, &first));
-        // Each goes on with what the other one has written.
-        let second = script(&mut random);
-        pair.carry_out(&second, &pair.ours(), &pair.theirs());
-        pair.compare(&(kind, &first, &second));
+        run(&mut daemon, &mut pairs, seed, number);
     }
+    eprintln!("{} scripts in {:.1?}", scripts(), begin.elapsed());
 }

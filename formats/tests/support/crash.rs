@@ -1,21 +1,27 @@
 //! Runs sequences over a recording storage, and looks at what a crash at any moment may leave.
 
+use std::cell::RefCell;
+
 use nbd_img_formats::storage::{Change, Fate, FileId, Log, SparseBytes, Storage};
 use nbd_img_formats::sync::Arc;
 use nbd_img_formats::{BlockDriver, HostOffset};
 
+use super::checker;
 use super::image::Image;
+use super::maker::Maker;
+use super::qemu_io::QemuIo;
 use super::random::Random;
-use super::scene::Scene;
+use super::scene::{CLUSTER, Scene};
 use super::steps::{Action, Step, read_all};
 use super::units::{Journal, UNIT_LEN, Writer, writer_of};
-use super::{checker, maker};
 
 /// The image file: the only one that is recorded.
 const IMAGE: FileId = FileId(0);
 
-/// One state in so many is also given to `qemu-img check`.
+/// One state in so many is also given to `qemu-img check`, and to qemu-io to read it and to write on.
 const QEMU_ONE_IN: u64 = 100;
+/// So much of the disk is read by qemu-io.
+const QEMU_READ_LEN: usize = 256 << 10;
 /// One state in so many is opened again and written.
 const REOPEN_ONE_IN: u64 = 50;
 
@@ -172,10 +178,17 @@ impl Run<'_> {
         see(&Image::parse(&bytes).unwrap())
     }
 
-    /// Looks at `count` states that a crash may have left; an error says which one is wrong, and why.
+    /// The moments at which it can be cut: before the first record, and after each one.
+    pub fn cuts(&self) -> u64 {
+        self.log.len() as u64 + 1
+    }
+
+    /// Looks at `count` states that a crash may have left, spread evenly over the cuts; an error says which
+    /// one is wrong, and why.
     pub fn explore(&self, count: u64, random: &mut Random) -> Result<(), String> {
-        for _ in 0..count {
-            let cut = random.below(self.log.len() as u64 + 1) as usize;
+        let first = random.below(self.cuts());
+        for number in 0..count {
+            let cut = ((first + number * self.cuts() / count) % self.cuts()) as usize;
             let (bytes, fates) = self.crash(cut, random);
             self.check_state(&bytes, cut, random).map_err(|what| {
                 let records = self.log.records();
@@ -220,17 +233,49 @@ impl Run<'_> {
         if !report.is_sound() {
             return Err(format!("the image is corrupt:\n{report}"));
         }
-        self.journal.check(&self.scene.read(bytes)?, cut)?;
+        let content = self.scene.read(bytes)?;
+        self.journal.check(&content, cut)?;
         if random.below(QEMU_ONE_IN) == 0 {
-            let (code, said) = maker::qemu_check(&content_of(bytes));
+            let maker = Maker::of(&content_of(bytes));
+            let (code, said) = maker.check();
             if code != report.exit_code() {
                 return Err(format!("qemu-img check exits with {code}: {said}\nours:\n{report}"));
             }
+            self.qemu_goes_on(&maker, content, random)?;
         }
         if random.below(REOPEN_ONE_IN) == 0 {
             self.write_on(bytes, random)?;
         }
         Ok(())
+    }
+
+    /// QEMU reads the image as we do, and goes on writing it.
+    fn qemu_goes_on(&self, maker: &Maker, content: Vec<u8>, random: &mut Random) -> Result<(), String> {
+        let backing = maker.file("backing.raw");
+        if let Some(below) = &self.scene.backing {
+            std::fs::write(&backing, below).unwrap();
+        }
+        let backing = self.scene.backing.is_some().then_some(&*backing);
+        let read_len = content.len().min(QEMU_READ_LEN);
+        let mut expected = content;
+        let (at, len) = (random.below(150) * CLUSTER, 1 + random.below(20 * CLUSTER));
+        let read = with_qemu_io(|qemu| {
+            qemu.open_qcow2(&maker.path(), backing);
+            let read = qemu.read(0, read_len);
+            let said = qemu.command(&format!("write -q -P 90 {at} {len}"));
+            qemu.command("close");
+            if said.is_empty() { Ok(read) } else { Err(format!("qemu-io cannot write: {said}")) }
+        })?;
+        if read != expected[..read_len] {
+            return Err("qemu-io reads something else".to_owned());
+        }
+        expected[at as usize..(at + len) as usize].fill(90);
+        let bytes = maker.bytes();
+        if self.scene.read(&bytes)? != expected {
+            return Err(format!("after qemu-io has written {at} {len} there is something else"));
+        }
+        let report = checker::check(&bytes)?;
+        if report.is_sound() { Ok(()) } else { Err(format!("corrupt after qemu-io has written:\n{report}")) }
     }
 
     /// The image goes on being written after the crash.
@@ -257,6 +302,12 @@ impl Run<'_> {
         let report = checker::check(&disk)?;
         if report.is_sound() { Ok(()) } else { Err(format!("corrupt after writing on:\n{report}")) }
     }
+}
+
+/// Each thread keeps one.
+fn with_qemu_io<T>(work: impl FnOnce(&mut QemuIo) -> T) -> T {
+    thread_local!(static QEMU: RefCell<Option<QemuIo>> = const { RefCell::new(None) });
+    QEMU.with_borrow_mut(|qemu| work(qemu.get_or_insert_with(QemuIo::start)))
 }
 
 /// All bytes of a file.

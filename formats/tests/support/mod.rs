@@ -7,6 +7,7 @@ pub mod crash;
 pub mod image;
 pub mod maker;
 pub mod model;
+pub mod qemu_io;
 pub mod random;
 pub mod reader;
 pub mod scene;

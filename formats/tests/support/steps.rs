@@ -24,12 +24,15 @@ pub enum Kind {
     FuaWrite,
     /// Into what a snapshot shares.
     WriteShared,
-    /// So many clusters that new tables and refcount blocks are needed.
+    /// Where there is no L2 table yet: the L1 table gets an entry. (It never gets longer: it is as long as
+    /// the disk needs from the beginning.)
+    NewTable,
+    /// So many clusters that new refcount blocks are needed.
     Grow,
 }
 
 /// All kinds.
-pub const KINDS: [Kind; 11] = [
+pub const KINDS: [Kind; 12] = [
     Kind::WriteCluster,
     Kind::WritePart,
     Kind::OverwriteCompressed,
@@ -40,8 +43,21 @@ pub const KINDS: [Kind; 11] = [
     Kind::Flush,
     Kind::FuaWrite,
     Kind::WriteShared,
+    Kind::NewTable,
     Kind::Grow,
 ];
+
+/// Every sequence of one, two and three kinds.
+pub fn sequences() -> Vec<Vec<Kind>> {
+    let ones: Vec<_> = KINDS.iter().map(|kind| vec![*kind]).collect();
+    let longer = |shorter: &[Vec<Kind>]| -> Vec<Vec<Kind>> {
+        let with = |first: &Vec<Kind>| KINDS.map(|kind| [first.as_slice(), &[kind]].concat());
+        shorter.iter().flat_map(with).collect()
+    };
+    let twos = longer(&ones);
+    let threes = longer(&twos);
+    [ones, twos, threes].concat()
+}
 
 /// Clusters at which something changes, so that a few operations meet.
 const INTERESTING: [u64; 12] = [2, 3, 16, 17, 24, 27, 28, 31, 40, 41, 70, 130];
@@ -92,6 +108,7 @@ impl Step {
             Kind::FuaWrite if random.below(2) == 0 => (Action::Write(Durability::Fua), part),
             Kind::FuaWrite => (Action::Write(Durability::Fua), (clusters_at, CLUSTER)),
             Kind::WriteShared => (write, ((64 + random.below(5)) * CLUSTER + inside, part.1)),
+            Kind::NewTable => (write, ((128 + random.below(60)) * CLUSTER + inside, part.1)),
             Kind::Grow => {
                 let from = if random.below(2) == 0 { 128 } else { 32 };
                 (write, (from * CLUSTER, (20 + random.below(45)) * CLUSTER))
