@@ -20,7 +20,7 @@ pub mod meta;
 pub mod metadata_map;
 pub mod pins;
 pub mod prepare;
-mod reclaim;
+pub mod reclaim;
 pub mod refcounts;
 mod repair;
 mod runs;
@@ -50,9 +50,9 @@ const INCOMPATIBLE_AT: HostOffset = HostOffset(72);
 const AUTOCLEAR_AT: HostOffset = HostOffset(88);
 /// Bits of a pin's key that tell its epoch; above them is the number of a planned write.
 const KEY_EPOCH_BITS: u32 = 8;
-/// Least and most by which the file is made longer at a time; between them it is an eighth of the file.
+/// Least and most by which the file is made longer at a time; between them it is half of the file.
 /// Our choice: rarely enough not to matter, and no more than a sparse tail after a crash.
-const GROW_LEN: std::ops::RangeInclusive<u64> = 1 << 20..=64 << 20;
+const GROW_LEN: std::ops::RangeInclusive<u64> = 16 << 20..=256 << 20;
 
 /// What an image that is written has besides one that is read.
 pub struct Writer {
@@ -309,7 +309,7 @@ fn grow(driver: &Qcow2Driver, writer: &Writer, clusters: u64) -> Result<()> {
     }
     let cluster_len = writer.geometry.cluster_len();
     let used = fresh * cluster_len;
-    let more = (used / 8).clamp(*GROW_LEN.start(), *GROW_LEN.end()).max(clusters * cluster_len);
+    let more = (used / 2).clamp(*GROW_LEN.start(), *GROW_LEN.end()).max(clusters * cluster_len);
     let image = driver.image();
     let fail = |e| storage_error(image, "cannot make the file longer", HostOffset(used), e);
     // Nobody writes behind the old end: what lies there was not handed out. It is not made shorter even

@@ -29,6 +29,8 @@ pub struct Refcounts {
     blocks: HashMap<BlockIndex, Block>,
     dirty_blocks: BTreeSet<BlockIndex>,
     dirty_entries: BTreeSet<usize>,
+    /// Not dropped from memory even if clean.
+    kept: Option<BlockIndex>,
 }
 
 struct Block {
@@ -62,6 +64,7 @@ impl Refcounts {
             blocks: HashMap::new(),
             dirty_blocks: BTreeSet::new(),
             dirty_entries: BTreeSet::new(),
+            kept: None,
         }
     }
 
@@ -239,10 +242,17 @@ impl Refcounts {
         self.dirty_entries.extend(entries.iter().map(|(index, _)| *index));
     }
 
+    /// Keeps the block in memory until another one is kept: for who will change it soon and cannot fail then.
+    pub fn keep(&mut self, block: BlockIndex) {
+        self.kept = Some(block);
+    }
+
     fn evict(&mut self) {
         let max = usize::try_from(CLEAN_LEN_MAX / self.geometry.cluster_len()).unwrap_or(0).max(4);
         if self.blocks.len() > max {
-            self.blocks.retain(|_, block| block.held || !block.dirty.is_empty());
+            let kept = self.kept;
+            self.blocks
+                .retain(|index, block| block.held || !block.dirty.is_empty() || kept == Some(*index));
         }
     }
 

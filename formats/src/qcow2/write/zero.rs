@@ -21,6 +21,9 @@ use crate::sync::Arc;
 /// Bytes of zeroes that are written at a time. Our choice.
 const CHUNK_LEN: usize = 64 << 10;
 
+/// Most entries of tables that a session's thread looks at for one request: some 100 us. Our choice.
+const TRY_ENTRIES_MAX: u64 = 1024;
+
 /// What becomes of whole clusters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Goal {
@@ -56,6 +59,34 @@ pub fn write_zeroes(
         Provision::Keep => change_clusters(driver, writer, whole, Goal::Keep),
         Provision::Allocate => allocate_clusters(driver, writer, whole),
     }
+}
+
+/// See [`BlockDriver::try_write_zeroes`](crate::BlockDriver::try_write_zeroes).
+pub fn try_write_zeroes(
+    driver: &Qcow2Driver,
+    writer: &Writer,
+    range: GuestRange,
+    request: ZeroRequest,
+) -> Result<bool> {
+    let goal = match request.provision {
+        Provision::Unmap => Goal::Unmap,
+        Provision::Keep => Goal::Keep,
+        Provision::Allocate => return Ok(false),
+    };
+    // Version 2 has no zeroes but those of a disk that has nothing there: a matter for who may write some.
+    let whole = whole_clusters(driver, range);
+    if !driver.geometry().zero_flag() || whole.len() != range.len() {
+        return Ok(false);
+    }
+    try_change_clusters(driver, writer, whole, goal)
+}
+
+/// See [`BlockDriver::try_discard`](crate::BlockDriver::try_discard).
+pub fn try_discard(driver: &Qcow2Driver, writer: &Writer, range: GuestRange) -> Result<bool> {
+    if !writer.options.discard {
+        return Ok(true);
+    }
+    try_change_clusters(driver, writer, whole_clusters(driver, range), Goal::Discard)
 }
 
 /// See [`BlockDriver::discard`](crate::BlockDriver::discard).
@@ -181,6 +212,56 @@ fn change_clusters(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange
     Ok(())
 }
 
+/// As [`change_clusters`], as far as memory goes. Returns whether all was done.
+fn try_change_clusters(
+    driver: &Qcow2Driver,
+    writer: &Writer,
+    range: GuestRange,
+    goal: Goal,
+) -> Result<bool> {
+    if !writer.is_begun() {
+        return Ok(false);
+    }
+    let geometry = driver.geometry();
+    let mut rest = range;
+    let mut cost = 0;
+    while !rest.is_empty() {
+        let offset = rest.offset();
+        let table = driver.l1().l2_table(offset);
+        let table = table.map_err(|fault| map::bad_entry(driver, "L1", offset, fault))?;
+        if table.is_none() && !driver.backing_reaches(geometry.cluster_of(offset)) {
+            rest = rest.skip(map::up_to_boundary(offset, geometry.l2_coverage_len()));
+            cost += 1;
+        } else {
+            let part = rest.prefix(map::up_to_boundary(offset, geometry.slice_coverage_len()));
+            rest = rest.skip(part.len());
+            cost += part.len().div_ceil(geometry.cluster_len());
+            if cost > TRY_ENTRIES_MAX || !try_change_slice(driver, writer, part, goal)? {
+                return Ok(false);
+            }
+        }
+        if cost > TRY_ENTRIES_MAX {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn try_change_slice(driver: &Qcow2Driver, writer: &Writer, part: GuestRange, goal: Goal) -> Result<bool> {
+    let geometry = driver.geometry();
+    let Some(slice) = map::slice_at(driver, part.offset(), MapMode::Try)? else { return Ok(false) };
+    let key = SliceKey { image: driver.number(), slice: geometry.slice_of(part.offset()) };
+    let mut meta = writer.lock();
+    let owned = geometry.is_owned(driver.l1().raw(geometry.l1_index(part.offset())));
+    let room = meta.dirty_len() < writer.options.dirty_len_max;
+    if !owned || !room || check_changing(driver, writer, &meta).is_err() || !driver.tables().hold(key, &slice) {
+        return Ok(false);
+    }
+    let (_, stopped) = change_entries(driver, &mut meta, &slice, part, goal);
+    slice.release();
+    Ok(stopped.is_ok())
+}
+
 /// Changes the entries of a part of one slice; returns how many bytes of it are done.
 fn change_slice(driver: &Qcow2Driver, writer: &Arc<Writer>, part: GuestRange, goal: Goal) -> Result<u64> {
     let geometry = driver.geometry();
@@ -194,20 +275,7 @@ fn change_slice(driver: &Qcow2Driver, writer: &Arc<Writer>, part: GuestRange, go
     {
         return Ok(0);
     }
-    let mut done = 0;
-    let mut stopped = Ok(());
-    for piece in by_cluster(driver, part) {
-        let cluster = geometry.cluster_of(piece.offset());
-        if meta.claims.contains(&cluster) {
-            stopped = Err(Stop::Claimed);
-        } else {
-            stopped = change_entry(driver, &mut meta, &slice, cluster, goal);
-        }
-        if stopped.is_err() {
-            break;
-        }
-        done += piece.len();
-    }
+    let (done, stopped) = change_entries(driver, &mut meta, &slice, part, goal);
     slice.release();
     match stopped {
         Ok(()) => Ok(done),
@@ -229,6 +297,28 @@ fn change_slice(driver: &Qcow2Driver, writer: &Arc<Writer>, part: GuestRange, go
             Ok(done + piece.len())
         }
     }
+}
+
+/// Changes entries of a held slice one after the other; returns how many bytes are done, and why no more.
+fn change_entries(
+    driver: &Qcow2Driver,
+    meta: &mut Meta,
+    slice: &Arc<TableSlice>,
+    part: GuestRange,
+    goal: Goal,
+) -> (u64, std::result::Result<(), Stop>) {
+    let mut done = 0;
+    for piece in by_cluster(driver, part) {
+        let cluster = driver.geometry().cluster_of(piece.offset());
+        if meta.claims.contains(&cluster) {
+            return (done, Err(Stop::Claimed));
+        }
+        if let Err(stop) = change_entry(driver, meta, slice, cluster, goal) {
+            return (done, Err(stop));
+        }
+        done += piece.len();
+    }
+    (done, Ok(()))
 }
 
 /// Why the entries of a slice were not all changed.
