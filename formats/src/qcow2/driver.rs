@@ -359,7 +359,11 @@ impl BlockDriver for Qcow2Driver {
     fn try_write_zeroes(&self, range: GuestRange, request: ZeroRequest) -> Result<bool> {
         let writer = self.writer()?;
         let range = checked_range(self, range.offset(), range.len())?;
-        if request.durability.is_fua() { Ok(false) } else { zero::try_write_zeroes(self, writer, range, request) }
+        if request.durability.is_fua() {
+            Ok(false)
+        } else {
+            zero::try_write_zeroes(self, writer, range, request)
+        }
     }
 
     fn try_discard(&self, range: GuestRange, durability: Durability) -> Result<bool> {

@@ -7,7 +7,7 @@
 //! | `meta` | all that changes, under one lock, and the changes of mappings |
 //! | `prepare` | writes that need not wait: plans, claims and their end |
 //! | `slow` | writes that must wait: new tables, copy-on-write |
-//! | `zero` | zeroing and discarding |
+//! | `zero`, `provide` | zeroing and discarding; zeroes with room |
 //! | `commit`, `reclaim` | making changes durable in an order that a crash cannot hurt; letting clusters go |
 //! | `begin`, `repair` | what happens to an image that is opened for writing |
 //!
@@ -20,6 +20,7 @@ pub mod meta;
 pub mod metadata_map;
 pub mod pins;
 pub mod prepare;
+mod provide;
 pub mod reclaim;
 pub mod refcounts;
 mod repair;

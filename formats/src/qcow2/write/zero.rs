@@ -6,14 +6,12 @@ use super::super::driver::Qcow2Driver;
 use super::super::map;
 use super::super::tables::{SliceKey, TableSlice};
 use super::super::types::{GuestCluster, HostCluster, L2Entry};
-use super::allocator::Need;
-use super::meta::{Claim, Meta};
-use super::slow::{self, ClaimGuard, reads_zero_without_cluster, whole_clusters};
-use super::{Writer, begin_changes, check_changing, commit, corrupt, satisfy};
-use crate::address::{GuestRange, HostRange};
+use super::meta::Meta;
+use super::slow::{self, reads_zero_without_cluster, whole_clusters};
+use super::{Writer, begin_changes, check_changing, commit, corrupt, provide};
+use crate::address::GuestRange;
 use crate::driver::ZeroRequest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::mover::storage_error;
 use crate::plan::MapMode;
 use crate::storage::Provision;
 use crate::sync::Arc;
@@ -57,7 +55,7 @@ pub fn write_zeroes(
     match request.provision {
         Provision::Unmap => change_clusters(driver, writer, whole, Goal::Unmap),
         Provision::Keep => change_clusters(driver, writer, whole, Goal::Keep),
-        Provision::Allocate => allocate_clusters(driver, writer, whole),
+        Provision::Allocate => provide::provide(driver, writer, whole),
     }
 }
 
@@ -127,7 +125,8 @@ fn is_fast(driver: &Qcow2Driver, range: GuestRange, whole: GuestRange, provision
     Ok(true)
 }
 
-fn by_cluster(driver: &Qcow2Driver, range: GuestRange) -> impl Iterator<Item = GuestRange> {
+/// The range in parts that lie in one cluster each.
+pub fn by_cluster(driver: &Qcow2Driver, range: GuestRange) -> impl Iterator<Item = GuestRange> {
     let cluster_len = driver.geometry().cluster_len();
     let mut rest = range;
     std::iter::from_fn(move || {
@@ -213,12 +212,7 @@ fn change_clusters(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange
 }
 
 /// As [`change_clusters`], as far as memory goes. Returns whether all was done.
-fn try_change_clusters(
-    driver: &Qcow2Driver,
-    writer: &Writer,
-    range: GuestRange,
-    goal: Goal,
-) -> Result<bool> {
+fn try_change_clusters(driver: &Qcow2Driver, writer: &Writer, range: GuestRange, goal: Goal) -> Result<bool> {
     if !writer.is_begun() {
         return Ok(false);
     }
@@ -254,7 +248,8 @@ fn try_change_slice(driver: &Qcow2Driver, writer: &Writer, part: GuestRange, goa
     let mut meta = writer.lock();
     let owned = geometry.is_owned(driver.l1().raw(geometry.l1_index(part.offset())));
     let room = meta.dirty_len() < writer.options.dirty_len_max;
-    if !owned || !room || check_changing(driver, writer, &meta).is_err() || !driver.tables().hold(key, &slice) {
+    if !owned || !room || check_changing(driver, writer, &meta).is_err() || !driver.tables().hold(key, &slice)
+    {
         return Ok(false);
     }
     let (_, stopped) = change_entries(driver, &mut meta, &slice, part, goal);
@@ -364,101 +359,4 @@ fn change_entry(
     }
     meta.set_entry(driver, slice, cluster, raw);
     Ok(())
-}
-
-/// Gives every cluster of the range a host cluster with room in the file, and zeroes in it.
-fn allocate_clusters(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) -> Result<()> {
-    for piece in by_cluster(driver, range) {
-        commit::relieve(driver, writer)?;
-        allocate_cluster(driver, writer, piece.offset())?;
-    }
-    Ok(())
-}
-
-fn allocate_cluster(driver: &Qcow2Driver, writer: &Arc<Writer>, offset: u64) -> Result<()> {
-    let geometry = driver.geometry();
-    let cluster = geometry.cluster_of(offset);
-    loop {
-        slow::own_table(driver, writer, offset)?;
-        let Some(slice) = map::slice_at(driver, offset, MapMode::Wait)? else { continue };
-        let pin = writer.pin();
-        match place_for(driver, writer, &slice, cluster)? {
-            Place::Again => {}
-            Place::Need(need) => {
-                drop(pin);
-                satisfy(driver, writer, need)?;
-            }
-            Place::There(host) => return zero_host(driver, host),
-            Place::New(claim) => {
-                zero_host(driver, claim.host()?)?;
-                return claim.publish(driver);
-            }
-        }
-    }
-}
-
-/// Where zeroes with room go.
-enum Place {
-    There(HostCluster),
-    New(ClaimGuard),
-    Need(Need),
-    Again,
-}
-
-fn place_for(
-    driver: &Qcow2Driver,
-    writer: &Arc<Writer>,
-    slice: &Arc<TableSlice>,
-    cluster: GuestCluster,
-) -> Result<Place> {
-    let geometry = driver.geometry();
-    let start = geometry.start_of(cluster);
-    let key = SliceKey { image: driver.number(), slice: geometry.slice_of(start) };
-    let mut meta = writer.lock();
-    while meta.claims.contains(&cluster) {
-        check_changing(driver, writer, &meta)?;
-        writer.wait(&mut meta);
-    }
-    check_changing(driver, writer, &meta)?;
-    if !geometry.is_owned(driver.l1().raw(geometry.l1_index(start))) {
-        return Ok(Place::Again);
-    }
-    let raw = slice.raw(geometry.index_in_slice(cluster));
-    let entry = slice.entry(cluster).map_err(|fault| map::bad_entry(driver, "L2", start, fault))?;
-    if let Err(what) = meta.check_entry(driver, entry) {
-        drop(meta);
-        return Err(corrupt(driver, writer, what));
-    }
-    if !driver.tables().hold(key, slice) {
-        return Ok(Place::Again);
-    }
-    if let Some(host) = geometry.overwritable(raw) {
-        slice.release();
-        return Ok(Place::There(host));
-    }
-    let reused = match entry {
-        L2Entry::Zero { host } => host.filter(|_| geometry.is_owned(raw)),
-        L2Entry::Unallocated | L2Entry::Data { .. } | L2Entry::Compressed(_) | L2Entry::Split { .. } => None,
-    };
-    let host = match reused {
-        Some(host) => host,
-        None => match meta.allocator.allocate() {
-            Ok(handed) => handed.host,
-            Err(need) => {
-                slice.release();
-                return Ok(Place::Need(need));
-            }
-        },
-    };
-    meta.claims.insert(cluster);
-    let claim = Claim { cluster, slice: Arc::clone(slice), host, allocated: reused.is_none(), zeroed: false };
-    Ok(Place::New(ClaimGuard::new(writer, claim)))
-}
-
-fn zero_host(driver: &Qcow2Driver, host: HostCluster) -> Result<()> {
-    let storage = driver.data_storage();
-    let range = HostRange::new(host.start(), driver.geometry().cluster_len()).unwrap_or_default();
-    storage
-        .zero(range, Provision::Allocate, false)
-        .map_err(|e| storage_error(storage, "cannot zero", host.start(), e))
 }
