@@ -163,9 +163,29 @@ pub trait BlockDriver: Send + Sync {
     /// afterwards is undefined but never another's data; parts that cannot be given back are left alone.
     fn discard(&self, range: GuestRange, durability: Durability) -> Result<()>;
 
+    /// As [`write_zeroes`](Self::write_zeroes), but waits for nobody and does no I/O. `false`: it takes more
+    /// than that, and `write_zeroes` is to be called; parts of the range may read as zeroes already.
+    fn try_write_zeroes(&self, _range: GuestRange, _request: ZeroRequest) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// As [`discard`](Self::discard), in the way of [`try_write_zeroes`](Self::try_write_zeroes).
+    fn try_discard(&self, _range: GuestRange, _durability: Durability) -> Result<bool> {
+        Ok(false)
+    }
+
     /// Makes every write, zeroing and discard that has returned before this call durable, with all
-    /// metadata that leads to it.
+    /// metadata that leads to it. Then gives back the room that nothing uses any more.
     fn flush(&self) -> Result<()>;
+
+    /// As [`flush`](Self::flush), but leaves giving room back to [`tidy`](Self::tidy), so that whoever waits
+    /// for the flush can be told before.
+    fn make_durable(&self) -> Result<()> {
+        self.flush()
+    }
+
+    /// Does what may be done after a request was answered. Cheap when there is nothing.
+    fn tidy(&self) {}
 
     /// Asks for the range to be brought into memory. A hint: it returns before that has happened.
     fn cache(&self, range: GuestRange) -> Result<()>;

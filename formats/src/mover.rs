@@ -111,7 +111,7 @@ pub fn write<D: BlockDriver + ?Sized>(
     check_writable(driver)?;
     let range = checked_range(driver, offset, buf.len() as u64)?;
     if range.is_empty() {
-        return if durability.is_fua() { driver.flush() } else { Ok(()) };
+        return if durability.is_fua() { driver.make_durable() } else { Ok(()) };
     }
     let mut plan = WritePlan::default();
     driver.prepare_write(range, MapMode::Wait, &mut plan)?;
@@ -122,7 +122,7 @@ pub fn write<D: BlockDriver + ?Sized>(
     let finished = driver.finish_write(&mut plan, written.is_ok());
     written?;
     finished?;
-    if durability.is_fua() && (!in_place || slow) { driver.flush() } else { Ok(()) }
+    if durability.is_fua() && (!in_place || slow) { driver.make_durable() } else { Ok(()) }
 }
 
 fn write_pieces<D: BlockDriver + ?Sized>(

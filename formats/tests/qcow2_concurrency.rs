@@ -269,11 +269,20 @@ mod threads {
             }
             10..=12 => {
                 let provision = random.pick(&[Provision::Unmap, Provision::Keep, Provision::Allocate]);
-                driver.write_zeroes(range, ZeroRequest { provision, fast: false, durability }).unwrap();
+                let request = ZeroRequest { provision, fast: false, durability };
+                if random.below(2) == 0 {
+                    session::zero(driver, range, request).unwrap();
+                } else {
+                    driver.write_zeroes(range, request).unwrap();
+                }
                 own.fill(0);
             }
             13 => {
-                driver.discard(range, durability).unwrap();
+                if random.below(2) == 0 {
+                    session::discard(driver, range, durability).unwrap();
+                } else {
+                    driver.discard(range, durability).unwrap();
+                }
                 let mut got = vec![0; own.len()];
                 driver.pread(at, &mut got).unwrap();
                 for (index, (unit, old)) in got.chunks(UNIT_LEN).zip(own.chunks_mut(UNIT_LEN)).enumerate() {
@@ -282,7 +291,11 @@ mod threads {
                     old.copy_from_slice(unit);
                 }
             }
-            14 => driver.flush().unwrap(),
+            14 if random.below(2) == 0 => driver.flush().unwrap(),
+            14 => {
+                driver.make_durable().unwrap();
+                driver.tidy();
+            }
             _ => {
                 let mut got = vec![0; own.len()];
                 if random.below(2) == 0 {

@@ -66,6 +66,83 @@ fn zeroing_nothing_costs_nothing() {
     assert!(start.elapsed() < Duration::from_millis(300), "{:?}", start.elapsed());
 }
 
+/// What a session relies on: whole clusters are zeroed and discarded without a call to the file, and what
+/// would take one is left alone.
+#[test]
+fn zeroes_of_memory_only_cost_no_io() {
+    let folder = Folder::new();
+    let memory = memory_of(&folder, "cluster_size=64k", 16 * MIB);
+    let faults = Faults::new();
+    let storage = faults.attach(Wrapped::new(Arc::clone(&memory) as Arc<dyn Storage>, NeverClosed));
+    let driver = open_with(storage, None, 1 << 20, WriteOptions::default()).unwrap();
+    driver.pwrite(0, &vec![7; 4 * MIB as usize], Durability::Later).unwrap();
+    let mut disk = read_all(&*driver);
+    let before = faults.total();
+    let range = |at, len| GuestRange::new(at, len).unwrap();
+    for (at, provision) in [(0, Provision::Unmap), (MIB, Provision::Keep)] {
+        assert!(driver.try_write_zeroes(range(at, MIB), request(provision, true)).unwrap());
+        disk[at as usize..][..MIB as usize].fill(0);
+    }
+    assert!(driver.try_discard(range(2 * MIB, MIB), Durability::Later).unwrap());
+    disk[2 * MIB as usize..][..MIB as usize].fill(0);
+    let part = range(3 * MIB + 512, MIB / 2);
+    assert!(!driver.try_write_zeroes(part, request(Provision::Unmap, false)).unwrap());
+    assert!(!driver.try_write_zeroes(range(3 * MIB, MIB), request(Provision::Allocate, false)).unwrap());
+    let fua = ZeroRequest { durability: Durability::Fua, ..request(Provision::Unmap, false) };
+    assert!(!driver.try_write_zeroes(range(3 * MIB, MIB), fua).unwrap());
+    assert_eq!(faults.total(), before);
+    assert_eq!(read_all(&*driver), disk);
+    driver.close().unwrap();
+    check(&folder, &memory, &disk);
+}
+
+/// Who waits for a flush does not wait for holes to be punched; those that lie in a row are one, in whatever
+/// order they were freed.
+#[test]
+fn holes_are_punched_after_the_flush_and_in_one_go() {
+    let folder = Folder::new();
+    let memory = memory_of(&folder, "cluster_size=64k", 16 * MIB);
+    let faults = Faults::new();
+    let storage = faults.attach(Wrapped::new(Arc::clone(&memory) as Arc<dyn Storage>, NeverClosed));
+    let driver = open_with(storage, None, 1 << 20, WriteOptions::default()).unwrap();
+    driver.pwrite(0, &vec![7; 4 * MIB as usize], Durability::Later).unwrap();
+    driver.flush().unwrap();
+    let before = faults.count(CallClass::Zero);
+    for number in 0..64 {
+        let at = number * 37 % 64 * 64 * KIB;
+        let range = GuestRange::new(at, 64 * KIB).unwrap();
+        driver.write_zeroes(range, request(Provision::Unmap, true)).unwrap();
+    }
+    driver.make_durable().unwrap();
+    assert_eq!(faults.count(CallClass::Zero), before);
+    assert!(memory.allocated_len().unwrap() > 4 * MIB);
+    driver.tidy();
+    assert_eq!(faults.count(CallClass::Zero), before + 1);
+    assert!(memory.allocated_len().unwrap() < MIB);
+    driver.close().unwrap();
+    check(&folder, &memory, &vec![0; 16 * MIB as usize]);
+}
+
+/// Zeroes with room take a call for a row of clusters, and the room is there.
+#[test]
+fn room_for_many_clusters_is_one_call() {
+    let folder = Folder::new();
+    let memory = memory_of(&folder, "cluster_size=64k", 16 * MIB);
+    let faults = Faults::new();
+    let storage = faults.attach(Wrapped::new(Arc::clone(&memory) as Arc<dyn Storage>, NeverClosed));
+    let driver = open_with(storage, None, 1 << 20, WriteOptions::default()).unwrap();
+    driver.pwrite(MIB, &vec![7; MIB as usize], Durability::Later).unwrap();
+    let before = faults.count(CallClass::Zero);
+    let range = GuestRange::new(0, 8 * MIB).unwrap();
+    driver.write_zeroes(range, request(Provision::Allocate, false)).unwrap();
+    // Before, in and behind what was there.
+    assert!(faults.count(CallClass::Zero) - before <= 3, "{}", faults.count(CallClass::Zero) - before);
+    assert!(memory.allocated_len().unwrap() >= 8 * MIB);
+    driver.close().unwrap();
+    assert!(memory.allocated_len().unwrap() >= 8 * MIB);
+    check(&folder, &memory, &vec![0; 16 * MIB as usize]);
+}
+
 /// What a session relies on: warm plans of a writable image do no I/O and allocate nothing.
 #[test]
 fn warm_plans_cost_neither_io_nor_memory() {

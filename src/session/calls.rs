@@ -30,14 +30,19 @@ const RUN_LEN: usize = size_of::<(u64, u32)>();
 
 impl Session {
     pub(super) fn start_flush(&mut self, request: Request) {
-        self.start_call(Lane::Write, request, |driver| driver.flush());
+        self.start_call(Lane::Write, request, |driver| driver.make_durable());
     }
 
     pub(super) async fn start_trim(&mut self, request: Request) -> std::result::Result<(), End> {
         let Some(range) = self.range_or_reply(&request).await? else { return Ok(()) };
         let durability = self.shard.export.durability(request.flags.contains(CommandFlags::FUA));
-        self.start_call(Lane::Write, request, move |driver| driver.discard(range, durability));
-        Ok(())
+        match self.shard.export.driver().try_discard(range, durability) {
+            Ok(true) => self.reply_success(&request).await,
+            Ok(false) | Err(_) => {
+                self.start_call(Lane::Write, request, move |driver| driver.discard(range, durability));
+                Ok(())
+            }
+        }
     }
 
     pub(super) async fn start_write_zeroes(&mut self, request: Request) -> std::result::Result<(), End> {
@@ -47,6 +52,19 @@ impl Session {
             fast: request.flags.contains(CommandFlags::FAST_ZERO),
             durability: self.shard.export.durability(request.flags.contains(CommandFlags::FUA)),
         };
+        self.zero(request, range, zero).await
+    }
+
+    /// Zeroes a range: here and now where that takes memory only. An error shows again where it is waited for.
+    pub(super) async fn zero(
+        &mut self,
+        request: Request,
+        range: GuestRange,
+        zero: ZeroRequest,
+    ) -> std::result::Result<(), End> {
+        if let Ok(true) = self.shard.export.driver().try_write_zeroes(range, zero) {
+            return self.reply_success(&request).await;
+        }
         self.start_call(Lane::Write, request, move |driver| driver.write_zeroes(range, zero));
         Ok(())
     }
@@ -123,6 +141,9 @@ impl Session {
             let result = work(&driver, &mut buf);
             // The session may have gone in the meantime.
             let _ = answer.send((buf, result));
+            if lane == Lane::Write {
+                driver.tidy();
+            }
         });
         drop(self.shard.export.workers().spawn(lane, job));
         answered.await.unwrap_or_else(|_| {

@@ -146,6 +146,10 @@ impl Shard {
                 answer.buf = Some(buf);
                 answer.result = Some(result);
             }
+            drop(answer);
+            if lane == Lane::Write {
+                driver.tidy();
+            }
         });
         // A job that cannot be run is dropped, and its answer says so.
         drop(self.export.workers().spawn(lane, job));

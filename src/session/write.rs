@@ -49,8 +49,7 @@ impl Session {
         };
         if let Some(provision) = self.zeroes_to_store(len) {
             let zero = ZeroRequest { provision, fast: false, durability };
-            self.start_call(Lane::Write, request, move |driver| driver.write_zeroes(range, zero));
-            return Ok(());
+            return self.zero(request, range, zero).await;
         }
         if durability == Durability::Later && self.writes_in_place() {
             match self.write_in_place(range) {
@@ -257,7 +256,7 @@ impl Session {
         match result {
             Err(error) => self.reply_error(&request, &error).await,
             Ok(()) if durability.is_fua() => {
-                self.start_call(Lane::Write, request, |driver| driver.flush());
+                self.start_call(Lane::Write, request, |driver| driver.make_durable());
                 Ok(())
             }
             Ok(()) => self.reply_success(&request).await,

@@ -8,7 +8,7 @@ use super::map::{self, LayerRuns};
 use super::snapshots::{self, Snapshot};
 use super::tables::{ImageNumber, L1Table, TableCache, TableSlice};
 use super::types::{DataFile, Geometry, GuestCluster};
-use super::write::{Writer, begin, commit, prepare, slow, zero};
+use super::write::{Writer, begin, commit, prepare, reclaim, slow, zero};
 use super::{bitmaps, header};
 use crate::address::{GuestRange, HostOffset, HostRange};
 use crate::driver::{BlockDriver, Facts, Format, State, ZeroRequest};
@@ -240,7 +240,7 @@ impl Qcow2Driver {
     }
 
     fn flush_if_fua(&self, durability: Durability) -> Result<()> {
-        if durability.is_fua() { self.flush() } else { Ok(()) }
+        if durability.is_fua() { self.make_durable() } else { Ok(()) }
     }
 }
 
@@ -356,6 +356,22 @@ impl BlockDriver for Qcow2Driver {
         self.flush_if_fua(request.durability)
     }
 
+    fn try_write_zeroes(&self, range: GuestRange, request: ZeroRequest) -> Result<bool> {
+        let writer = self.writer()?;
+        let range = checked_range(self, range.offset(), range.len())?;
+        if request.durability.is_fua() {
+            Ok(false)
+        } else {
+            zero::try_write_zeroes(self, writer, range, request)
+        }
+    }
+
+    fn try_discard(&self, range: GuestRange, durability: Durability) -> Result<bool> {
+        let writer = self.writer()?;
+        let range = checked_range(self, range.offset(), range.len())?;
+        if durability.is_fua() { Ok(false) } else { zero::try_discard(self, writer, range) }
+    }
+
     fn discard(&self, range: GuestRange, durability: Durability) -> Result<()> {
         let writer = self.writer()?;
         let range = checked_range(self, range.offset(), range.len())?;
@@ -369,6 +385,20 @@ impl BlockDriver for Qcow2Driver {
             Some(writer) => commit::flush(self, writer),
             // Nothing can be dirty.
             None => Ok(()),
+        }
+    }
+
+    fn make_durable(&self) -> Result<()> {
+        self.check_open()?;
+        match &self.writer {
+            Some(writer) => commit::commit(self, writer),
+            None => Ok(()),
+        }
+    }
+
+    fn tidy(&self) {
+        if let Some(writer) = &self.writer {
+            reclaim::tidy(self, writer);
         }
     }
 

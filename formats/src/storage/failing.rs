@@ -245,6 +245,11 @@ impl Storage for FailingStorage {
         self.inner.zero(range, provision, fast)
     }
 
+    fn reserve(&self, range: HostRange) -> io::Result<bool> {
+        self.check(CallClass::Zero)?;
+        self.inner.reserve(range)
+    }
+
     fn discard(&self, range: HostRange) -> io::Result<()> {
         self.check(CallClass::Discard)?;
         self.inner.discard(range)

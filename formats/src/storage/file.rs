@@ -243,6 +243,16 @@ impl Storage for FileStorage {
         result
     }
 
+    fn reserve(&self, range: HostRange) -> io::Result<bool> {
+        let mut reserved = false;
+        let result = self.change_room(range, |target| {
+            reserved = self.room.reserve(target.file, range)?;
+            Ok(())
+        });
+        self.known_data.forget(range);
+        result.map(|()| reserved)
+    }
+
     fn discard(&self, range: HostRange) -> io::Result<()> {
         let result = self.change_room(range, |target| self.room.discard(target.file, range, target.len));
         self.known_data.forget(range);

@@ -162,6 +162,11 @@ impl Storage for MemoryStorage {
         self.room.zero(Target { file, len, write: &write }, range, provision, fast)
     }
 
+    fn reserve(&self, range: HostRange) -> io::Result<bool> {
+        self.check_open()?;
+        self.room.reserve(self.file.as_fd(), range)
+    }
+
     fn discard(&self, range: HostRange) -> io::Result<()> {
         self.check_open()?;
         let len = self.len()?;

@@ -171,6 +171,13 @@ pub trait Storage: Send + Sync {
     /// With `fast` it fails with `EOPNOTSUPP`, nothing changed, where it would have to write the zeroes.
     fn zero(&self, range: HostRange, provision: Provision, fast: bool) -> io::Result<()>;
 
+    /// Sees to it that later writes to the range, which lies within the storage, do not fail for lack of
+    /// room; what it reads as stays. `false`: that cannot be had, and nothing has changed.
+    fn reserve(&self, range: HostRange) -> io::Result<bool> {
+        let _ = range;
+        Ok(false)
+    }
+
     /// Gives the room of the range back where that is possible. What it reads as afterwards is zeroes
     /// if `new_space_is_zero`, else undefined. Not being able to is no error.
     fn discard(&self, range: HostRange) -> io::Result<()>;

@@ -338,6 +338,11 @@ impl Storage for RecordingStorage {
         self.record(Change::Zero { range, grows }, || self.inner.zero(range, provision, fast))
     }
 
+    /// Not recorded: it changes no byte and no length.
+    fn reserve(&self, range: HostRange) -> io::Result<bool> {
+        self.inner.reserve(range)
+    }
+
     fn discard(&self, range: HostRange) -> io::Result<()> {
         let byte = if self.facts().new_space_is_zero { 0 } else { POISON };
         self.record(Change::Discard { range, byte }, || self.inner.discard(range))

@@ -80,6 +80,15 @@ impl Room {
         }
     }
 
+    /// See [`Storage::reserve`](super::Storage::reserve).
+    pub(super) fn reserve(&self, file: BorrowedFd<'_>, range: HostRange) -> io::Result<bool> {
+        if range.is_empty() || self.kind == StorageKind::BlockDevice {
+            return Ok(range.is_empty());
+        }
+        let outcome = self.fallocate(ALLOCATE, file, FallocateFlags::KEEP_SIZE, range)?;
+        Ok(matches!(outcome, Outcome::Done))
+    }
+
     /// See [`Storage::discard`](super::Storage::discard); `len` is the file's length.
     pub(super) fn discard(&self, file: BorrowedFd<'_>, range: HostRange, len: u64) -> io::Result<()> {
         let range = clip(range, len);

@@ -164,6 +164,54 @@ fn a_mapped_read_against_zero_and_reuse() {
     });
 }
 
+/// Freed clusters are let go after the flush was answered, while others commit and take clusters.
+#[test]
+fn a_late_reclaim_against_commit_and_reuse() {
+    explore(plain(), |stage| {
+        let at = 2 * CLUSTER;
+        let freer = stage.spawn(move |driver| {
+            for cluster in [2, 4] {
+                let range = GuestRange::new(cluster * CLUSTER, CLUSTER).unwrap();
+                let request = ZeroRequest { provision: Provision::Unmap, fast: false, durability: LATER };
+                crate::support::session::zero(driver, range, request).unwrap();
+                driver.make_durable().unwrap();
+                driver.tidy();
+            }
+        });
+        let others = [(40, 3), (130, 6)].map(|(cluster, count)| {
+            stage.spawn(move |driver| {
+                for number in 0..count {
+                    write(driver, (cluster + number) * CLUSTER, CLUSTER, 7);
+                    driver.make_durable().unwrap();
+                    driver.tidy();
+                }
+            })
+        });
+        freer.join().unwrap();
+        join(others);
+        let mut got = vec![1; CLUSTER as usize];
+        stage.driver.pread(at, &mut got).unwrap();
+        assert!(got.iter().all(|byte| *byte == 0), "a zeroed cluster reads as something else");
+        stage.finish(130 * CLUSTER, &painted(130 * CLUSTER, 6 * CLUSTER, 7));
+    });
+}
+
+/// A close against clusters that are being let go: all are counted, and nothing comes after it.
+#[test]
+fn close_against_a_late_reclaim() {
+    explore(plain(), |stage| {
+        let cleaner = stage.spawn(move |driver| {
+            let range = GuestRange::new(2 * CLUSTER, 2 * CLUSTER).unwrap();
+            let _ = driver.discard(range, LATER).and_then(|()| driver.make_durable());
+            driver.tidy();
+        });
+        let closer = stage.spawn(|driver| driver.close().unwrap());
+        join([cleaner, closer]);
+        let report = checker::check_storage(&*stage.storage).unwrap();
+        assert!(report.is_clean(), "{report}");
+    });
+}
+
 /// A write holds its plan while the cluster is discarded and reused: it must not land in another's.
 #[test]
 fn a_mapped_write_against_discard_and_reuse() {

@@ -1,9 +1,12 @@
-//! Writes the way a session does: by a plan that waits for nothing, its pieces carried out by hand, and
-//! what is slow given to the blocking call.
+//! What a session does: writes by a plan that waits for nothing, its pieces carried out by hand, and
+//! what is slow given to the blocking call; zeroes at once where they can be; flushes that leave cleaning up
+//! for later.
 
 use nbd_img_formats::plan::MapMode;
 use nbd_img_formats::storage::TryRead;
-use nbd_img_formats::{BlockDriver, Durability, Error, GuestRange, Place, ReadPlan, Result, WritePlan};
+use nbd_img_formats::{
+    BlockDriver, Durability, Error, GuestRange, Place, ReadPlan, Result, WritePlan, ZeroRequest,
+};
 
 /// As `pwrite`, by a plan.
 pub fn write(driver: &dyn BlockDriver, offset: u64, bytes: &[u8], durability: Durability) -> Result<()> {
@@ -34,7 +37,17 @@ pub fn write(driver: &dyn BlockDriver, offset: u64, bytes: &[u8], durability: Du
     for (at, part) in &slow {
         driver.write_slow(*at, part)?;
     }
-    if durability.is_fua() && (!in_place || !slow.is_empty()) { driver.flush() } else { Ok(()) }
+    if durability.is_fua() && (!in_place || !slow.is_empty()) { driver.make_durable() } else { Ok(()) }
+}
+
+/// As `write_zeroes`.
+pub fn zero(driver: &dyn BlockDriver, range: GuestRange, request: ZeroRequest) -> Result<()> {
+    if driver.try_write_zeroes(range, request)? { Ok(()) } else { driver.write_zeroes(range, request) }
+}
+
+/// As `discard`.
+pub fn discard(driver: &dyn BlockDriver, range: GuestRange, durability: Durability) -> Result<()> {
+    if driver.try_discard(range, durability)? { Ok(()) } else { driver.discard(range, durability) }
 }
 
 /// As `pread`, by a plan.

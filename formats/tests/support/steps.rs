@@ -149,11 +149,22 @@ impl Step {
             }
             Action::Zero(provision) => {
                 let request = ZeroRequest { provision, fast: false, durability: Durability::Later };
-                driver.write_zeroes(range, request)
+                if self.by_plan {
+                    session::zero(driver, range, request)
+                } else {
+                    driver.write_zeroes(range, request)
+                }
             }
+            Action::Discard if self.by_plan => session::discard(driver, range, Durability::Later),
             Action::Discard => driver.discard(range, Durability::Later),
+            // What it leaves for later is done with a later step.
+            Action::Flush if self.by_plan => return driver.make_durable(),
             Action::Flush => driver.flush(),
+        }?;
+        if self.by_plan {
+            driver.tidy();
         }
+        Ok(())
     }
 }
 

@@ -183,6 +183,10 @@ impl<H: Hooks> Storage for Wrapped<H> {
         self.inner.zero(range, provision, fast)
     }
 
+    fn reserve(&self, range: HostRange) -> io::Result<bool> {
+        self.inner.reserve(range)
+    }
+
     fn discard(&self, range: HostRange) -> io::Result<()> {
         self.hooks.gives_room(range.at().0, range.len());
         self.inner.discard(range)

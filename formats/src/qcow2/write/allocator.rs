@@ -114,7 +114,12 @@ impl Space {
 
     /// Clusters have become free.
     pub fn give_back(&mut self, first: HostIndex, len: u64, zeroed: bool) {
-        if zeroed { self.zeroed.insert(first, len) } else { self.stale.insert(first, len) }
+        let set = if zeroed { &mut self.zeroed } else { &mut self.stale };
+        if !set.insert(first, len) {
+            // Found again by a search, as those that were free at open.
+            self.search = self.search.min(first);
+            self.search_end = self.fresh;
+        }
     }
 }
 
@@ -198,8 +203,9 @@ impl Allocator {
             let index = HostIndex(index);
             // What no block describes is left alone: it would need a block first.
             let listed = self.space.zeroed.contains(index) || self.space.stale.contains(index);
-            if described && !listed && !self.is_used(index)? {
-                self.space.stale.insert(index, 1);
+            if described && !listed && !self.is_used(index)? && !self.space.stale.insert(index, 1) {
+                self.space.search = index;
+                return Ok(true);
             }
         }
         self.space.search = to;
@@ -405,6 +411,30 @@ mod tests {
         let mut again: Vec<_> = (0..10).map(|_| allocator.allocate().unwrap().host).collect();
         again.sort_unstable();
         assert_eq!(again, handed[..10]);
+    }
+
+    #[test]
+    fn what_a_full_list_left_out_is_found_again() {
+        let mut allocator = small(16, 40);
+        allocator.space.stale = RunSet::bounded(2);
+        allocator.space.zeroed = RunSet::bounded(2);
+        let handed: Vec<_> = (0..20).map(|_| allocator.allocate().unwrap().host).collect();
+        let freed: Vec<_> = handed.iter().copied().step_by(2).collect();
+        for (number, host) in freed.iter().enumerate() {
+            let index = HostIndex(host.start().0 / 512);
+            allocator.refcounts.set(index, 0).unwrap();
+            allocator.space.give_back(index, 1, number % 2 == 0);
+        }
+        let mut again = Vec::new();
+        while again.len() < freed.len() {
+            if !allocator.space.has_any() {
+                assert!(allocator.search().unwrap(), "{} of {} are found", again.len(), freed.len());
+                continue;
+            }
+            again.push(allocator.allocate().unwrap().host);
+        }
+        again.sort_unstable();
+        assert_eq!(again, freed);
     }
 
     #[test]

@@ -31,8 +31,16 @@ use crate::sync::atomic::Ordering;
 /// Where the refcount table's offset and clusters stand in the header (specification).
 const TABLE_POINTER_AT: HostOffset = HostOffset(48);
 
-/// Makes everything that was changed before this call durable.
+/// Makes everything that was changed before this call durable, and lets go what may go.
 pub fn flush(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
+    commit(driver, writer)?;
+    reclaim::reclaim(driver, writer, reclaim::When::Unpinned);
+    Ok(())
+}
+
+/// Makes everything that was changed before this call durable. The clusters that were freed by it stay in
+/// quarantine until somebody [reclaims](reclaim::reclaim) them.
+pub fn commit(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     let mut meta = writer.lock();
     let wanted = meta.next_commit;
     loop {
@@ -58,11 +66,8 @@ pub fn relieve(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
 
 /// Commits, and returns when the clusters that were let go by it can be had.
 pub fn flush_and_reclaim(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
-    flush(driver, writer)?;
-    let mut meta = writer.lock();
-    while meta.committing {
-        writer.wait(&mut meta);
-    }
+    commit(driver, writer)?;
+    reclaim::reclaim_all(driver, writer, reclaim::When::Unpinned);
     Ok(())
 }
 
@@ -76,9 +81,7 @@ pub fn settle(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
         if writer.lock().is_settled() {
             break;
         }
-        let committing = Committing::begin(writer);
-        reclaim::reclaim(driver, writer, reclaim::When::Now);
-        drop(committing);
+        reclaim::reclaim_all(driver, writer, reclaim::When::Now);
         flush_and_reclaim(driver, writer)?;
     }
     writer.trim_file(driver)
@@ -104,17 +107,7 @@ impl Drop for Committing<'_> {
     }
 }
 
-impl<'a> Committing<'a> {
-    /// Waits until nobody else commits.
-    fn begin(writer: &'a Writer) -> Self {
-        let mut meta = writer.lock();
-        while meta.committing {
-            writer.wait(&mut meta);
-        }
-        meta.committing = true;
-        Committing { writer }
-    }
-
+impl Committing<'_> {
     fn run(&self, driver: &Qcow2Driver) -> Result<()> {
         let writer = self.writer;
         let mut frozen = freeze(driver, writer);
@@ -128,7 +121,6 @@ impl<'a> Committing<'a> {
             return Err(error);
         }
         conclude(writer, frozen);
-        reclaim::reclaim(driver, writer, reclaim::When::Unpinned);
         Ok(())
     }
 }
@@ -294,7 +286,10 @@ fn put_back(writer: &Writer, frozen: Frozen) {
     meta.freed.extend(frozen.freed);
 }
 
-fn conclude(writer: &Writer, frozen: Frozen) {
+fn conclude(writer: &Writer, mut frozen: Frozen) {
+    let mut freed = std::mem::take(&mut frozen.freed);
+    freed.extend(frozen.left.iter().map(|(first, len)| Freed { first: *first, len: *len, metadata: true }));
+    reclaim::join_runs(&mut freed);
     let mut meta = writer.lock();
     meta.allocator.refcounts.written(&frozen.blocks);
     for dirty in frozen.slices.values() {
@@ -303,8 +298,6 @@ fn conclude(writer: &Writer, frozen: Frozen) {
     if frozen.moved.is_some() && meta.allocator.refcounts.table_at() == frozen.table_at {
         meta.allocator.moved = None;
     }
-    let mut freed = frozen.freed;
-    freed.extend(frozen.left.iter().map(|(first, len)| Freed { first: *first, len: *len, metadata: true }));
     if !freed.is_empty() {
         meta.quarantine.push_back((frozen.epoch, freed));
     }

@@ -38,6 +38,8 @@ pub struct Meta {
     pub done_commit: u64,
     /// Somebody is committing.
     pub committing: bool,
+    /// Somebody is letting clusters of the quarantine go.
+    pub reclaiming: bool,
     /// Bytes of words in `dirty`.
     dirty_words_len: u64,
 }
@@ -100,6 +102,7 @@ impl Meta {
             next_commit: 1,
             done_commit: 0,
             committing: false,
+            reclaiming: false,
             dirty_words_len: 0,
         }
     }
@@ -123,6 +126,7 @@ impl Meta {
             && self.freed.is_empty()
             && self.allocator.left.is_empty()
             && self.quarantine.is_empty()
+            && !self.reclaiming
     }
 
     /// Sets the entry of `cluster` in a slice that is held in the cache. The clusters of the old entry

@@ -7,7 +7,7 @@
 //! | `meta` | all that changes, under one lock, and the changes of mappings |
 //! | `prepare` | writes that need not wait: plans, claims and their end |
 //! | `slow` | writes that must wait: new tables, copy-on-write |
-//! | `zero` | zeroing and discarding |
+//! | `zero`, `provide` | zeroing and discarding; zeroes with room |
 //! | `commit`, `reclaim` | making changes durable in an order that a crash cannot hurt; letting clusters go |
 //! | `begin`, `repair` | what happens to an image that is opened for writing |
 //!
@@ -20,7 +20,8 @@ pub mod meta;
 pub mod metadata_map;
 pub mod pins;
 pub mod prepare;
-mod reclaim;
+mod provide;
+pub mod reclaim;
 pub mod refcounts;
 mod repair;
 mod runs;
@@ -50,9 +51,9 @@ const INCOMPATIBLE_AT: HostOffset = HostOffset(72);
 const AUTOCLEAR_AT: HostOffset = HostOffset(88);
 /// Bits of a pin's key that tell its epoch; above them is the number of a planned write.
 const KEY_EPOCH_BITS: u32 = 8;
-/// Least and most by which the file is made longer at a time; between them it is an eighth of the file.
+/// Least and most by which the file is made longer at a time; between them it is half of the file.
 /// Our choice: rarely enough not to matter, and no more than a sparse tail after a crash.
-const GROW_LEN: std::ops::RangeInclusive<u64> = 1 << 20..=64 << 20;
+const GROW_LEN: std::ops::RangeInclusive<u64> = 16 << 20..=256 << 20;
 
 /// What an image that is written has besides one that is read.
 pub struct Writer {
@@ -309,7 +310,7 @@ fn grow(driver: &Qcow2Driver, writer: &Writer, clusters: u64) -> Result<()> {
     }
     let cluster_len = writer.geometry.cluster_len();
     let used = fresh * cluster_len;
-    let more = (used / 8).clamp(*GROW_LEN.start(), *GROW_LEN.end()).max(clusters * cluster_len);
+    let more = (used / 2).clamp(*GROW_LEN.start(), *GROW_LEN.end()).max(clusters * cluster_len);
     let image = driver.image();
     let fail = |e| storage_error(image, "cannot make the file longer", HostOffset(used), e);
     // Nobody writes behind the old end: what lies there was not handed out. It is not made shorter even

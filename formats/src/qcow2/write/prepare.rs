@@ -66,6 +66,13 @@ pub fn finish(driver: &Qcow2Driver, writer: &Writer, plan: &mut WritePlan, writt
 pub fn abandon(writer: &Writer, write: u64) {
     let mut meta = writer.lock();
     let Some(claims) = meta.writes.remove(&write) else { return };
+    drop(meta);
+    drop_claims(writer, claims);
+}
+
+/// Ends claims without mapping anything: their clusters go back.
+pub fn drop_claims(writer: &Writer, claims: Vec<Claim>) {
+    let mut meta = writer.lock();
     for claim in claims {
         drop_claim(writer, &mut meta, &claim);
     }

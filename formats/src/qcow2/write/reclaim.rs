@@ -1,15 +1,18 @@
 //! Letting clusters go, after the commit that made the loss of their last pointers durable.
 //!
 //! A cluster is punched before its refcount becomes 0, so nobody can have it again before that is over.
-//! Only the thread that commits comes in here.
+//! One thread at a time does it, while others commit: what it takes from the quarantine needs no commit
+//! any more, and the refcounts that it changes are for the next one.
 
 use super::super::driver::Qcow2Driver;
 use super::super::types::HostIndex;
 use super::meta::Freed;
-use super::{Writer, corrupt, satisfy};
+use super::pins::Epoch;
+use super::{MetaGuard, Writer, corrupt, satisfy};
 use crate::address::HostRange;
 use crate::error::Result;
 use crate::storage::Provision;
+use crate::sync::atomic::Ordering;
 
 /// Whether to mind the pins.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -20,19 +23,86 @@ pub enum When {
     Now,
 }
 
-/// Lets go what may go. What fails stays, for the next time; after a crash it would be leaked.
+/// Lets go what may go, unless somebody else is doing that: he sees to what has come since, too. What
+/// fails stays, for the next time; after a crash it would be leaked.
 pub fn reclaim(driver: &Qcow2Driver, writer: &Writer, when: When) {
-    loop {
-        let (epoch, mut freed) = {
-            let mut meta = writer.lock();
-            let oldest = writer.pins.oldest();
-            match meta.quarantine.front() {
-                Some((epoch, _)) if when == When::Now || *epoch < oldest => {}
-                Some(_) | None => return,
-            }
-            let Some(front) = meta.quarantine.pop_front() else { return };
-            front
-        };
+    let meta = writer.lock();
+    if !meta.reclaiming && !meta.quarantine.is_empty() {
+        run(driver, writer, when, meta);
+    }
+}
+
+/// As [`reclaim`], and when it returns nobody else is at it either.
+pub fn reclaim_all(driver: &Qcow2Driver, writer: &Writer, when: When) {
+    let mut meta = writer.lock();
+    while meta.reclaiming {
+        writer.wait(&mut meta);
+    }
+    run(driver, writer, when, meta);
+}
+
+/// Lets go what commits have left in quarantine; for whoever has answered a flush and has time. Not once
+/// the image is being closed: the close does it.
+pub fn tidy(driver: &Qcow2Driver, writer: &Writer) {
+    let meta = writer.lock();
+    if writer.accepts(&meta) && !meta.reclaiming && !meta.quarantine.is_empty() {
+        run(driver, writer, When::Unpinned, meta);
+    }
+}
+
+/// Sorts runs, and makes one of those that touch. A cluster that lost two pointers stays in two of them.
+pub fn join_runs(freed: &mut Vec<Freed>) {
+    freed.sort_unstable_by_key(|run| run.first);
+    freed.dedup_by(|next, run| {
+        let joins = run.metadata == next.metadata && run.first.0 + run.len == next.first.0;
+        if joins {
+            run.len += next.len;
+        }
+        joins
+    });
+}
+
+/// The right to let clusters go; one thread has it at a time.
+struct Reclaiming<'a> {
+    writer: &'a Writer,
+    /// It was given back already.
+    ended: bool,
+}
+
+impl Drop for Reclaiming<'_> {
+    fn drop(&mut self) {
+        if crate::sync::thread::panicking() {
+            self.writer.failed.store(true, Ordering::Release);
+        }
+        if !self.ended {
+            self.writer.lock().reclaiming = false;
+            self.writer.changed.notify_all();
+        }
+    }
+}
+
+impl Reclaiming<'_> {
+    /// The next that may go. Who is told that there is nothing has lost the right in the same moment:
+    /// nothing can come that nobody sees to.
+    fn next(&mut self, when: When) -> Option<(Epoch, Vec<Freed>)> {
+        let mut meta = self.writer.lock();
+        let oldest = self.writer.pins.oldest();
+        let may_go = meta.quarantine.front().is_some_and(|(epoch, _)| when == When::Now || *epoch < oldest);
+        if may_go && !self.writer.is_failed() {
+            return meta.quarantine.pop_front();
+        }
+        meta.reclaiming = false;
+        self.ended = true;
+        self.writer.changed.notify_all();
+        None
+    }
+}
+
+fn run(driver: &Qcow2Driver, writer: &Writer, when: When, mut meta: MetaGuard<'_>) {
+    meta.reclaiming = true;
+    drop(meta);
+    let mut right = Reclaiming { writer, ended: false };
+    while let Some((epoch, mut freed)) = right.next(when) {
         freed.reverse();
         while let Some(run) = freed.pop() {
             let (chunk, rest) = split_by_block(writer, run);
@@ -102,6 +172,8 @@ fn count_down(
             return Err(Need::Fault("an L2 entry pointed into metadata"));
         }
     }
+    // A commit that ends meanwhile drops clean blocks.
+    allocator.refcounts.keep(allocator.refcounts.block_of(run.first));
     let mut last: Vec<(HostIndex, u64)> = Vec::new();
     for index in clusters() {
         let count = allocator.refcounts.get(index)?;

@@ -29,6 +29,8 @@ pub struct Refcounts {
     blocks: HashMap<BlockIndex, Block>,
     dirty_blocks: BTreeSet<BlockIndex>,
     dirty_entries: BTreeSet<usize>,
+    /// Not dropped from memory even if clean.
+    kept: Option<BlockIndex>,
 }
 
 struct Block {
@@ -62,6 +64,7 @@ impl Refcounts {
             blocks: HashMap::new(),
             dirty_blocks: BTreeSet::new(),
             dirty_entries: BTreeSet::new(),
+            kept: None,
         }
     }
 
@@ -239,10 +242,16 @@ impl Refcounts {
         self.dirty_entries.extend(entries.iter().map(|(index, _)| *index));
     }
 
+    /// Keeps the block in memory until another one is kept: for who will change it soon and cannot fail then.
+    pub fn keep(&mut self, block: BlockIndex) {
+        self.kept = Some(block);
+    }
+
     fn evict(&mut self) {
         let max = usize::try_from(CLEAN_LEN_MAX / self.geometry.cluster_len()).unwrap_or(0).max(4);
         if self.blocks.len() > max {
-            self.blocks.retain(|_, block| block.held || !block.dirty.is_empty());
+            let kept = self.kept;
+            self.blocks.retain(|index, block| block.held || !block.dirty.is_empty() || kept == Some(*index));
         }
     }
 
@@ -277,6 +286,20 @@ mod tests {
             }
             assert_eq!(refcounts.get(HostIndex(entries)), Ok(0));
         }
+    }
+
+    #[test]
+    fn a_block_that_is_kept_stays_in_memory() {
+        let geometry = Geometry::new(21, false, 3, DataFile::Internal);
+        let mut refcounts = Refcounts::new(geometry, 16, vec![0; 64], HostOffset(1 << 21));
+        for block in 0..8 {
+            refcounts.create(BlockIndex(block), HostOffset((block as u64 + 2) << 21));
+        }
+        refcounts.keep(BlockIndex(3));
+        let writes = refcounts.freeze_blocks();
+        refcounts.written(&writes);
+        let there: Vec<_> = (0..8).filter(|block| refcounts.has(BlockIndex(*block))).collect();
+        assert_eq!(there, [3]);
     }
 
     fn refcounts_max(order: u32) -> u64 {

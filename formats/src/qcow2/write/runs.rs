@@ -4,23 +4,36 @@ use std::collections::BTreeMap;
 
 use super::super::types::HostIndex;
 
-/// Most runs in a set: about 100 MiB of memory. What does not fit is left out, so the set is for things
-/// that are found again otherwise. Our choice.
+/// Most runs in a set: about 100 MiB of memory. What does not fit is left out, and whoever puts it in has
+/// to find it again otherwise. Our choice.
 const RUNS_MAX: usize = 1 << 20;
 
 /// A set of clusters.
-#[derive(Default)]
 pub struct RunSet {
     /// Length by first cluster; runs neither touch nor overlap.
     runs: BTreeMap<u64, u64>,
+    runs_max: usize,
     len: u64,
 }
 
+impl Default for RunSet {
+    fn default() -> Self {
+        RunSet::bounded(RUNS_MAX)
+    }
+}
+
 impl RunSet {
-    /// Adds `len` clusters, none of which is in the set.
-    pub fn insert(&mut self, first: HostIndex, len: u64) {
+    /// An empty set of at most `runs_max` runs.
+    pub fn bounded(runs_max: usize) -> Self {
+        RunSet { runs: BTreeMap::new(), runs_max, len: 0 }
+    }
+
+    /// Adds `len` clusters, none of which is in the set. `false`: there is no room for them, and they are
+    /// left out.
+    #[must_use]
+    pub fn insert(&mut self, first: HostIndex, len: u64) -> bool {
         if len == 0 {
-            return;
+            return true;
         }
         let (mut start, mut end) = (first.0, first.0 + len);
         if let Some((before, before_len)) = self.runs.range(..start).next_back().map(|(s, l)| (*s, *l))
@@ -34,10 +47,13 @@ impl RunSet {
             end = end.max(next + next_len);
             self.len -= next_len;
         }
-        if self.runs.len() < RUNS_MAX {
-            self.runs.insert(start, end - start);
-            self.len += end - start;
+        // One that touches another has taken its place.
+        if self.runs.len() >= self.runs_max {
+            return false;
         }
+        self.runs.insert(start, end - start);
+        self.len += end - start;
+        true
     }
 
     /// Takes the first cluster out of the set.
@@ -76,13 +92,22 @@ mod tests {
     fn runs_join_and_come_out_in_order() {
         let mut set = RunSet::default();
         for first in [10, 30, 20, 12, 11] {
-            set.insert(HostIndex(first), 1);
+            assert!(set.insert(HostIndex(first), 1));
         }
-        set.insert(HostIndex(13), 7);
+        assert!(set.insert(HostIndex(13), 7));
         assert_eq!(set.runs.len(), 2);
         assert_eq!(set.len(), 12);
         let all: Vec<u64> = std::iter::from_fn(|| set.pop()).map(|index| index.0).collect();
         assert_eq!(all, (10..=20).chain([30]).collect::<Vec<_>>());
         assert_eq!(set.len(), 0);
+    }
+
+    #[test]
+    fn a_full_set_takes_what_touches_and_says_what_it_does_not_take() {
+        let mut set = RunSet::bounded(2);
+        assert!(set.insert(HostIndex(10), 1) && set.insert(HostIndex(20), 1));
+        assert!(!set.insert(HostIndex(30), 1));
+        assert!(set.insert(HostIndex(11), 2) && set.insert(HostIndex(19), 1));
+        assert_eq!((set.len(), set.contains(HostIndex(30))), (5, false));
     }
 }

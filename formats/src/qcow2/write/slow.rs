@@ -10,7 +10,7 @@ use super::super::types::{GuestCluster, HostCluster, L2Entry, SliceNumber};
 use super::allocator::Need;
 use super::meta::{Claim, Extent};
 use super::metadata_map::Kind;
-use super::{Writer, begin_changes, check_changing, closed, commit, corrupt, prepare, satisfy};
+use super::{MetaGuard, Writer, begin_changes, check_changing, closed, commit, corrupt, prepare, satisfy};
 use crate::address::{GuestRange, HostOffset};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::storage_error;
@@ -78,12 +78,7 @@ fn step(
     let geometry = driver.geometry();
     let start = geometry.start_of(cluster);
     let key = SliceKey { image: driver.number(), slice: geometry.slice_of(start) };
-    let mut meta = writer.lock();
-    while meta.claims.contains(&cluster) {
-        check_changing(driver, writer, &meta)?;
-        writer.wait(&mut meta);
-    }
-    check_changing(driver, writer, &meta)?;
+    let mut meta = lock_unclaimed(driver, writer, cluster)?;
     if !geometry.is_owned(driver.l1().raw(geometry.l1_index(start))) || !driver.tables().hold(key, slice) {
         return Ok(Step::Again);
     }
@@ -124,6 +119,21 @@ fn step(
     held.keep();
     let claim = Claim { cluster, slice: Arc::clone(slice), host, allocated, zeroed };
     Ok(Step::Copy(ClaimGuard { writer: Arc::clone(writer), claim: Some(claim) }, entry))
+}
+
+/// The lock of the metadata, once nobody has a claim on the cluster, and while mappings may be changed.
+pub fn lock_unclaimed<'a>(
+    driver: &Qcow2Driver,
+    writer: &'a Writer,
+    cluster: GuestCluster,
+) -> Result<MetaGuard<'a>> {
+    let mut meta = writer.lock();
+    while meta.claims.contains(&cluster) {
+        check_changing(driver, writer, &meta)?;
+        writer.wait(&mut meta);
+    }
+    check_changing(driver, writer, &meta)?;
+    Ok(meta)
 }
 
 /// Whether the cluster reads as zeroes and has no host cluster.
@@ -293,19 +303,14 @@ impl Drop for Held {
 }
 
 /// A claim that is given back unless it is published.
-pub struct ClaimGuard {
+struct ClaimGuard {
     writer: Arc<Writer>,
     claim: Option<Claim>,
 }
 
 impl ClaimGuard {
-    /// A guard of `claim`, which is noted already.
-    pub fn new(writer: &Arc<Writer>, claim: Claim) -> Self {
-        ClaimGuard { writer: Arc::clone(writer), claim: Some(claim) }
-    }
-
     /// Where the data goes.
-    pub fn host(&self) -> Result<HostCluster> {
+    fn host(&self) -> Result<HostCluster> {
         let claim = self.claim.as_ref();
         claim.map(|claim| claim.host).ok_or_else(|| Error::new(ErrorKind::Failed, "a claim has ended"))
     }
@@ -316,7 +321,7 @@ impl ClaimGuard {
     }
 
     /// Maps the cluster.
-    pub fn publish(mut self, driver: &Qcow2Driver) -> Result<()> {
+    fn publish(mut self, driver: &Qcow2Driver) -> Result<()> {
         let Some(claim) = self.claim.take() else { return Err(closed()) };
         if prepare::end_claims(driver, &self.writer, vec![claim], true) { Ok(()) } else { Err(closed()) }
     }
@@ -325,12 +330,7 @@ impl ClaimGuard {
 impl Drop for ClaimGuard {
     fn drop(&mut self) {
         if let Some(claim) = self.claim.take() {
-            let mut meta = self.writer.lock();
-            let write = meta.next_write;
-            meta.next_write += 1;
-            meta.writes.insert(write, vec![claim]);
-            drop(meta);
-            prepare::abandon(&self.writer, write);
+            prepare::drop_claims(&self.writer, vec![claim]);
         }
     }
 }

@@ -6,20 +6,21 @@ use super::super::driver::Qcow2Driver;
 use super::super::map;
 use super::super::tables::{SliceKey, TableSlice};
 use super::super::types::{GuestCluster, HostCluster, L2Entry};
-use super::allocator::Need;
-use super::meta::{Claim, Meta};
-use super::slow::{self, ClaimGuard, reads_zero_without_cluster, whole_clusters};
-use super::{Writer, begin_changes, check_changing, commit, corrupt, satisfy};
-use crate::address::{GuestRange, HostRange};
+use super::meta::Meta;
+use super::slow::{self, reads_zero_without_cluster, whole_clusters};
+use super::{Writer, begin_changes, check_changing, commit, corrupt, provide};
+use crate::address::GuestRange;
 use crate::driver::ZeroRequest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::mover::storage_error;
 use crate::plan::MapMode;
 use crate::storage::Provision;
 use crate::sync::Arc;
 
 /// Bytes of zeroes that are written at a time. Our choice.
 const CHUNK_LEN: usize = 64 << 10;
+
+/// Most entries of tables that a session's thread looks at for one request: some 100 us. Our choice.
+const TRY_ENTRIES_MAX: u64 = 1024;
 
 /// What becomes of whole clusters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -54,8 +55,36 @@ pub fn write_zeroes(
     match request.provision {
         Provision::Unmap => change_clusters(driver, writer, whole, Goal::Unmap),
         Provision::Keep => change_clusters(driver, writer, whole, Goal::Keep),
-        Provision::Allocate => allocate_clusters(driver, writer, whole),
+        Provision::Allocate => provide::provide(driver, writer, whole),
     }
+}
+
+/// See [`BlockDriver::try_write_zeroes`](crate::BlockDriver::try_write_zeroes).
+pub fn try_write_zeroes(
+    driver: &Qcow2Driver,
+    writer: &Writer,
+    range: GuestRange,
+    request: ZeroRequest,
+) -> Result<bool> {
+    let goal = match request.provision {
+        Provision::Unmap => Goal::Unmap,
+        Provision::Keep => Goal::Keep,
+        Provision::Allocate => return Ok(false),
+    };
+    // Version 2 has no zeroes but those of a disk that has nothing there: a matter for who may write some.
+    let whole = whole_clusters(driver, range);
+    if !driver.geometry().zero_flag() || whole.len() != range.len() {
+        return Ok(false);
+    }
+    try_change_clusters(driver, writer, whole, goal)
+}
+
+/// See [`BlockDriver::try_discard`](crate::BlockDriver::try_discard).
+pub fn try_discard(driver: &Qcow2Driver, writer: &Writer, range: GuestRange) -> Result<bool> {
+    if !writer.options.discard {
+        return Ok(true);
+    }
+    try_change_clusters(driver, writer, whole_clusters(driver, range), Goal::Discard)
 }
 
 /// See [`BlockDriver::discard`](crate::BlockDriver::discard).
@@ -96,7 +125,8 @@ fn is_fast(driver: &Qcow2Driver, range: GuestRange, whole: GuestRange, provision
     Ok(true)
 }
 
-fn by_cluster(driver: &Qcow2Driver, range: GuestRange) -> impl Iterator<Item = GuestRange> {
+/// The range in parts that lie in one cluster each.
+pub fn by_cluster(driver: &Qcow2Driver, range: GuestRange) -> impl Iterator<Item = GuestRange> {
     let cluster_len = driver.geometry().cluster_len();
     let mut rest = range;
     std::iter::from_fn(move || {
@@ -181,6 +211,52 @@ fn change_clusters(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange
     Ok(())
 }
 
+/// As [`change_clusters`], as far as memory goes. Returns whether all was done.
+fn try_change_clusters(driver: &Qcow2Driver, writer: &Writer, range: GuestRange, goal: Goal) -> Result<bool> {
+    if !writer.is_begun() {
+        return Ok(false);
+    }
+    let geometry = driver.geometry();
+    let mut rest = range;
+    let mut cost = 0;
+    while !rest.is_empty() {
+        let offset = rest.offset();
+        let table = driver.l1().l2_table(offset);
+        let table = table.map_err(|fault| map::bad_entry(driver, "L1", offset, fault))?;
+        if table.is_none() && !driver.backing_reaches(geometry.cluster_of(offset)) {
+            rest = rest.skip(map::up_to_boundary(offset, geometry.l2_coverage_len()));
+            cost += 1;
+        } else {
+            let part = rest.prefix(map::up_to_boundary(offset, geometry.slice_coverage_len()));
+            rest = rest.skip(part.len());
+            cost += part.len().div_ceil(geometry.cluster_len());
+            if cost > TRY_ENTRIES_MAX || !try_change_slice(driver, writer, part, goal)? {
+                return Ok(false);
+            }
+        }
+        if cost > TRY_ENTRIES_MAX {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn try_change_slice(driver: &Qcow2Driver, writer: &Writer, part: GuestRange, goal: Goal) -> Result<bool> {
+    let geometry = driver.geometry();
+    let Some(slice) = map::slice_at(driver, part.offset(), MapMode::Try)? else { return Ok(false) };
+    let key = SliceKey { image: driver.number(), slice: geometry.slice_of(part.offset()) };
+    let mut meta = writer.lock();
+    let owned = geometry.is_owned(driver.l1().raw(geometry.l1_index(part.offset())));
+    let room = meta.dirty_len() < writer.options.dirty_len_max;
+    if !owned || !room || check_changing(driver, writer, &meta).is_err() || !driver.tables().hold(key, &slice)
+    {
+        return Ok(false);
+    }
+    let (_, stopped) = change_entries(driver, &mut meta, &slice, part, goal);
+    slice.release();
+    Ok(stopped.is_ok())
+}
+
 /// Changes the entries of a part of one slice; returns how many bytes of it are done.
 fn change_slice(driver: &Qcow2Driver, writer: &Arc<Writer>, part: GuestRange, goal: Goal) -> Result<u64> {
     let geometry = driver.geometry();
@@ -194,20 +270,7 @@ fn change_slice(driver: &Qcow2Driver, writer: &Arc<Writer>, part: GuestRange, go
     {
         return Ok(0);
     }
-    let mut done = 0;
-    let mut stopped = Ok(());
-    for piece in by_cluster(driver, part) {
-        let cluster = geometry.cluster_of(piece.offset());
-        if meta.claims.contains(&cluster) {
-            stopped = Err(Stop::Claimed);
-        } else {
-            stopped = change_entry(driver, &mut meta, &slice, cluster, goal);
-        }
-        if stopped.is_err() {
-            break;
-        }
-        done += piece.len();
-    }
+    let (done, stopped) = change_entries(driver, &mut meta, &slice, part, goal);
     slice.release();
     match stopped {
         Ok(()) => Ok(done),
@@ -229,6 +292,28 @@ fn change_slice(driver: &Qcow2Driver, writer: &Arc<Writer>, part: GuestRange, go
             Ok(done + piece.len())
         }
     }
+}
+
+/// Changes entries of a held slice one after the other; returns how many bytes are done, and why no more.
+fn change_entries(
+    driver: &Qcow2Driver,
+    meta: &mut Meta,
+    slice: &Arc<TableSlice>,
+    part: GuestRange,
+    goal: Goal,
+) -> (u64, std::result::Result<(), Stop>) {
+    let mut done = 0;
+    for piece in by_cluster(driver, part) {
+        let cluster = driver.geometry().cluster_of(piece.offset());
+        if meta.claims.contains(&cluster) {
+            return (done, Err(Stop::Claimed));
+        }
+        if let Err(stop) = change_entry(driver, meta, slice, cluster, goal) {
+            return (done, Err(stop));
+        }
+        done += piece.len();
+    }
+    (done, Ok(()))
 }
 
 /// Why the entries of a slice were not all changed.
@@ -274,101 +359,4 @@ fn change_entry(
     }
     meta.set_entry(driver, slice, cluster, raw);
     Ok(())
-}
-
-/// Gives every cluster of the range a host cluster with room in the file, and zeroes in it.
-fn allocate_clusters(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) -> Result<()> {
-    for piece in by_cluster(driver, range) {
-        commit::relieve(driver, writer)?;
-        allocate_cluster(driver, writer, piece.offset())?;
-    }
-    Ok(())
-}
-
-fn allocate_cluster(driver: &Qcow2Driver, writer: &Arc<Writer>, offset: u64) -> Result<()> {
-    let geometry = driver.geometry();
-    let cluster = geometry.cluster_of(offset);
-    loop {
-        slow::own_table(driver, writer, offset)?;
-        let Some(slice) = map::slice_at(driver, offset, MapMode::Wait)? else { continue };
-        let pin = writer.pin();
-        match place_for(driver, writer, &slice, cluster)? {
-            Place::Again => {}
-            Place::Need(need) => {
-                drop(pin);
-                satisfy(driver, writer, need)?;
-            }
-            Place::There(host) => return zero_host(driver, host),
-            Place::New(claim) => {
-                zero_host(driver, claim.host()?)?;
-                return claim.publish(driver);
-            }
-        }
-    }
-}
-
-/// Where zeroes with room go.
-enum Place {
-    There(HostCluster),
-    New(ClaimGuard),
-    Need(Need),
-    Again,
-}
-
-fn place_for(
-    driver: &Qcow2Driver,
-    writer: &Arc<Writer>,
-    slice: &Arc<TableSlice>,
-    cluster: GuestCluster,
-) -> Result<Place> {
-    let geometry = driver.geometry();
-    let start = geometry.start_of(cluster);
-    let key = SliceKey { image: driver.number(), slice: geometry.slice_of(start) };
-    let mut meta = writer.lock();
-    while meta.claims.contains(&cluster) {
-        check_changing(driver, writer, &meta)?;
-        writer.wait(&mut meta);
-    }
-    check_changing(driver, writer, &meta)?;
-    if !geometry.is_owned(driver.l1().raw(geometry.l1_index(start))) {
-        return Ok(Place::Again);
-    }
-    let raw = slice.raw(geometry.index_in_slice(cluster));
-    let entry = slice.entry(cluster).map_err(|fault| map::bad_entry(driver, "L2", start, fault))?;
-    if let Err(what) = meta.check_entry(driver, entry) {
-        drop(meta);
-        return Err(corrupt(driver, writer, what));
-    }
-    if !driver.tables().hold(key, slice) {
-        return Ok(Place::Again);
-    }
-    if let Some(host) = geometry.overwritable(raw) {
-        slice.release();
-        return Ok(Place::There(host));
-    }
-    let reused = match entry {
-        L2Entry::Zero { host } => host.filter(|_| geometry.is_owned(raw)),
-        L2Entry::Unallocated | L2Entry::Data { .. } | L2Entry::Compressed(_) | L2Entry::Split { .. } => None,
-    };
-    let host = match reused {
-        Some(host) => host,
-        None => match meta.allocator.allocate() {
-            Ok(handed) => handed.host,
-            Err(need) => {
-                slice.release();
-                return Ok(Place::Need(need));
-            }
-        },
-    };
-    meta.claims.insert(cluster);
-    let claim = Claim { cluster, slice: Arc::clone(slice), host, allocated: reused.is_none(), zeroed: false };
-    Ok(Place::New(ClaimGuard::new(writer, claim)))
-}
-
-fn zero_host(driver: &Qcow2Driver, host: HostCluster) -> Result<()> {
-    let storage = driver.data_storage();
-    let range = HostRange::new(host.start(), driver.geometry().cluster_len()).unwrap_or_default();
-    storage
-        .zero(range, Provision::Allocate, false)
-        .map_err(|e| storage_error(storage, "cannot zero", host.start(), e))
 }

@@ -1,0 +1,195 @@
+//! Zeroes with room: clusters in the file for a range, so that later writes there need no more.
+//!
+//! Many clusters at a time: claimed under one lock, given room and zeroed in as few calls as the places
+//! that they lie in allow, and mapped under one lock again. Who is in here waits for nobody while he has
+//! claims.
+
+use super::super::driver::Qcow2Driver;
+use super::super::map;
+use super::super::tables::{SliceKey, TableSlice};
+use super::super::types::{GuestCluster, HostCluster, L2Entry};
+use super::allocator::Need;
+use super::meta::{Claim, Meta};
+use super::zero::by_cluster;
+use super::{Writer, closed, commit, corrupt, prepare, satisfy, slow};
+use crate::address::{GuestRange, HostOffset, HostRange};
+use crate::error::Result;
+use crate::mover::storage_error;
+use crate::plan::MapMode;
+use crate::storage::Provision;
+use crate::sync::Arc;
+
+/// Most clusters that are claimed at a time. Our choice: 64 MiB of the usual size, and others who want one of
+/// them do not wait for long.
+const BATCH_CLUSTERS_MAX: u64 = 1024;
+
+/// Gives every cluster of the range a host cluster with room in the file, and zeroes in it.
+pub fn provide(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) -> Result<()> {
+    let geometry = driver.geometry();
+    let mut rest = range;
+    while !rest.is_empty() {
+        commit::relieve(driver, writer)?;
+        let part = rest.prefix(map::up_to_boundary(rest.offset(), geometry.slice_coverage_len()));
+        let part = part.prefix(BATCH_CLUSTERS_MAX * geometry.cluster_len());
+        slow::own_table(driver, writer, part.offset())?;
+        let Some(slice) = map::slice_at(driver, part.offset(), MapMode::Wait)? else { continue };
+        rest = rest.skip(provide_part(driver, writer, &slice, part)?);
+    }
+    Ok(())
+}
+
+/// As [`provide`], in one slice; returns how many bytes are done.
+fn provide_part(
+    driver: &Qcow2Driver,
+    writer: &Arc<Writer>,
+    slice: &Arc<TableSlice>,
+    part: GuestRange,
+) -> Result<u64> {
+    let pin = writer.pin();
+    let mut batch = Batch { writer, claims: Vec::new(), runs: Vec::new(), len: 0 };
+    if let Some(need) = gather(driver, writer, slice, part, &mut batch)? {
+        drop(pin);
+        satisfy(driver, writer, need)?;
+        return Ok(0);
+    }
+    for run in &batch.runs {
+        run.make_room(driver)?;
+    }
+    let done = batch.len;
+    batch.publish(driver)?;
+    Ok(done)
+}
+
+/// Fills the batch with what can be had now. What has to be done before anything can: see the result.
+fn gather(
+    driver: &Qcow2Driver,
+    writer: &Writer,
+    slice: &Arc<TableSlice>,
+    part: GuestRange,
+    batch: &mut Batch<'_>,
+) -> Result<Option<Need>> {
+    let geometry = driver.geometry();
+    let key = SliceKey { image: driver.number(), slice: geometry.slice_of(part.offset()) };
+    let mut meta = slow::lock_unclaimed(driver, writer, geometry.cluster_of(part.offset()))?;
+    let owned = geometry.is_owned(driver.l1().raw(geometry.l1_index(part.offset())));
+    if !owned || !driver.tables().hold(key, slice) {
+        return Ok(None);
+    }
+    let mut stopped = None;
+    for piece in by_cluster(driver, part) {
+        let cluster = geometry.cluster_of(piece.offset());
+        if meta.claims.contains(&cluster) {
+            break;
+        }
+        stopped = take(driver, &mut meta, slice, key, cluster, batch).err();
+        if stopped.is_some() {
+            break;
+        }
+        batch.len += piece.len();
+    }
+    slice.release();
+    match stopped {
+        Some(Stop::Fault(what)) => {
+            drop(meta);
+            Err(corrupt(driver, writer, what))
+        }
+        // What there is comes first.
+        Some(Stop::Need(need)) if batch.len == 0 => Ok(Some(need)),
+        Some(Stop::Need(_)) | None => Ok(None),
+    }
+}
+
+/// Why a batch ends.
+enum Stop {
+    /// The next cluster takes this.
+    Need(Need),
+    /// The next entry makes no sense.
+    Fault(&'static str),
+}
+
+/// Adds one cluster, which nobody has a claim on, to the batch.
+fn take(
+    driver: &Qcow2Driver,
+    meta: &mut Meta,
+    slice: &Arc<TableSlice>,
+    key: SliceKey,
+    cluster: GuestCluster,
+    batch: &mut Batch<'_>,
+) -> std::result::Result<(), Stop> {
+    let geometry = driver.geometry();
+    let raw = slice.raw(geometry.index_in_slice(cluster));
+    let entry = slice.entry(cluster).map_err(|_| Stop::Fault("an L2 entry is bad"))?;
+    meta.check_entry(driver, entry).map_err(Stop::Fault)?;
+    if let Some(host) = geometry.overwritable(raw) {
+        batch.add_run(driver, host, false);
+        return Ok(());
+    }
+    let kept = match entry {
+        L2Entry::Zero { host } => host.filter(|_| geometry.is_owned(raw)),
+        L2Entry::Unallocated | L2Entry::Data { .. } | L2Entry::Compressed(_) | L2Entry::Split { .. } => None,
+    };
+    let (host, zeroed) = match kept {
+        Some(host) => (host, false),
+        None => meta.allocator.allocate().map(|handed| (handed.host, handed.zeroed)).map_err(Stop::Need)?,
+    };
+    // Held by the caller, so it is in the cache: this cannot fail.
+    driver.tables().hold(key, slice);
+    meta.claims.insert(cluster);
+    batch.claims.push(Claim { cluster, slice: Arc::clone(slice), host, allocated: kept.is_none(), zeroed });
+    batch.add_run(driver, host, zeroed);
+    Ok(())
+}
+
+/// Clusters in a row in the file.
+struct Run {
+    at: HostOffset,
+    len: u64,
+    /// They read as zeroes already.
+    zeroed: bool,
+}
+
+impl Run {
+    fn make_room(&self, driver: &Qcow2Driver) -> Result<()> {
+        let storage = driver.data_storage();
+        let range = HostRange::new(self.at, self.len).unwrap_or_default();
+        let fail = |e| storage_error(storage, "cannot make room for zeroes", self.at, e);
+        if self.zeroed && storage.reserve(range).map_err(fail)? {
+            return Ok(());
+        }
+        storage.zero(range, Provision::Allocate, false).map_err(fail)
+    }
+}
+
+/// Clusters that are given room together. What is not published is given back.
+struct Batch<'a> {
+    writer: &'a Writer,
+    claims: Vec<Claim>,
+    runs: Vec<Run>,
+    /// Bytes of the guest's disk.
+    len: u64,
+}
+
+impl Batch<'_> {
+    fn add_run(&mut self, driver: &Qcow2Driver, host: HostCluster, zeroed: bool) {
+        let cluster_len = driver.geometry().cluster_len();
+        match self.runs.last_mut() {
+            Some(run) if run.zeroed == zeroed && run.at.0 + run.len == host.start().0 => {
+                run.len += cluster_len
+            }
+            Some(_) | None => self.runs.push(Run { at: host.start(), len: cluster_len, zeroed }),
+        }
+    }
+
+    fn publish(mut self, driver: &Qcow2Driver) -> Result<()> {
+        let claims = std::mem::take(&mut self.claims);
+        if prepare::end_claims(driver, self.writer, claims, true) { Ok(()) } else { Err(closed()) }
+    }
+}
+
+impl Drop for Batch<'_> {
+    fn drop(&mut self) {
+        if !self.claims.is_empty() {
+            prepare::drop_claims(self.writer, std::mem::take(&mut self.claims));
+        }
+    }
+}
