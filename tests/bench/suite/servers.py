@@ -11,6 +11,8 @@ import time
 OWN = "nbd-img"
 # A server that is not up, or not gone, after so long never will be.
 PATIENCE_SECONDS = 20
+# In /proc/net/unix: the flag of a socket that accepts (__SO_ACCEPTCON).
+LISTENS = "00010000"
 
 
 @dataclasses.dataclass
@@ -47,9 +49,10 @@ def command(name, scene):
 
 
 class Server:
-    """A running server; leaving the block ends it."""
+    """A running server; leaving the block ends it. Ready is when a client is greeted, or, where one that ends with
+    its last client must not be probed, when its socket is there."""
 
-    def __init__(self, argv, path, pin=None):
+    def __init__(self, argv, path, pin=None, probe=True):
         self.path = path
         if os.path.exists(path):
             os.unlink(path)
@@ -58,7 +61,7 @@ class Server:
         self.begun = time.monotonic()
         self.process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=self.log)
         try:
-            self._await_greeting()
+            self._await_ready(self._greets if probe else self._listens)
         except BaseException:
             self.end()
             raise
@@ -84,24 +87,35 @@ class Server:
             self.process.wait()
         self.log.close()
 
-    def _await_greeting(self):
-        """Until a client is greeted: some make the socket before they can serve."""
+    def said(self):
+        """What it wrote to its standard error."""
+        self.log.seek(0)
+        return self.log.read().decode(errors="replace").strip()[-300:]
+
+    def _await_ready(self, is_ready):
         end = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < end:
             if self.process.poll() is not None:
-                self.log.seek(0)
-                text = self.log.read().decode(errors="replace").strip()
-                raise OSError(f"did not start: {text[:300]}")
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                probe.settimeout(PATIENCE_SECONDS)
-                try:
-                    probe.connect(self.path)
-                    if probe.recv(18):
-                        return
-                except OSError:
-                    pass
+                raise OSError(f"did not start: {self.said()}")
+            if is_ready():
+                return
             time.sleep(0.0005)
         raise OSError("did not start in time")
+
+    def _greets(self):
+        """Some make the socket before they can serve."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(PATIENCE_SECONDS)
+            try:
+                probe.connect(self.path)
+                return bool(probe.recv(18))
+            except OSError:
+                return False
+
+    def _listens(self):
+        """As far as the kernel tells: the socket has left the state of one that was only bound."""
+        with open("/proc/net/unix") as sockets:
+            return any(line.split()[-1] == self.path and line.split()[3] == LISTENS for line in sockets)
 
 
 def cpu_seconds(pid):
