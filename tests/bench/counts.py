@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""What a request costs in things that can be counted: system calls (strace) and instructions (callgrind).
+
+Unlike times, these are the same on a busy machine, so a regression shows in any run. The load is fixed: whole batches,
+sent at once and awaited, by a client of our own. Two runs of different length are subtracted, so that starting and ending
+do not count.
+
+  tests/bench/counts.py [--nbd-img PATH]      builds the release unless PATH is given
+
+Fails only when a warm request takes more system calls than its bound, which no machine's speed can bring about.
+"""
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+sys.dont_write_bytecode = True
+from suite import images, servers  # noqa: E402
+from suite.client import FLUSH, READ, WRITE, Client  # noqa: E402
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+TARGET = os.environ.get("CARGO_TARGET_DIR", os.path.join(ROOT, "target"))
+SIZE = 16 << 20
+BLOCK = 4096
+# name: format, command, batch, most system calls per request. A warm batch is one receive, one read or write per
+# request, one send, and what it takes to sleep and to be woken; a lone request pays all of that by itself.
+LOADS = {
+    "raw read, depth 16": ("raw", READ, 16, 3.0),
+    "raw read, depth 1": ("raw", READ, 1, 8.0),
+    "raw write, depth 16": ("raw", WRITE, 16, 3.0),
+    "qcow2 read, depth 16": ("qcow2", READ, 16, 3.0),
+    "qcow2 write, depth 16": ("qcow2", WRITE, 16, 3.0),
+    "flush, depth 16": ("raw", FLUSH, 16, None),
+}
+# Requests of the long run and of the short one.
+STRACE_REQUESTS = (11_000, 1_000)
+CALLGRIND_REQUESTS = (2_400, 400)
+
+
+def drive(path, command, batch, requests):
+    """Sends so many requests in batches; places walk over the whole disk in steps that never repeat soon."""
+    payload = bytes(range(256)) * (BLOCK // 256)
+    blocks = SIZE // BLOCK
+    with Client(path) as client:
+        for first in range(0, requests, batch):
+            places = [(first + at) * 1021 % blocks * BLOCK for at in range(batch)]
+            client.run([(command, 0 if command == FLUSH else place, 0 if command == FLUSH else BLOCK)
+                        for place in places], payload)
+
+
+def served(argv, sock, command, batch, requests):
+    """Runs a server below a tool for one load; it ends by itself with its last client."""
+    drive_error = None
+    with servers.Server(argv, sock, probe=False) as server:
+        try:
+            drive(sock, command, batch, requests)
+        except OSError as error:
+            drive_error = error
+        server.process.wait(servers.PATIENCE_SECONDS)
+        if drive_error or server.process.returncode:
+            raise OSError(f"{drive_error or 'the server failed'}: {server.said()}")
+
+
+def serve(nbd_img, image, format, sock):
+    # Without polling: how often it looks at the socket would depend on time.
+    return [nbd_img, "serve", image, "--format", format, "--socket", sock, "--poll", "off", "--exit-last"]
+
+
+def system_calls(own, folder, sock, load):
+    """System calls by name, of all threads."""
+    counts = []
+    _, command, batch, _ = LOADS[load]
+    for requests in STRACE_REQUESTS:
+        log = os.path.join(folder, "strace")
+        served(["strace", "-f", "-c", "-o", log, *own], sock, command, batch, requests)
+        with open(log) as file:
+            rows = [line.split() for line in file if re.match(r"\s*\d+\.\d", line)]
+        counts.append({row[-1]: int(row[3]) for row in rows if row[-1] != "total"})
+    difference = {name: counts[0].get(name, 0) - counts[1].get(name, 0) for name in counts[0]}
+    requests = STRACE_REQUESTS[0] - STRACE_REQUESTS[1]
+    return {name: count / requests for name, count in difference.items() if count}
+
+
+def instructions(own, folder, sock, load):
+    """Instructions in the program (not in the kernel)."""
+    counts = []
+    _, command, batch, _ = LOADS[load]
+    for requests in CALLGRIND_REQUESTS:
+        out = os.path.join(folder, "callgrind")
+        served(["valgrind", "-q", "--tool=callgrind", f"--callgrind-out-file={out}", *own], sock, command, batch,
+               requests)
+        with open(out) as file:
+            counts.append(next(int(line.split()[1]) for line in file if line.startswith(("summary:", "totals:"))))
+    return (counts[0] - counts[1]) / (CALLGRIND_REQUESTS[0] - CALLGRIND_REQUESTS[1])
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--nbd-img", help="count this program")
+    options = p.parse_args()
+    missing = [tool for tool in ("strace", "valgrind", "qemu-img") if not shutil.which(tool)]
+    if missing:
+        print(f"missing: {', '.join(missing)}; tests/setup installs them", file=sys.stderr)
+        return 2
+    if not options.nbd_img:
+        subprocess.run(["cargo", "build", "--release", "--locked"], cwd=ROOT, check=True)
+    nbd_img = options.nbd_img or os.path.join(TARGET, "release", "nbd-img")
+    too_many = []
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        sock, raw = os.path.join(folder, "sock"), images.make_raw(os.path.join(folder, "disk.raw"), SIZE)
+        made = {"raw": raw, "qcow2": images.make_qcow2(raw, os.path.join(folder, "disk.qcow2"))}
+        print(f"{'per request':24}{'system calls':>14}{'instructions':>14}   calls")
+        for load, (format, _, _, bound) in LOADS.items():
+            own = serve(nbd_img, made[format], format, sock)
+            calls = system_calls(own, folder, sock, load)
+            total = sum(calls.values())
+            names = ", ".join(f"{name} {count:.2f}" for name, count in
+                              sorted(calls.items(), key=lambda item: -item[1]) if count >= 0.005)
+            print(f"{load:24}{total:14.2f}{instructions(own, folder, sock, load):14.0f}   {names}", flush=True)
+            if bound and total > bound:
+                too_many.append(f"{load}: {total:.2f} system calls per request, more than {bound:g}")
+    for line in too_many:
+        print(line, file=sys.stderr)
+    return 1 if too_many else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

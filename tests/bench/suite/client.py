@@ -1,0 +1,87 @@
+"""A small NBD client: enough to negotiate, and to send many requests at once and take the replies.
+
+Simple replies only. What it sends depends on its arguments alone, so that the same calls make the same load.
+"""
+import socket
+import struct
+
+REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, OPTION_REPLY_MAGIC = 0x25609513, 0x67446698, 0x3E889045565A9
+READ, WRITE, DISCONNECT, FLUSH = 0, 1, 2, 3
+OPTION_GO, REPLY_ACK, REPLY_INFO, INFO_EXPORT = 7, 1, 3, 0
+
+
+class Client:
+    """One connection in transmission."""
+
+    def __init__(self, path, export="", patience=30):
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.settimeout(patience)
+        self.size = None
+        try:
+            self.socket.connect(path)
+            self._negotiate(export.encode())
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        try:
+            self.socket.sendall(request(DISCONNECT, 0, 0))
+        except OSError:
+            pass
+        self.socket.close()
+
+    def run(self, requests, payload=b""):
+        """Sends (command, offset, length) all at once; returns when every reply is there."""
+        out = b"".join(request(command, offset, length) + (payload[:length] if command == WRITE else b"")
+                       for command, offset, length in requests)
+        self.socket.sendall(out)
+        expected = sum(16 + (length if command == READ else 0) for command, _, length in requests)
+        head = self._take(16)
+        magic, error, _ = struct.unpack(">IIQ", head)
+        if magic != SIMPLE_REPLY_MAGIC or error:
+            raise OSError(f"the reply has magic {magic:#x} and error {error}")
+        self._skip(expected - 16)
+
+    def _negotiate(self, export):
+        if self._take(16) != b"NBDMAGICIHAVEOPT":
+            raise OSError("not an NBD server")
+        self._take(2)
+        data = struct.pack(">I", len(export)) + export + struct.pack(">H", 0)
+        self.socket.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", OPTION_GO, len(data)) + data)
+        while True:
+            magic, _, kind, length = struct.unpack(">QIII", self._take(20))
+            body = self._take(length)
+            if magic != OPTION_REPLY_MAGIC or kind & 1 << 31:
+                raise OSError(f"the export was refused: {body[:200]!r}")
+            if kind == REPLY_INFO and struct.unpack(">H", body[:2])[0] == INFO_EXPORT:
+                self.size = struct.unpack(">Q", body[2:10])[0]
+            if kind == REPLY_ACK:
+                return
+
+    def _take(self, length):
+        data = b""
+        while len(data) < length:
+            got = self.socket.recv(length - len(data))
+            if not got:
+                raise OSError("the server hung up")
+            data += got
+        return data
+
+    def _skip(self, length):
+        room = memoryview(bytearray(min(length, 1 << 20) or 1))
+        while length:
+            got = self.socket.recv_into(room[:length])
+            if not got:
+                raise OSError("the server hung up")
+            length -= got
+
+
+def request(command, offset, length):
+    return struct.pack(">IHHQQI", REQUEST_MAGIC, 0, command, offset, offset, length)
