@@ -55,7 +55,7 @@ impl IoBuf {
 }
 
 /// How far behind the start of the memory the first aligned byte is.
-fn aligned_start(memory: &Vec<u8>) -> usize {
+fn aligned_start(memory: &[u8]) -> usize {
     memory.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT)
 }
 

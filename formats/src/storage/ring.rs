@@ -65,18 +65,18 @@ impl Ring {
 
     /// Puts an operation on the ring, to be handed over by [`enter`](Self::enter). Gives it back when
     /// there is no room.
-    pub(super) fn push(&mut self, mut flight: Flight) -> Result<(), Flight> {
+    pub(super) fn push(&mut self, mut flight: Flight) -> Result<(), Box<Flight>> {
         let slot = match self.free.last() {
             Some(slot) => *slot,
             None if self.slots.len() < FLIGHTS_MAX as usize => self.slots.len(),
-            None => return Err(flight),
+            None => return Err(Box::new(flight)),
         };
-        let Some(entry) = flight.entry() else { return Err(flight) };
+        let Some(entry) = flight.entry() else { return Err(Box::new(flight)) };
         // SAFETY: the memory and the descriptor that the entry names belong to the flight, which stays in
         // its slot, and whose buffer nobody touches, until the kernel has answered or has been seen not to
         // have taken the entry; a ring that goes with answers outstanding leaks its slots.
         if unsafe { self.uring.submission().push(&entry.user_data(slot as u64)) }.is_err() {
-            return Err(flight);
+            return Err(Box::new(flight));
         }
         if self.free.pop().is_some() {
             if let Some(place) = self.slots.get_mut(slot) {
@@ -118,22 +118,23 @@ impl Ring {
 
     /// Takes the answers that are there, and gives each operation that has ended to `ended`; those that
     /// go on are handed over again. `clear` makes the descriptor of [`new`](Self::new) unreadable.
-    pub(super) fn reap(&mut self, mut clear: impl FnMut(), mut ended: impl FnMut(Flight, Outcome)) {
-        loop {
-            // The kernel keeps answers back until they are called for, and tells by the descriptor that
-            // it has some; calling for them makes it readable once more.
-            if self.uring.submission().taskrun()
-                && let Err(error) = self.call(0, 0, ENTER_GET_EVENTS)
-                && error.kind() != io::ErrorKind::Interrupted
-            {
-                // The descriptor stays readable: it is tried again after the others have had their turn.
-                tracing::debug!(%error, "io_uring does not answer");
-                return self.take_answers(&mut ended);
-            }
-            clear();
-            self.take_answers(&mut ended);
-            // What has come since would not be told again.
-            if !self.uring.submission().taskrun() && self.uring.completion().is_empty() {
+    pub(super) fn reap(&mut self, clear: impl FnOnce(), mut ended: impl FnMut(Flight, Outcome)) {
+        // The kernel keeps answers back until they are called for, and tells by the descriptor that it has
+        // some. Calling for them makes it readable once more, so it is cleared behind that. What has come
+        // just before the clearing would not be told again: it is called for a second time. Never in a
+        // loop: the flag may be left set with nothing behind it.
+        self.call_for_answers();
+        clear();
+        self.call_for_answers();
+        self.take_answers(&mut ended);
+    }
+
+    fn call_for_answers(&mut self) {
+        while self.uring.submission().taskrun()
+            && let Err(error) = self.call(0, 0, ENTER_GET_EVENTS)
+        {
+            if error.kind() != io::ErrorKind::Interrupted {
+                tracing::error!(%error, "io_uring does not answer");
                 return;
             }
         }
@@ -166,7 +167,7 @@ impl Ring {
                 Step::Again if self.refused => ended(flight, Outcome::Elsewhere),
                 Step::Again => {
                     if let Err(flight) = self.push(flight) {
-                        ended(flight, Outcome::Elsewhere);
+                        ended(*flight, Outcome::Elsewhere);
                     }
                 }
             }
