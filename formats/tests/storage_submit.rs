@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use nbd_img_formats::HostOffset;
 use nbd_img_formats::storage::failing::FailingStorage;
 use nbd_img_formats::storage::{
-    CallClass, Completed, Durability, Fault, Faults, FileOptions, FileStorage, IoBuf, LockMode,
+    Aio, CallClass, Completed, Durability, Fault, Faults, FileOptions, FileStorage, IoBuf, LockMode,
     MappedStorage, MemoryStorage, Operation, OperationKind, Queue, Storage,
 };
 use nbd_img_formats::sync::Arc;
@@ -17,7 +17,7 @@ use nbd_img_formats::workers::Workers;
 const BLOCK_LEN: usize = 5000;
 
 fn queue() -> Arc<Queue> {
-    Arc::new(Queue::new(Arc::new(Workers::new("test"))).unwrap())
+    Arc::new(Queue::new(Arc::new(Workers::new("test")), Aio::Auto).unwrap())
 }
 
 fn wait_for(queue: &Queue, count: usize) -> Vec<Completed> {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 use nbd_img_formats::Format;
+use nbd_img_formats::storage::Aio;
 
 use super::size;
 use crate::export::{CacheMode, DetectZeroes};
@@ -48,7 +49,7 @@ pub struct ServeArgs {
     /// One of several images: name=N,file=PATH and further keys, separated by commas (repeatable)
     ///
     /// The keys are the long names of the flags for one image: read-only, format=F, description=D,
-    /// offset=S, size=S, exact-size, cache=M, discard=M, detect-zeroes=M, load-snapshot=S, backing=P,
+    /// offset=S, size=S, exact-size, cache=M, aio=M, discard=M, detect-zeroes=M, load-snapshot=S, backing=P,
     /// allow-dir=P (several times if need be), force-share. A comma inside of a value is written twice.
     #[arg(long = "export", value_name = "SPEC", help_heading = "Several images")]
     pub exports: Vec<OsString>,
@@ -98,6 +99,11 @@ pub struct ImageArgs {
     /// [default: writeback]
     #[arg(long, value_name = "MODE")]
     pub cache: Option<CacheArg>,
+
+    /// Who does what waits for the disk: io_uring where the kernel allows it and else threads (auto), or
+    /// just one of them [default: auto]
+    #[arg(long, value_name = "ENGINE")]
+    pub aio: Option<AioArg>,
 
     /// What a client's trim does: give the room back, or nothing [default: unmap]
     #[arg(long, value_name = "MODE")]
@@ -245,6 +251,28 @@ impl From<CacheArg> for CacheMode {
             CacheArg::Writethrough => CacheMode::Writethrough,
             CacheArg::None => CacheMode::None,
             CacheArg::Directsync => CacheMode::Directsync,
+        }
+    }
+}
+
+/// `--aio`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum AioArg {
+    /// io_uring, or threads where it is forbidden
+    Auto,
+    /// io_uring, or no start
+    #[value(name = "io_uring")]
+    IoUring,
+    /// Threads
+    Threads,
+}
+
+impl From<AioArg> for Aio {
+    fn from(arg: AioArg) -> Aio {
+        match arg {
+            AioArg::Auto => Aio::Auto,
+            AioArg::IoUring => Aio::IoUring,
+            AioArg::Threads => Aio::Threads,
         }
     }
 }

@@ -19,8 +19,8 @@ pub struct ParsedExport {
 }
 
 /// The keys, for error texts.
-const KEYS: &str = "name, file, read-only, format, description, offset, size, exact-size, cache, discard, \
-                    detect-zeroes, load-snapshot, backing, allow-dir, force-share";
+const KEYS: &str = "name, file, read-only, format, description, offset, size, exact-size, cache, aio, \
+                    discard, detect-zeroes, load-snapshot, backing, allow-dir, force-share";
 
 /// Parses the argument of one `--export`.
 pub fn parse(text: &OsStr) -> Result<ParsedExport, String> {
@@ -75,6 +75,7 @@ fn set(image: &mut ImageArgs, key: &[u8], value: Option<&OsStr>) -> Result<(), S
         b"force-share" => image.force_share = switch(key, value)?,
         b"format" => image.format = Some(one_of(key, value)?),
         b"cache" => image.cache = Some(one_of(key, value)?),
+        b"aio" => image.aio = Some(one_of(key, value)?),
         b"discard" => image.discard = Some(one_of(key, value)?),
         b"detect-zeroes" => image.detect_zeroes = Some(one_of(key, value)?),
         b"offset" => image.offset = Some(size::parse(&needed_text(key, value)?)?),
@@ -123,7 +124,7 @@ fn lossy(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::args::{CacheArg, DiscardArg, FormatArg};
+    use crate::cli::args::{AioArg, CacheArg, DiscardArg, FormatArg};
 
     fn parsed(text: &str) -> ParsedExport {
         parse(OsStr::new(text)).unwrap()
@@ -133,7 +134,7 @@ mod tests {
     fn all_keys() {
         let got = parsed(
             "name=a,file=/x/y,read-only,format=qcow2,description=two words,offset=1K,size=2M,exact-size=off,\
-             cache=directsync,discard=ignore,detect-zeroes=unmap,load-snapshot=s,backing=none,allow-dir=/a,\
+             cache=directsync,aio=io_uring,discard=ignore,detect-zeroes=unmap,load-snapshot=s,backing=none,allow-dir=/a,\
              allow-dir=/b,force-share=on",
         );
         assert_eq!(got.path, PathBuf::from("/x/y"));
@@ -144,6 +145,7 @@ mod tests {
         assert_eq!(image.description.as_deref(), Some("two words"));
         assert_eq!((image.offset, image.size), (Some(1024), Some(2 << 20)));
         assert_eq!(image.cache, Some(CacheArg::Directsync));
+        assert_eq!(image.aio, Some(AioArg::IoUring));
         assert_eq!(image.discard, Some(DiscardArg::Ignore));
         assert_eq!(image.load_snapshot.as_deref(), Some("s"));
         assert_eq!(image.backing, Some(PathBuf::from("none")));

@@ -114,6 +114,7 @@ fn refuse_flags(image: &ImageArgs) -> Result<(), String> {
         ("--size", image.size.is_some()),
         ("--exact-size", image.exact_size),
         ("--cache", image.cache.is_some()),
+        ("--aio", image.aio.is_some()),
         ("--discard", image.discard.is_some()),
         ("--detect-zeroes", image.detect_zeroes.is_some()),
         ("--load-snapshot", image.load_snapshot.is_some()),
@@ -158,6 +159,7 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
         offset: image.offset.unwrap_or(0),
         size: image.size,
         cache,
+        aio: image.aio.map(Into::into).unwrap_or_default(),
         detect_zeroes: image.detect_zeroes.map(Into::into).unwrap_or_default(),
         open: OpenOptions {
             format,

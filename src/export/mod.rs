@@ -6,7 +6,7 @@
 mod spec;
 
 use nbd_img_formats::open::open;
-use nbd_img_formats::storage::{InPlace, Storage};
+use nbd_img_formats::storage::{Aio, InPlace, Storage};
 use nbd_img_formats::workers::Workers;
 use nbd_img_formats::{BlockDriver, Durability, Error, ErrorKind, GuestRange, Provision, Result};
 use std::sync::Arc;
@@ -37,6 +37,7 @@ pub struct Export {
     read_only: bool,
     write_through: bool,
     detect_zeroes: DetectZeroes,
+    aio: Aio,
     in_place: InPlaceFacts,
 }
 
@@ -52,6 +53,7 @@ pub struct InPlaceFacts {
 impl Export {
     /// Opens the image that `spec` names and checks that offset and size lie within it.
     pub fn open(spec: &ExportSpec) -> Result<Arc<Export>> {
+        spec.aio.check().map_err(|error| error.with_path(&spec.path))?;
         let opened = open(&spec.path, &spec.open_options())?;
         if opened.probed && !spec.read_only {
             tracing::warn!(
@@ -76,6 +78,7 @@ impl Export {
             read_only: spec.read_only,
             write_through: spec.cache.is_write_through(),
             detect_zeroes: spec.detect_zeroes,
+            aio: spec.aio,
             in_place,
             driver,
         }))
@@ -114,6 +117,11 @@ impl Export {
     /// How writes look for zeroes.
     pub fn detect_zeroes(&self) -> DetectZeroes {
         self.detect_zeroes
+    }
+
+    /// Who carries out what would wait.
+    pub fn aio(&self) -> Aio {
+        self.aio
     }
 
     /// What may be done without handing it to a thread that may wait.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use nbd_img_formats::open::OpenOptions;
+use nbd_img_formats::storage::Aio;
 
 /// When written data becomes durable, and whether the page cache is used (QEMU's names).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -65,6 +66,8 @@ pub struct ExportSpec {
     pub size: Option<u64>,
     /// Caching and durability.
     pub cache: CacheMode,
+    /// Who carries out what would wait.
+    pub aio: Aio,
     /// Whether written zeroes are looked for.
     pub detect_zeroes: DetectZeroes,
     /// How the image is opened; `writable` and `direct` are set from the fields above.

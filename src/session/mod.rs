@@ -7,6 +7,7 @@
 //! | [`engine`] | one session's life: receive, work, send, park |
 //! | `read`, `sendfile`, `write`, `calls` | how each command is served; `layout` frames reads |
 //! | [`pending`] | requests that wait for the disk |
+//! | `submit` | handing their operations to storages in batches |
 //! | [`buffers`], [`budget`] | their memory |
 //! | [`times`] | how long sessions wait for their clients |
 //! | [`poll`] | looking at a socket a little longer before sleeping |
@@ -28,6 +29,7 @@ mod registration;
 mod sendfile;
 pub mod shard;
 pub mod shards;
+mod submit;
 pub mod times;
 pub mod watch;
 mod write;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use nbd_img_formats::ReadPlan;
 use nbd_img_formats::mover::{short_read, storage_error};
 use nbd_img_formats::plan::{MapMode, Piece, SlowReason};
-use nbd_img_formats::storage::{InPlace, IoBuf, Operation, OperationKind, TryRead};
+use nbd_img_formats::storage::{InPlace, Operation, OperationKind, TryRead};
 use nbd_img_formats::workers::Lane;
 use nbd_img_formats::{BlockDriver, Error, ErrorKind, GuestRange, Place};
 use smallvec::SmallVec;
@@ -181,7 +181,6 @@ impl Session {
     fn submit_parts(&mut self, slot: usize, range: GuestRange) {
         let driver = self.shard.export.driver();
         let mut at = range.offset();
-        let mut operations = Vec::with_capacity(1);
         for (index, piece) in self.read_plan.pieces.iter().enumerate() {
             let begin = at;
             at += piece.len;
@@ -190,11 +189,11 @@ impl Session {
                 Place::Zero { .. } => {}
                 Place::Data { storage, at } => {
                     let token = self.shard.token(&self.cell, slot, index);
-                    let buf = IoBuf::zeroed(len);
+                    let buf = self.shard.pool.take(len);
                     match driver.storages().get(usize::from(storage.0)) {
                         Some(storage) => {
-                            operations.push(Operation { kind: OperationKind::Read, at, buf, token });
-                            Arc::clone(storage).submit(&mut operations, &self.shard.queue);
+                            let operation = Operation { kind: OperationKind::Read, at, buf, token };
+                            self.shard.submit(storage, operation);
                         }
                         None => self.shard.call(Lane::Read, token, buf, move |driver, buf| {
                             driver.pread(begin, buf).map(|()| len)
@@ -203,7 +202,7 @@ impl Session {
                 }
                 Place::Slow(_) => {
                     let token = self.shard.token(&self.cell, slot, index);
-                    let buf = IoBuf::zeroed(len);
+                    let buf = self.shard.pool.take(len);
                     self.shard.call(Lane::Read, token, buf, move |driver, buf| {
                         driver.pread(begin, buf).map(|()| len)
                     });
@@ -352,7 +351,7 @@ impl Session {
         let len = usize::try_from(slice.len()).unwrap_or(usize::MAX);
         let at = slice.offset();
         let (buf, result) = self
-            .call_and_wait(Lane::Read, IoBuf::zeroed(len), move |driver, buf| {
+            .call_and_wait(Lane::Read, self.shard.pool.take(len), move |driver, buf| {
                 driver.pread(at, buf).map(|()| buf.len())
             })
             .await;

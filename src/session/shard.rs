@@ -4,14 +4,14 @@
 //! other threads. No borrow is held across an await.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nbd_img_formats::storage::{Completed, IoBuf, Queue};
+use nbd_img_formats::storage::{BufPool, Completed, IoBuf, Queue};
 use nbd_img_formats::workers::Lane;
 use nbd_img_formats::{BlockDriver, Error, ErrorKind, Result};
 use tokio::io::unix::AsyncFd;
@@ -21,6 +21,7 @@ use super::budget::Budget;
 use super::pending::{Pending, PendingSlots};
 use super::poll::Activity;
 use super::registration::QueueFd;
+use super::submit::Held;
 use super::times::Times;
 use super::watch::WriteWatch;
 use crate::export::Export;
@@ -36,19 +37,29 @@ pub struct Shard {
     pub budget: Arc<Budget>,
     /// Where submitted operations are answered.
     pub queue: Arc<Queue>,
+    /// Buffers for submitted operations.
+    pub pool: Arc<BufPool>,
     /// When writes are handed off; shared by all shards of the export.
     pub watch: Arc<WriteWatch>,
     /// How long its sessions wait for their clients.
     pub times: Times,
     /// Which sessions worked last.
     pub activity: Activity,
-    routes: RefCell<HashMap<u64, Route>>,
-    next_token: Cell<u64>,
+    routes: RefCell<Routes>,
+    pub(super) held: RefCell<Held>,
+    pub(super) held_some: Notify,
     next_session: Cell<u64>,
     cells: RefCell<Vec<Weak<SessionCell>>>,
     draining: Cell<bool>,
     sweep_wanted: Notify,
     sweep_pending: Cell<bool>,
+}
+
+/// Where answers go; an index into `all` is the token of one. Each is used once at a time.
+#[derive(Default)]
+struct Routes {
+    all: Vec<Option<Route>>,
+    free: Vec<usize>,
 }
 
 struct Route {
@@ -84,17 +95,19 @@ impl Shard {
         watch: Arc<WriteWatch>,
         times: Times,
     ) -> io::Result<Rc<Self>> {
-        let queue = Arc::new(Queue::new(Arc::clone(export.workers()))?);
+        let queue = Arc::new(Queue::new(Arc::clone(export.workers()), export.aio())?);
         Ok(Rc::new(Shard {
             export,
             budget,
             queue,
+            pool: BufPool::new(),
             watch,
             times,
             activity: Activity::new(),
             next_session: Cell::new(0),
             routes: RefCell::default(),
-            next_token: Cell::new(0),
+            held: RefCell::default(),
+            held_some: Notify::new(),
             cells: RefCell::default(),
             draining: Cell::new(false),
             sweep_wanted: Notify::new(),
@@ -126,10 +139,7 @@ impl Shard {
 
     /// A token whose answer goes to part `part` of what waits in `slot` of `cell`.
     pub fn token(&self, cell: &Rc<SessionCell>, slot: usize, part: usize) -> u64 {
-        let token = self.next_token.get();
-        self.next_token.set(token.wrapping_add(1));
-        self.routes.borrow_mut().insert(token, Route { cell: Rc::clone(cell), slot, part });
-        token
+        self.routes.borrow_mut().add(Route { cell: Rc::clone(cell), slot, part })
     }
 
     /// Calls the driver on a worker; its answer comes to the queue under `token`, whatever happens.
@@ -182,6 +192,7 @@ impl Shard {
             self.for_each_cell(|cell| cell.idle.set(true));
             tokio::time::sleep(SWEEP_TIME).await;
             self.sweep_pending.set(false);
+            self.pool.clear();
             let mut busy = false;
             self.for_each_cell(|cell| match (cell.holds_memory.get(), cell.idle.get()) {
                 (false, _) => {}
@@ -195,7 +206,7 @@ impl Shard {
     }
 
     fn route(&self, answer: Completed) {
-        let Some(route) = self.routes.borrow_mut().remove(&answer.token) else {
+        let Some(route) = self.routes.borrow_mut().take(answer.token) else {
             tracing::error!(
                 token = answer.token,
                 "an answer without a request; this is a defect of the server"
@@ -218,10 +229,38 @@ impl Shard {
         }
     }
 
+    /// Waits for what the kernel has still to answer; to be called before the thread ends.
+    pub fn wind_up(&self) {
+        self.submit_held();
+        let mut completed = Vec::new();
+        self.queue.wind_up(&mut completed);
+        for answer in completed {
+            self.route(answer);
+        }
+    }
+
     fn for_each_cell(&self, mut act: impl FnMut(&SessionCell)) {
         for cell in self.cells.borrow().iter().filter_map(Weak::upgrade) {
             act(&cell);
         }
+    }
+}
+
+impl Routes {
+    fn add(&mut self, route: Route) -> u64 {
+        let index = self.free.pop().unwrap_or(self.all.len());
+        match self.all.get_mut(index) {
+            Some(place) => *place = Some(route),
+            None => self.all.push(Some(route)),
+        }
+        index as u64
+    }
+
+    fn take(&mut self, token: u64) -> Option<Route> {
+        let index = usize::try_from(token).ok()?;
+        let route = self.all.get_mut(index)?.take()?;
+        self.free.push(index);
+        Some(route)
     }
 }
 

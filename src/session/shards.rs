@@ -205,6 +205,7 @@ fn run_shard(
         let answers = watch_queue(&shard.queue)?;
         let mut reaper = tokio::task::spawn_local(std::rc::Rc::clone(&shard).reap(answers));
         let sweeper = tokio::task::spawn_local(std::rc::Rc::clone(&shard).sweep());
+        let submitter = tokio::task::spawn_local(std::rc::Rc::clone(&shard).submit_leftovers());
         loop {
             let message = tokio::select! {
                 message = receiver.recv() => message,
@@ -226,8 +227,10 @@ fn run_shard(
                 None => break,
             }
         }
+        submitter.abort();
         sweeper.abort();
         reaper.abort();
+        shard.wind_up();
         Ok(())
     })
 }

@@ -60,7 +60,7 @@ impl Session {
         }
         match self.admit(len).await? {
             Some(admission) => {
-                let buf = IoBuf::copy_of(self.payload(len));
+                let buf = self.shard.pool.copy_of(self.payload(len));
                 self.submit_write(request, range, buf, durability, admission);
                 Ok(())
             }
@@ -123,19 +123,18 @@ impl Session {
     ) {
         let driver = Arc::clone(self.shard.export.driver());
         let len = buf.len();
-        if durability == Durability::Later
-            && driver.prepare_write(range, MapMode::Try, &mut self.write_plan).is_ok()
-        {
-            if let [piece] = self.write_plan.pieces[..]
+        if driver.prepare_write(range, MapMode::Try, &mut self.write_plan).is_ok() {
+            let durable = !durability.is_fua() || self.write_plan.durable_in_place;
+            if durable
+                && let [piece] = self.write_plan.pieces[..]
                 && let Place::Data { storage, at } = piece.place
                 && let Some(storage) = driver.storages().get(usize::from(storage.0))
             {
                 let plan = std::mem::take(&mut self.write_plan);
                 let slot = self.insert(request, Work::Write { plan }, len, admission.0);
                 let token = self.shard.token(&self.cell, slot, 0);
-                let mut operations =
-                    vec![Operation { kind: OperationKind::Write(durability), at, buf, token }];
-                Arc::clone(storage).submit(&mut operations, &self.shard.queue);
+                let operation = Operation { kind: OperationKind::Write(durability), at, buf, token };
+                self.shard.submit(storage, operation);
                 return;
             }
             // The worker below plans the write anew; an error of this end shows there again.
@@ -188,7 +187,7 @@ impl Session {
         let mut done = 0;
         while done < len && result.is_ok() {
             let slice = (len - done).min(FLOOR_LEN);
-            let buf = IoBuf::copy_of(self.input.bytes().get(done..done + slice).unwrap_or_default());
+            let buf = self.shard.pool.copy_of(self.input.bytes().get(done..done + slice).unwrap_or_default());
             result = self.write_slice(range.skip(done as u64), buf).await;
             done += slice;
         }
@@ -235,7 +234,7 @@ impl Session {
             return result;
         }
         let len = usize::try_from(range.len()).unwrap_or(usize::MAX);
-        let buf = IoBuf::copy_of(self.payload(len));
+        let buf = self.shard.pool.copy_of(self.payload(len));
         self.write_slice(range, buf).await
     }
 

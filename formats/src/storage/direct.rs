@@ -11,8 +11,8 @@ use std::os::fd::BorrowedFd;
 use rustix::fs::{AtFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 
-use super::file::{pwrite_all, retry};
-use super::range_lock::{Hold, RangeGuard, RangeLocks};
+use super::calls::{pwrite_all, retry};
+use super::range_lock::{Held, Hold, RangeGuard, RangeLocks};
 use super::{IoBuf, StorageKind, blkdev};
 use crate::address::HostOffset;
 
@@ -104,6 +104,38 @@ impl Direct {
         Ok(self.locks.lock(start, u64::MAX, Hold::Exclusive))
     }
 
+    /// Holds the blocks that `buf` is to be written to without waiting for anybody. `None`: somebody has
+    /// them, or they are not whole blocks inside of the file in aligned memory. To be
+    /// [released](Self::release).
+    pub(super) fn try_hold_blocks(
+        &self,
+        file: BorrowedFd<'_>,
+        buf: &[u8],
+        at: u64,
+    ) -> io::Result<Option<Held>> {
+        if buf.is_empty() || !self.is_aligned(buf, at) {
+            return Ok(None);
+        }
+        let end = end_of(at, buf.len())?;
+        let Some(held) = self.locks.try_hold(at, end, Hold::Shared) else { return Ok(None) };
+        match file_len(file) {
+            Ok(len) if end <= len => Ok(Some(held)),
+            Ok(_) => {
+                self.locks.release(held);
+                Ok(None)
+            }
+            Err(error) => {
+                self.locks.release(held);
+                Err(error)
+            }
+        }
+    }
+
+    /// Lets go what [`try_hold_blocks`](Self::try_hold_blocks) has held.
+    pub(super) fn release(&self, held: Held) {
+        self.locks.release(held);
+    }
+
     /// Holds the end of the file, for changing its length.
     pub(super) fn lock_len(&self) -> RangeGuard<'_> {
         self.locks.lock(0, u64::MAX, Hold::Exclusive)
@@ -177,7 +209,8 @@ impl Direct {
         Ok(done)
     }
 
-    fn is_aligned(&self, buf: &[u8], at: u64) -> bool {
+    /// Whether the bytes can go to or come from the file as they are.
+    pub(super) fn is_aligned(&self, buf: &[u8], at: u64) -> bool {
         let fits = |value: u64| value.is_multiple_of(self.block_len);
         fits(at) && fits(buf.len() as u64) && fits(buf.as_ptr().addr() as u64)
     }

@@ -3,28 +3,31 @@
 //! It turns calls into system calls and knows what each file system and device cannot do. What the
 //! bytes mean is not its business, nor who may open which file.
 
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Advice, FileType, Mode, OFlags, SeekFrom};
-use rustix::io::{Errno, ReadWriteFlags};
+use rustix::io::Errno;
 
+use super::calls::{pread_full, pwrite_all, retry, try_pread_full};
+use super::changes::{Changes, Changing};
 use super::direct::{Direct, Files};
 use super::known_data::KnownData;
 use super::lock::{self, LockMode};
-use super::range_lock::Hold;
+use super::range_lock::{Held, Hold};
 use super::room::{Room, Target};
 use super::{
-    Durability, InPlace, Operation, Queue, Run, Storage, StorageFacts, StorageKind, TryRead, engine,
+    Durability, InPlace, Operation, OperationKind, Queue, Run, Storage, StorageFacts, StorageKind, TryRead,
+    engine,
 };
 use super::{blkdev, cachestat, place};
 use crate::address::{HostOffset, HostRange};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Provision;
+use crate::sync::Arc;
 use crate::sync::atomic::{AtomicBool, Ordering};
-use crate::sync::{Arc, RwLock, RwLockReadGuard};
 
 /// How to open a file.
 #[derive(Clone, Debug)]
@@ -49,9 +52,10 @@ pub struct FileStorage {
     room: Room,
     known_data: KnownData,
     sync_failed: AtomicBool,
-    closed: AtomicBool,
-    /// Held for reading as long as a change is under way: its lock must not be let go before it has ended.
-    changing: RwLock<()>,
+    /// Changes under way: the locks must not be let go before they have ended.
+    changes: Changes,
+    /// Whether a ring serves it: it can be asked without waiting, so that no thread of the kernel's waits.
+    on_ring: bool,
 }
 
 impl FileStorage {
@@ -98,6 +102,10 @@ impl FileStorage {
             facts.block_len = u32::try_from(direct.block_len()).unwrap_or(facts.block_len);
         }
         let durable = options.writable.then(|| open_durable(&file, flags)).flatten();
+        let on_ring = match &direct {
+            None => facts.reads == InPlace::Ask,
+            Some(_) => place::ask_to_read_direct(file.as_fd()),
+        };
         Ok(Arc::new(FileStorage {
             room: Room::new(kind),
             facts,
@@ -106,18 +114,15 @@ impl FileStorage {
             direct,
             known_data: KnownData::default(),
             sync_failed: AtomicBool::new(false),
-            closed: AtomicBool::new(false),
-            changing: RwLock::new(()),
+            changes: Changes::default(),
+            on_ring,
         }))
     }
 
     /// Before a change: keeps the locks until the guard goes. Fails with EIO once a sync has failed, and
     /// with EBADF once the storage has been closed.
-    fn begin_change(&self) -> io::Result<RwLockReadGuard<'_, ()>> {
-        let changing = self.changing.read();
-        if self.closed.load(Ordering::Acquire) {
-            return Err(Errno::BADF.into());
-        }
+    fn begin_change(&self) -> io::Result<Changing<'_>> {
+        let changing = self.changes.begin().ok_or(Errno::BADF)?;
         if self.sync_failed.load(Ordering::Acquire) {
             return Err(Errno::IO.into());
         }
@@ -166,11 +171,97 @@ impl FileStorage {
     }
 
     fn write_durable(&self, durable: &OwnedFd, buf: &[u8], at: HostOffset) -> io::Result<()> {
-        self.write_to(durable, buf, at).map_err(|error| match error.raw_os_error() {
-            // Nothing was written for lack of room. If pages were lost for it, the next sync says so.
+        self.write_to(durable, buf, at).map_err(|error| self.durable_failure(error))
+    }
+
+    /// The failure of a write that was to be durable: that of a sync, unless nothing was written for lack
+    /// of room. If pages were lost for it, the next sync says so.
+    fn durable_failure(&self, error: io::Error) -> io::Error {
+        match error.raw_os_error() {
             Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG | libc::EINVAL) => error,
             _ => self.sync_failure(error),
-        })
+        }
+    }
+
+    /// Begins an operation that is carried out without this thread. `None`: only a thread that may wait
+    /// can do it. Fails as the call would.
+    pub(super) fn take_off(
+        self: &Arc<Self>,
+        kind: OperationKind,
+        buf: &[u8],
+        at: HostOffset,
+    ) -> io::Result<Option<Taken>> {
+        let mut taken = Taken { file: Arc::clone(self), changes: false, held: None };
+        match (kind, &self.direct) {
+            (OperationKind::Read, None) => Ok(Some(taken)),
+            (OperationKind::Read, Some(direct)) => Ok(direct.is_aligned(buf, at.0).then_some(taken)),
+            // The page cache takes them one after the other, on one thread of the kernel's.
+            (OperationKind::Write(_), None) => Ok(None),
+            (OperationKind::Write(Durability::Fua), Some(_)) if self.durable.is_none() => Ok(None),
+            (OperationKind::Write(_), Some(direct)) => {
+                self.begin_change()?.keep();
+                taken.changes = true;
+                taken.held = direct.try_hold_blocks(self.file.as_fd(), buf, at.0)?;
+                Ok(taken.held.is_some().then_some(taken))
+            }
+            (OperationKind::Sync, _) if !self.facts.writable => Ok(None),
+            (OperationKind::Sync, _) => {
+                self.begin_change()?.keep();
+                taken.changes = true;
+                Ok(Some(taken))
+            }
+        }
+    }
+}
+
+/// What an operation needs of a file while it is under way without a thread: the open file itself, and
+/// for a change its range. Goes when the operation has ended.
+pub(super) struct Taken {
+    file: Arc<FileStorage>,
+    changes: bool,
+    held: Option<Held>,
+}
+
+impl Taken {
+    /// The file.
+    pub(super) fn file(&self) -> &Arc<FileStorage> {
+        &self.file
+    }
+
+    /// The description that an operation of this kind goes to.
+    pub(super) fn fd(&self, kind: OperationKind) -> BorrowedFd<'_> {
+        match (kind, &self.file.durable) {
+            (OperationKind::Write(Durability::Fua), Some(durable)) => durable.as_fd(),
+            (OperationKind::Read | OperationKind::Write(_) | OperationKind::Sync, _) => {
+                self.file.file.as_fd()
+            }
+        }
+    }
+
+    /// Whether a read that has got so many bytes, fewer than it asked for, is at the end of the file.
+    pub(super) fn is_end(&self, got: usize) -> bool {
+        // Part of a block is had only there; going on would not be aligned.
+        self.file.direct.as_ref().is_some_and(|direct| !(got as u64).is_multiple_of(direct.block_len()))
+    }
+
+    /// Takes note of an operation's failure.
+    pub(super) fn failure(&self, kind: OperationKind, error: io::Error) -> io::Error {
+        match kind {
+            OperationKind::Read | OperationKind::Write(Durability::Later) => error,
+            OperationKind::Write(Durability::Fua) => self.file.durable_failure(error),
+            OperationKind::Sync => self.file.sync_failure(error),
+        }
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        if let (Some(direct), Some(held)) = (&self.file.direct, self.held.take()) {
+            direct.release(held);
+        }
+        if self.changes {
+            self.file.changes.end();
+        }
     }
 }
 
@@ -306,81 +397,27 @@ impl Storage for FileStorage {
     }
 
     fn submit(self: Arc<Self>, operations: &mut Vec<Operation>, queue: &Arc<Queue>) {
-        engine::submit(&self, operations, queue);
+        if self.on_ring {
+            engine::submit_file(&self, operations, queue);
+        } else {
+            engine::submit(&self, operations, queue);
+        }
     }
 
     fn close(&self) -> io::Result<()> {
         // The descriptor stays until the last user of this storage is gone; what must not happen is
         // that one of them writes without the lock.
-        self.closed.store(true, Ordering::Release);
         // A change that hangs, of a client that has gone, would land in the hands of whoever locks next.
-        match self.changing.try_write() {
-            Some(_alone) => lock::release(self.file.as_fd()),
-            None => tracing::warn!(
+        if self.changes.close() {
+            lock::release(self.file.as_fd());
+        } else {
+            tracing::warn!(
                 path = %self.facts.path.display(),
                 "a write is still under way: the image stays locked until it has ended"
-            ),
+            );
         }
         Ok(())
     }
-}
-
-/// Calls again as long as a signal came in between.
-pub(super) fn retry<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
-    loop {
-        match call() {
-            Err(Errno::INTR) => {}
-            result => return result,
-        }
-    }
-}
-
-/// Reads until `buf` is full or the file ends.
-pub(super) fn pread_full(file: BorrowedFd<'_>, buf: &mut [u8], at: HostOffset) -> io::Result<usize> {
-    let mut done = 0;
-    while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
-        let from = offset_behind(at, done)?;
-        match retry(|| rustix::io::pread(file, &mut *rest, from))? {
-            0 => break,
-            got => done += got,
-        }
-    }
-    Ok(done)
-}
-
-/// As [`pread_full`], but stops where it would have to wait.
-fn try_pread_full(file: BorrowedFd<'_>, buf: &mut [u8], at: HostOffset) -> io::Result<TryRead> {
-    let mut done = 0;
-    while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
-        let from = offset_behind(at, done)?;
-        let got =
-            retry(|| rustix::io::preadv2(file, &mut [IoSliceMut::new(rest)], from, ReadWriteFlags::NOWAIT));
-        match got {
-            Ok(0) => break,
-            Ok(got) => done += got,
-            Err(Errno::AGAIN | Errno::OPNOTSUPP) => return Ok(TryRead::WouldWait(done)),
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(TryRead::Done(done))
-}
-
-/// Writes all of `buf`.
-pub(super) fn pwrite_all(file: BorrowedFd<'_>, buf: &[u8], at: HostOffset) -> io::Result<()> {
-    let mut done = 0;
-    while let Some(rest) = buf.get(done..).filter(|rest| !rest.is_empty()) {
-        let from = offset_behind(at, done)?;
-        match retry(|| rustix::io::pwrite(file, rest, from))? {
-            // Does not happen with files; without this it would be an endless loop.
-            0 => return Err(Errno::IO.into()),
-            written => done += written,
-        }
-    }
-    Ok(())
-}
-
-fn offset_behind(at: HostOffset, done: usize) -> io::Result<u64> {
-    at.checked_add(done as u64).map(|at| at.0).ok_or_else(|| Errno::INVAL.into())
 }
 
 fn facts_of(

@@ -10,9 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use rustix::io::Errno;
 
 use super::sigbus;
-use super::{
-    Durability, FileStorage, InPlace, Operation, Queue, Run, Storage, StorageFacts, TryRead, engine, place,
-};
+use super::{Durability, FileStorage, InPlace, Operation, Queue, Run, Storage, StorageFacts, TryRead, place};
 use crate::address::{HostOffset, HostRange};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Provision;
@@ -251,7 +249,8 @@ impl Storage for MappedStorage {
     }
 
     fn submit(self: Arc<Self>, operations: &mut Vec<Operation>, queue: &Arc<Queue>) {
-        engine::submit(&self, operations, queue);
+        // What is not in memory comes there by way of the file, without a thread that waits for a page.
+        Arc::clone(&self.file).submit(operations, queue);
     }
 
     fn close(&self) -> io::Result<()> {

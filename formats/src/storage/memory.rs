@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
 
-use super::file::{pread_full, pwrite_all, retry};
+use super::calls::{pread_full, pwrite_all, retry};
 use super::room::{Room, Target};
 use super::{Durability, InPlace, Operation, Queue, Run, Storage, StorageFacts, StorageKind, TryRead};
 use super::{engine, place};

@@ -6,10 +6,13 @@
 mod blkdev;
 mod buffer;
 mod cachestat;
+mod calls;
+mod changes;
 mod direct;
 mod engine;
 pub mod failing;
 mod file;
+mod flight;
 mod known_data;
 mod lock;
 mod mapped;
@@ -18,6 +21,7 @@ mod place;
 pub mod queue;
 mod range_lock;
 pub mod recording;
+mod ring;
 mod room;
 mod sigbus;
 mod sparse;
@@ -26,13 +30,13 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 
-pub use buffer::IoBuf;
+pub use buffer::{BufPool, IoBuf};
 pub use failing::{CallClass, FailingStorage, Fault, Faults};
 pub use file::{FileOptions, FileStorage};
 pub use lock::LockMode;
 pub use mapped::MappedStorage;
 pub use memory::{MemoryOptions, MemoryStorage, POISON};
-pub use queue::{Completed, Operation, OperationKind, Queue};
+pub use queue::{Aio, Completed, Operation, OperationKind, Queue};
 pub use recording::{Change, Fate, FileId, Log, Record, RecordingStorage};
 pub use sparse::SparseBytes;
 

@@ -8,8 +8,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use rustix::fs::SeekFrom;
 use rustix::io::{Errno, ReadWriteFlags};
 
-use super::file::retry;
-use super::{InPlace, Run};
+use super::calls::retry;
+use super::{InPlace, IoBuf, Run};
 use crate::address::HostOffset;
 
 /// File systems that keep everything in memory (linux/magic.h): tmpfs, ramfs.
@@ -58,6 +58,16 @@ pub(super) fn ask_to_read(file: BorrowedFd<'_>) -> InPlace {
         Ok(_) | Err(Errno::AGAIN) => InPlace::Ask,
         Err(_) => InPlace::Never,
     }
+}
+
+/// As [`ask_to_read`], for a file that was opened with O_DIRECT: whether its reads and writes can be
+/// begun without waiting for their end.
+pub(super) fn ask_to_read_direct(file: BorrowedFd<'_>) -> bool {
+    // What fits every alignment; a file that is too short for it reads less.
+    let mut block = IoBuf::zeroed(4096);
+    let read =
+        retry(|| rustix::io::preadv2(file, &mut [IoSliceMut::new(&mut block)], 0, ReadWriteFlags::NOWAIT));
+    matches!(read, Ok(_) | Err(Errno::AGAIN))
 }
 
 /// Whether mincore(2) tells us which pages of the file are in memory. To those who could not write the

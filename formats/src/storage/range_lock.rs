@@ -1,15 +1,23 @@
 //! [`RangeLocks`]: who may change which bytes of a file when some changes read before they write.
 //!
-//! Holders of shared locks put up with each other, holders of exclusive ones with nobody. Only threads
-//! that may wait come here. Nobody may take a second lock while holding one.
+//! Holders of shared locks put up with each other, holders of exclusive ones with nobody. Nobody may wait
+//! for a second lock while holding one; who must not wait at all tries.
 
 use crate::sync::{Condvar, Mutex};
 
 /// The locked ranges of one file.
 #[derive(Default)]
 pub(super) struct RangeLocks {
-    held: Mutex<Vec<Held>>,
+    state: Mutex<State>,
     gone: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    held: Vec<Held>,
+    /// Who waits, in the order in which they came. Nobody overtakes somebody in whose way he would be.
+    waiting: Vec<(u64, Held)>,
+    next_waiting: u64,
 }
 
 /// How a range is held.
@@ -21,8 +29,9 @@ pub(super) enum Hold {
     Exclusive,
 }
 
+/// A range that is held until it is [released](RangeLocks::release).
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Held {
+pub(super) struct Held {
     start: u64,
     end: u64,
     hold: Hold,
@@ -38,12 +47,50 @@ impl RangeLocks {
     /// Waits until the bytes from `start` to `end` can be held like that.
     pub(super) fn lock(&self, start: u64, end: u64, hold: Hold) -> RangeGuard<'_> {
         let wanted = Held { start, end, hold };
-        let mut held = self.held.lock();
-        while held.iter().any(|other| other.is_in_the_way_of(&wanted)) {
-            self.gone.wait(&mut held);
+        let mut state = self.state.lock();
+        let turn = state.next_waiting;
+        if !state.is_free(&wanted, turn) {
+            state.next_waiting += 1;
+            state.waiting.push((turn, wanted));
+            while !state.is_free(&wanted, turn) {
+                self.gone.wait(&mut state);
+            }
+            state.waiting.retain(|(other, _)| *other != turn);
         }
-        held.push(wanted);
+        state.held.push(wanted);
         RangeGuard { locks: self, held: wanted }
+    }
+
+    /// Holds the bytes from `start` to `end` if that can be done at once.
+    pub(super) fn try_hold(&self, start: u64, end: u64, hold: Hold) -> Option<Held> {
+        let wanted = Held { start, end, hold };
+        let mut state = self.state.lock();
+        if !state.is_free(&wanted, u64::MAX) {
+            return None;
+        }
+        state.held.push(wanted);
+        Some(wanted)
+    }
+
+    /// Lets a range go.
+    pub(super) fn release(&self, range: Held) {
+        let mut state = self.state.lock();
+        if let Some(index) = state.held.iter().position(|held| *held == range) {
+            state.held.swap_remove(index);
+        }
+        let somebody_waits = !state.waiting.is_empty();
+        drop(state);
+        if somebody_waits {
+            self.gone.notify_all();
+        }
+    }
+}
+
+impl State {
+    /// Whether nobody is in the way who holds, or waits since before `turn`.
+    fn is_free(&self, wanted: &Held, turn: u64) -> bool {
+        let before = self.waiting.iter().filter(|(other, _)| *other < turn).map(|(_, held)| held);
+        !self.held.iter().chain(before).any(|other| other.is_in_the_way_of(wanted))
     }
 }
 
@@ -57,12 +104,7 @@ impl Held {
 
 impl Drop for RangeGuard<'_> {
     fn drop(&mut self) {
-        let mut held = self.locks.held.lock();
-        if let Some(index) = held.iter().position(|held| *held == self.held) {
-            held.swap_remove(index);
-        }
-        drop(held);
-        self.locks.gone.notify_all();
+        self.locks.release(self.held);
     }
 }
 
@@ -70,43 +112,45 @@ impl Drop for RangeGuard<'_> {
 #[cfg(not(shuttle))]
 mod tests {
     use super::*;
-    use std::sync::mpsc;
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
-    /// Whether the lock can be had at once while the others are held.
-    fn can_lock(locks: &RangeLocks, start: u64, end: u64, hold: Hold) -> bool {
-        std::thread::scope(|scope| {
-            let (tx, rx) = mpsc::channel();
-            let others: Vec<Held> = locks.held.lock().clone();
-            scope.spawn(move || {
-                let guard = locks.lock(start, end, hold);
-                tx.send(()).unwrap();
-                drop(guard);
-            });
-            let at_once = rx.recv_timeout(Duration::from_millis(100)).is_ok();
-            if !at_once {
-                locks.held.lock().clear();
-                locks.gone.notify_all();
-                rx.recv().unwrap();
-                *locks.held.lock() = others;
-            }
-            at_once
-        })
+    fn can_hold(locks: &RangeLocks, start: u64, end: u64, hold: Hold) -> bool {
+        locks.try_hold(start, end, hold).map(|held| locks.release(held)).is_some()
     }
 
     #[test]
     fn only_exclusive_overlap_waits() {
         let locks = RangeLocks::default();
         let shared = locks.lock(0, 10, Hold::Shared);
-        assert!(can_lock(&locks, 5, 15, Hold::Shared));
-        assert!(can_lock(&locks, 10, 15, Hold::Exclusive));
-        assert!(!can_lock(&locks, 9, 15, Hold::Exclusive));
+        assert!(can_hold(&locks, 5, 15, Hold::Shared));
+        assert!(can_hold(&locks, 10, 15, Hold::Exclusive));
+        assert!(!can_hold(&locks, 9, 15, Hold::Exclusive));
         drop(shared);
         let exclusive = locks.lock(0, 10, Hold::Exclusive);
-        assert!(!can_lock(&locks, 5, 15, Hold::Shared));
-        assert!(can_lock(&locks, 10, 15, Hold::Shared));
+        assert!(!can_hold(&locks, 5, 15, Hold::Shared));
+        assert!(can_hold(&locks, 10, 15, Hold::Shared));
         drop(exclusive);
-        assert!(can_lock(&locks, 0, u64::MAX, Hold::Exclusive));
-        assert!(locks.held.lock().is_empty());
+        assert!(can_hold(&locks, 0, u64::MAX, Hold::Exclusive));
+        assert!(locks.state.lock().held.is_empty());
+    }
+
+    #[test]
+    fn who_waits_is_not_overtaken() {
+        let locks = RangeLocks::default();
+        let first = locks.lock(0, 10, Hold::Shared);
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| drop(locks.lock(0, u64::MAX, Hold::Exclusive)));
+            let begin = Instant::now();
+            while locks.state.lock().waiting.is_empty() {
+                assert!(begin.elapsed() < Duration::from_secs(30));
+                std::thread::yield_now();
+            }
+            assert!(!can_hold(&locks, 5, 15, Hold::Shared), "a newcomer waits behind");
+            let second = scope.spawn(|| drop(locks.lock(5, 15, Hold::Shared)));
+            drop(first);
+            waiting.join().unwrap();
+            second.join().unwrap();
+        });
+        assert!(locks.state.lock().held.is_empty() && locks.state.lock().waiting.is_empty());
     }
 }

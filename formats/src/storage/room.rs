@@ -10,7 +10,7 @@ use std::os::fd::BorrowedFd;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use super::file::retry;
+use super::calls::retry;
 use super::{StorageKind, blkdev};
 use crate::address::{HostOffset, HostRange};
 use crate::storage::Provision;
