@@ -12,7 +12,7 @@ use super::runs::RunSet;
 use crate::address::HostOffset;
 
 /// First host offset that entries cannot name (specification: 56 bits).
-const HOST_END: u64 = 1 << 56;
+pub const HOST_END: u64 = 1 << 56;
 
 /// What has to be done before a cluster can be had.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -199,11 +199,11 @@ impl Allocator {
         if described && !self.refcounts.has(block) {
             return Err(Need::Block(block));
         }
-        for index in from.0..to.0 {
+        // What no block describes is left alone: it would need a block first.
+        for index in if described { from.0..to.0 } else { 0..0 } {
             let index = HostIndex(index);
-            // What no block describes is left alone: it would need a block first.
             let listed = self.space.zeroed.contains(index) || self.space.stale.contains(index);
-            if described && !listed && !self.is_used(index)? && !self.space.stale.insert(index, 1) {
+            if !listed && !self.is_used(index)? && !self.space.stale.insert(index, 1) {
                 self.space.search = index;
                 return Ok(true);
             }

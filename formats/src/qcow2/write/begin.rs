@@ -6,7 +6,7 @@ use super::super::driver::{Qcow2Driver, WriteOptions};
 use super::super::header::{Compatible, Header, Incompatible, TableLocation};
 use super::super::snapshots::Snapshot;
 use super::super::types::{DataFile, HostIndex};
-use super::allocator::{Allocator, Space};
+use super::allocator::{Allocator, HOST_END, Space};
 use super::meta::Meta;
 use super::metadata_map::{Kind, MetadataMap};
 use super::refcounts::{BlockIndex, Refcounts};
@@ -14,6 +14,10 @@ use super::{Writer, repair};
 use crate::address::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{read_exact, storage_error};
+
+/// Most clusters of L1 tables over all snapshots. Our choice: thousands of snapshots of a disk of terabytes, and
+/// a few dozen megabytes of memory for knowing where they lie, however long a small file says that they are.
+const INACTIVE_L1_CLUSTERS_MAX: u64 = 1 << 20;
 
 /// Fails if images like this one are not written.
 pub fn check(header: &Header, snapshot: Option<&str>) -> Result<()> {
@@ -95,9 +99,16 @@ pub fn map_metadata(
     if header.snapshots.entries > 0 {
         map.add(header.snapshots.at, snapshots.1, Kind::SnapshotTable);
     }
+    let mut inactive = 0;
     for snapshot in snapshots.0 {
         let l1 = snapshot.checked_l1(header)?;
-        map.add(l1.at, u64::from(l1.entries) * 8, Kind::InactiveL1);
+        let len = u64::from(l1.entries) * 8;
+        inactive += len.div_ceil(cluster_len);
+        if inactive > INACTIVE_L1_CLUSTERS_MAX {
+            let text = "the L1 tables of the image's snapshots are too long together for it to be written";
+            return Err(Error::new(ErrorKind::Unsupported, text));
+        }
+        map.add(l1.at, len, Kind::InactiveL1);
     }
     for index in 0..driver.l1().len() {
         let raw = driver.l1().raw(index);
@@ -114,7 +125,8 @@ fn find_space(driver: &Qcow2Driver, refcounts: &Refcounts) -> Result<Space> {
     let cluster_len = driver.geometry().cluster_len();
     let len =
         image.len().map_err(|e| storage_error(image, "cannot tell the file's length", HostOffset(0), e))?;
-    let counted = counted_end(driver, refcounts)?;
+    // Refcounts of clusters that no entry can name keep nothing from being handed out.
+    let counted = counted_end(driver, refcounts)?.min(HOST_END / cluster_len);
     let facts = image.facts();
     if facts.grows {
         let fresh = len.div_ceil(cluster_len).max(counted);

@@ -1,0 +1,75 @@
+//! Images that lie, opened for writing: what is claimed of clusters that a small file does not have costs neither
+//! time nor memory, and no number out of a table is too large to be counted with.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[path = "qcow2_support/hostile.rs"]
+mod hostile;
+mod support;
+
+use hostile::bounded;
+use nbd_img_formats::qcow2::WriteOptions;
+use nbd_img_formats::storage::MemoryStorage;
+use nbd_img_formats::sync::Arc;
+use nbd_img_formats::{BlockDriver, Durability, ErrorKind, HostOffset, Storage};
+use support::scene::open_over;
+
+/// A storage with an image of version 3 that has one L1 entry, with these bytes of the header and the file set.
+fn image(cluster_bits: u32, refcount_order: u32, table_clusters: u32, pokes: &[(u64, &[u8])]) -> Arc<MemoryStorage> {
+    let cluster_len = 1u64 << cluster_bits;
+    let l1 = (1 + u64::from(table_clusters)) * cluster_len;
+    let storage = MemoryStorage::new(l1 + cluster_len).unwrap();
+    let put = |at: u64, with: &[u8]| storage.pwrite(with, HostOffset(at), Durability::Later).unwrap();
+    put(0, &0x5146_49fb_u32.to_be_bytes());
+    put(4, &3u32.to_be_bytes());
+    put(20, &cluster_bits.to_be_bytes());
+    put(24, &cluster_len.to_be_bytes());
+    put(36, &1u32.to_be_bytes());
+    put(40, &l1.to_be_bytes());
+    put(48, &cluster_len.to_be_bytes());
+    put(56, &table_clusters.to_be_bytes());
+    put(96, &refcount_order.to_be_bytes());
+    put(100, &104u32.to_be_bytes());
+    for (at, with) in pokes {
+        put(*at, with);
+    }
+    storage
+}
+
+/// Refcounts of one bit in clusters of 2 MiB count clusters up to 2^65, where offsets end at 2^56: what was behind
+/// the last cluster in use wrapped around, and the first write panicked.
+#[test]
+fn refcounts_of_clusters_that_cannot_be_are_of_no_use() {
+    let cluster = 2u64 << 20;
+    let last = (1 << 20) - 1;
+    for index in [last, last / 2, 1 << 12, 1 << 11, 1] {
+        let pokes: [(u64, &[u8]); 2] =
+            [(cluster + 8 * index, &(6 * cluster).to_be_bytes()), (7 * cluster - 1, &[0xff])];
+        let storage = image(21, 0, 4, &pokes);
+        bounded("write", || {
+            let driver = open_over(storage, None, Some(WriteOptions::default()), 0).unwrap();
+            if let Err(error) = driver.pwrite(0, &[1; 512], Durability::Later) {
+                assert_ne!(error.kind(), ErrorKind::Corrupt, "{error}");
+            }
+            let _ = driver.close();
+        });
+    }
+}
+
+/// Two thousand snapshots that claim the longest L1 tables, each elsewhere, in an image of 200 KiB.
+#[test]
+fn the_tables_of_all_snapshots_are_bounded_together() {
+    let at = 4096u64;
+    let mut table = Vec::new();
+    for number in 0..2000u64 {
+        table.extend((1 << 40 | number << 25).to_be_bytes());
+        table.extend((4u32 << 20).to_be_bytes());
+        table.extend([0; 24]);
+        table.extend(16u32.to_be_bytes());
+        table.extend([0; 8]);
+        table.extend(512u64.to_be_bytes());
+    }
+    let snapshots = [2000u32.to_be_bytes().to_vec(), at.to_be_bytes().to_vec()].concat();
+    let storage = image(9, 4, 1, &[(60, &snapshots), (at, &table)]);
+    let error = bounded("open", || open_over(storage, None, Some(WriteOptions::default()), 0).err()).unwrap();
+    assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains("snapshots"), "{error}");
+}

@@ -1,0 +1,4 @@
+//! The targets of the protocol: what a client sends before and after an export is agreed.
+
+pub mod handshake;
+pub mod transmission;

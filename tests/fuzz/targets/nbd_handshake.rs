@@ -1,0 +1,4 @@
+//! libFuzzer's entry to [`nbd_img_fuzz::nbd::handshake`].
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| nbd_img_fuzz::nbd::handshake::run(data));
