@@ -20,7 +20,7 @@ use support::scratch;
 use support::server::{Serve, Server};
 use support::wire::{option, option_reply};
 
-const PLAIN: Wishes = Wishes { structured: false, allocation: false };
+const PLAIN: Wishes = Wishes::SIMPLE;
 const DISK_LEN: usize = 1 << 20;
 
 /// A server on a Unix socket and on TCP, with what `args` add.

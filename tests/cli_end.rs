@@ -20,7 +20,7 @@ use support::wire::command;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const DISK_LEN: usize = 1 << 20;
-const PLAIN: Wishes = Wishes { structured: false, allocation: false };
+const PLAIN: Wishes = Wishes::SIMPLE;
 
 fn image(folder: &Path) -> (PathBuf, Vec<u8>) {
     let content: Vec<u8> = (0..DISK_LEN).map(|i| (i / 512 + i) as u8).collect();

@@ -7,6 +7,7 @@ mod nbd_support;
 
 use nbd_img::nbd::block_status::{Builder, EXTENTS_MAX, Progress};
 use nbd_img::nbd::export_info::TransmissionFlags;
+use nbd_img::nbd::reply::ReplyForm;
 use nbd_img::nbd::request::{Command, CommandFlags, Request, SessionRules};
 use proptest::prelude::*;
 
@@ -18,8 +19,8 @@ fn rules(size: u64, block_min_len: u32) -> SessionRules {
     SessionRules {
         size,
         flags: TransmissionFlags::empty(),
-        structured: true,
-        contexts: true,
+        form: ReplyForm::Structured,
+        contexts: 1,
         block_min_len,
         payload_max_len: 32 << 20,
     }
@@ -27,7 +28,7 @@ fn rules(size: u64, block_min_len: u32) -> SessionRules {
 
 fn request(offset: u64, len: u32, req_one: bool) -> Request {
     let flags = if req_one { CommandFlags::REQ_ONE } else { CommandFlags::empty() };
-    Request { flags, command: Command::BlockStatus, cookie: 1, offset, len }
+    Request { flags, command: Command::BlockStatus, cookie: 1, offset, len: len.into(), payload_len: 0 }
 }
 
 /// Pushes runs until the builder is full.
@@ -37,7 +38,7 @@ fn build(mut builder: Builder, runs: &[(u64, u32)]) -> Vec<(u32, u32)> {
             break;
         }
     }
-    builder.finish().iter().map(|extent| (extent.len.get(), extent.flags.get())).collect()
+    builder.finish().iter().map(|extent| (u32::try_from(extent.len).unwrap(), extent.flags)).collect()
 }
 
 fn status(size: u64, offset: u64, len: u32, req_one: bool, runs: &[(u64, u32)]) -> Vec<(u32, u32)> {
@@ -250,7 +251,7 @@ proptest! {
         let extents: Vec<_> = builder
             .finish()
             .iter()
-            .map(|extent| (usize::try_from(extent.len.get()).unwrap(), extent.flags.get()))
+            .map(|extent| (usize::try_from(extent.len).unwrap(), extent.flags))
             .collect();
 
         prop_assert!(!extents.is_empty());

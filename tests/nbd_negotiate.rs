@@ -7,6 +7,7 @@ mod nbd_support;
 
 use nbd_img::nbd::export_info::TransmissionFlags;
 use nbd_img::nbd::negotiate::{CloseReason, INPUT_MAX_LEN, Negotiation, NegotiationConfig, Next, TlsMode};
+use nbd_img::nbd::reply::ReplyForm;
 use nbd_support::*;
 
 /// The only reply to one option of a modern client, after which GO has to work on the same stream.
@@ -72,7 +73,7 @@ fn export_name_sends_zeroes_unless_they_were_declined() {
         assert_eq!(run.left, request(0, 2, 0, 0, 0), "the pipelined request is the session's");
         let agreed = agreed(&run);
         assert_eq!(
-            (agreed.structured, agreed.block_size_asked, agreed.no_zeroes),
+            (agreed.form.is_chunked(), agreed.block_size_asked, agreed.no_zeroes),
             (false, false, zeroes == 0)
         );
         assert!(agreed.contexts.is_empty());
@@ -84,7 +85,7 @@ fn export_name_after_structured_replies_keeps_them() {
     let options = [option(8, b""), option(10, &meta_data("", &["base:allocation"])), option(1, b"disk")];
     let run = run(&Exports::new(), &client(MODERN, &options));
     let agreed = agreed(&run);
-    assert!(agreed.structured);
+    assert_eq!(agreed.form, ReplyForm::Structured);
     assert_eq!(agreed.contexts.len(), 1, "the default export and its name are one export");
     let (_, rest) = replies_then_rest(&run.out);
     assert_eq!(be16(&rest[8..]), 0x0ded);
@@ -174,7 +175,7 @@ fn long_lists_are_handed_out_in_portions() {
 
 #[test]
 fn unknown_options_are_skipped_and_unsupported() {
-    for number in [0, 4, 11, 12, 16, 99, 0x8000_0001, u32::MAX] {
+    for number in [0, 4, 12, 16, 99, 0x8000_0001, u32::MAX] {
         assert_error_in_step(number, b"", UNSUP);
         assert_error_in_step(number, &option(2, b""), UNSUP);
         assert_error_in_step(number, &[0x55; 65536], UNSUP);
@@ -207,18 +208,22 @@ fn wrong_option_magic_closes() {
     assert!(matches!(closed(&run), CloseReason::BadOptionMagic(_)));
 }
 
+/// The flags of "disk" by what was agreed.
+const FORMS: [(ReplyForm, u16); 3] =
+    [(ReplyForm::Simple, 0x0d6d), (ReplyForm::Structured, 0x0ded), (ReplyForm::Extended, 0x0ded)];
+
 #[test]
 fn info_and_go_say_the_same() {
     for infos in [&[][..], &[0], &[1], &[2], &[3], &[0, 1, 2, 3], &[3, 3, 1, 1], &[4, 77, 65535, 3]] {
-        for structured in [false, true] {
+        for (form, flags) in FORMS {
             let data = info_data("disk", infos);
             let mut options = vec![option(6, &data), option(7, &data)];
-            if structured {
-                options.insert(0, option(8, b""));
+            if form != ReplyForm::Simple {
+                options.insert(0, option(if form == ReplyForm::Structured { 8 } else { 11 }, b""));
             }
             let run = run(&Exports::new(), &client(MODERN, &options));
             let mut replies = replies(&run.out);
-            replies.drain(..usize::from(structured));
+            replies.drain(..usize::from(form != ReplyForm::Simple));
             let (info, go) = replies.split_at(replies.len() / 2);
             let told = |replies: &[OptionReply]| -> Vec<(u32, Vec<u8>)> {
                 replies.iter().map(|reply| (reply.kind, reply.data.clone())).collect()
@@ -227,7 +232,7 @@ fn info_and_go_say_the_same() {
             assert_eq!(info.last().unwrap().kind, ACK);
             assert_eq!(info[0].data[..2], [0, 0], "INFO_EXPORT comes, asked for or not");
             assert_eq!(be64(&info[0].data[2..]), 1 << 30);
-            assert_eq!(be16(&info[0].data[10..]), if structured { 0x0ded } else { 0x0d6d });
+            assert_eq!(be16(&info[0].data[10..]), flags);
             assert_eq!(agreed(&run).info.flags.bits(), be16(&info[0].data[10..]));
             assert_eq!(agreed(&run).block_size_asked, infos.contains(&3));
         }
@@ -377,14 +382,69 @@ fn structured_replies_are_agreed_once_and_without_data() {
     let options = [option(8, b"x"), option(8, b""), option(8, b""), go("disk")];
     let run = run(&Exports::new(), &client(MODERN, &options));
     assert_eq!(kinds(&run.out)[..3], [(8, INVALID), (8, ACK), (8, INVALID)]);
-    assert!(agreed(&run).structured);
+    assert_eq!(agreed(&run).form, ReplyForm::Structured);
 }
 
 #[test]
 fn refused_structured_replies_leave_simple_ones() {
     let run = run(&Exports::new(), &client(MODERN, &[option(8, b"x"), go("disk")]));
-    assert!(!agreed(&run).structured);
+    assert_eq!(agreed(&run).form, ReplyForm::Simple);
     assert!(!agreed(&run).info.flags.contains(TransmissionFlags::SEND_DF));
+}
+
+#[test]
+fn extended_headers_are_agreed_once_without_data_and_win() {
+    let options = [
+        option(11, b"x"),
+        option(8, b""),
+        option(10, &meta_data("disk", &["base:allocation"])),
+        option(11, b""),
+        option(11, b""),
+        option(8, b""),
+        option(8, b"x"),
+        go("disk"),
+    ];
+    let run = run(&Exports::new(), &client(MODERN, &options));
+    let expected = [
+        (11, INVALID),
+        (8, ACK),
+        (10, META),
+        (10, ACK),
+        (11, ACK),
+        (11, INVALID),
+        (8, EXT_HEADER_REQD),
+        (8, EXT_HEADER_REQD),
+    ];
+    assert_eq!(kinds(&run.out)[..8], expected);
+    assert_eq!((agreed(&run).form, agreed(&run).contexts.len()), (ReplyForm::Extended, 1));
+}
+
+#[test]
+fn payloads_of_block_status_are_offered_with_extended_headers_and_contexts_only() {
+    let set = || option(10, &meta_data("disk", &["base:allocation"]));
+    for (options, offered) in [
+        (vec![option(11, b""), set()], true),
+        (vec![option(11, b"")], false),
+        (vec![option(8, b""), set()], false),
+        (vec![option(11, b""), option(10, &meta_data("snap", &["base:allocation"]))], false),
+    ] {
+        let mut options = options;
+        options.extend([option(6, &info_data("disk", &[])), go("disk")]);
+        let run = run(&Exports::new(), &client(MODERN, &options));
+        assert_eq!(agreed(&run).info.flags.contains(TransmissionFlags::BLOCK_STATUS_PAYLOAD), offered);
+        let shown: Vec<_> = replies(&run.out)
+            .into_iter()
+            .filter(|reply| reply.kind == INFO && reply.data[..2] == [0, 0])
+            .map(|reply| be16(&reply.data[10..]) & 0x1000 != 0)
+            .collect();
+        assert_eq!(shown, [offered, offered]);
+    }
+}
+
+#[test]
+fn export_name_after_extended_headers_closes() {
+    let run = run(&Exports::new(), &client(MODERN, &[option(11, b""), option(1, b"disk")]));
+    assert!(matches!(closed(&run), CloseReason::ExportNameRefused(_)));
 }
 
 #[test]

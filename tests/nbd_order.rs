@@ -9,6 +9,7 @@
 mod nbd_support;
 
 use nbd_img::nbd::negotiate::{CloseReason, Next, TlsMode};
+use nbd_img::nbd::reply::ReplyForm;
 use nbd_support::*;
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -43,7 +44,9 @@ enum Action {
         name: &'static str,
         queries: Vec<&'static str>,
     },
-    ExtendedHeaders,
+    ExtendedHeaders {
+        data: bool,
+    },
     Unknown {
         number: u32,
         data: Vec<u8>,
@@ -72,7 +75,7 @@ fn action() -> impl Strategy<Value = Action> {
         6 => prop::bool::weighted(0.2).prop_map(|data| Action::StructuredReply { data }),
         4 => (name(), queries()).prop_map(|(name, queries)| Action::ListMeta { name, queries }),
         8 => (name(), queries()).prop_map(|(name, queries)| Action::SetMeta { name, queries }),
-        1 => Just(Action::ExtendedHeaders),
+        3 => prop::bool::weighted(0.2).prop_map(|data| Action::ExtendedHeaders { data }),
         2 => (select(&[0_u32, 4, 12, 1000, u32::MAX][..]), prop::collection::vec(any::<u8>(), 0..50))
             .prop_map(|(number, data)| Action::Unknown { number, data }),
         2 => select(&[6_u32, 7, 9, 10][..]).prop_map(|number| Action::Malformed { number }),
@@ -91,7 +94,7 @@ fn bytes_of(action: &Action) -> Vec<u8> {
         Action::StructuredReply { data } => option(8, extra(data)),
         Action::ListMeta { name, queries } => option(9, &meta_data(name, queries)),
         Action::SetMeta { name, queries } => option(10, &meta_data(name, queries)),
-        Action::ExtendedHeaders => option(11, b""),
+        Action::ExtendedHeaders { data } => option(11, extra(data)),
         Action::Unknown { number, data } => option(*number, data),
         Action::Malformed { number } => option(*number, b"\0\0\0\xffdisk"),
     }
@@ -102,7 +105,7 @@ fn bytes_of(action: &Action) -> Vec<u8> {
 enum End {
     Waiting,
     Closed,
-    Transmission { export: &'static str, structured: bool, contexts: Vec<String>, sizes: bool },
+    Transmission { export: &'static str, form: ReplyForm, contexts: Vec<String>, sizes: bool },
 }
 
 /// The negotiation in the fewest words.
@@ -111,7 +114,7 @@ struct Model {
     tls_up: bool,
     draining: bool,
     fixed: bool,
-    structured: bool,
+    form: ReplyForm,
     selected: Option<(&'static str, Vec<String>)>,
     replies: Vec<(u32, u32)>,
 }
@@ -132,7 +135,7 @@ impl Model {
             Some((selected, contexts)) if *selected == export => contexts.clone(),
             _ => vec![],
         };
-        End::Transmission { export, structured: self.structured, contexts, sizes }
+        End::Transmission { export, form: self.form, contexts, sizes }
     }
 
     /// The end, if this action is one.
@@ -155,6 +158,9 @@ impl Model {
             return None;
         }
         if let Action::ExportName(name) = action {
+            if self.form == ReplyForm::Extended {
+                return Some(End::Closed);
+            }
             return Some(
                 Self::find(name).map_or(End::Closed, |(export, _)| self.transmission(export, false)),
             );
@@ -173,6 +179,12 @@ impl Model {
     fn reply(&mut self, number: u32, action: &Action) -> u32 {
         match action {
             Action::ExportName(_) | Action::Abort => unreachable!(),
+            Action::StructuredReply { .. } if self.form == ReplyForm::Extended => EXT_HEADER_REQD,
+            Action::ExtendedHeaders { data } if *data || self.form == ReplyForm::Extended => INVALID,
+            Action::ExtendedHeaders { .. } => {
+                self.form = ReplyForm::Extended;
+                ACK
+            }
             Action::List { data: true } | Action::StructuredReply { data: true } => INVALID,
             Action::StartTls { data: true } => INVALID,
             Action::List { data: false } => {
@@ -182,12 +194,12 @@ impl Model {
             Action::StartTls { data: false } if self.tls_up => INVALID,
             Action::StartTls { data: false } if self.tls == TlsMode::Off => POLICY,
             Action::StartTls { data: false } => {
-                (self.tls_up, self.structured, self.selected) = (true, false, None);
+                (self.tls_up, self.form, self.selected) = (true, ReplyForm::Simple, None);
                 ACK
             }
-            Action::StructuredReply { data: false } if self.structured => INVALID,
+            Action::StructuredReply { data: false } if self.form == ReplyForm::Structured => INVALID,
             Action::StructuredReply { data: false } => {
-                self.structured = true;
+                self.form = ReplyForm::Structured;
                 ACK
             }
             Action::Info { name, infos } | Action::Go { name, infos } => match Self::find(name) {
@@ -216,7 +228,7 @@ impl Model {
             },
             Action::SetMeta { name, queries } => {
                 self.selected = None;
-                if !self.structured {
+                if self.form == ReplyForm::Simple {
                     return INVALID;
                 }
                 match Self::find(name) {
@@ -238,7 +250,7 @@ impl Model {
                 INVALID
             }
             Action::Malformed { .. } => INVALID,
-            Action::ExtendedHeaders | Action::Unknown { .. } => UNSUP,
+            Action::Unknown { .. } => UNSUP,
         }
     }
 }
@@ -264,7 +276,7 @@ proptest! {
             tls_up: false,
             draining,
             fixed: flags & 1 != 0,
-            structured: false,
+            form: ReplyForm::Simple,
             selected: None,
             replies: vec![],
         };
@@ -291,11 +303,13 @@ proptest! {
                 prop_assert_ne!(reason, &CloseReason::AlreadyOver);
                 prop_assert!(rest.is_empty());
             }
-            (Next::Transmission(agreed), End::Transmission { export, structured, contexts, sizes }) => {
+            (Next::Transmission(agreed), End::Transmission { export, form, contexts, sizes }) => {
                 prop_assert_eq!(&agreed.info.name, export);
-                prop_assert_eq!(agreed.structured, *structured);
+                prop_assert_eq!(agreed.form, *form);
                 prop_assert_eq!(agreed.block_size_asked, *sizes);
-                prop_assert_eq!(agreed.info.flags.bits() & 0x80 != 0, *structured);
+                prop_assert_eq!(agreed.info.flags.bits() & 0x80 != 0, *form != ReplyForm::Simple);
+                let payload = *form == ReplyForm::Extended && !contexts.is_empty();
+                prop_assert_eq!(agreed.info.flags.bits() & 0x1000 != 0, payload);
                 let names: Vec<_> = agreed.contexts.iter().map(|context| context.name.clone()).collect();
                 prop_assert_eq!(&names, contexts);
                 prop_assert_eq!(&run.left, &behind);

@@ -8,6 +8,7 @@ mod nbd_support;
 use nbd_img::nbd::errno::NbdError;
 use nbd_img::nbd::export_info::TransmissionFlags;
 use nbd_img::nbd::negotiate::{Agreed, AgreedContext};
+use nbd_img::nbd::reply::ReplyForm;
 use nbd_img::nbd::request::{
     Command, CommandFlags, DRAIN_MAX_LEN, Disposition, Parsed, REQUEST_HEADER_LEN, Request, SessionRules,
     check, parse,
@@ -33,28 +34,30 @@ const PAYLOAD_LEN: u16 = 32;
 
 const SIZE: u64 = 1 << 30;
 const PAYLOAD: u32 = 32 << 20;
+const DRAIN_MAX: u32 = DRAIN_MAX_LEN as u32;
 
-fn agreed(structured: bool) -> Agreed {
+fn agreed(form: ReplyForm) -> Agreed {
+    let chunked = form.is_chunked();
     let mut info = export("disk", SIZE);
-    info.flags = info.wire_flags(structured);
+    info.flags = info.wire_flags(form, chunked);
     let contexts =
-        if structured { vec![AgreedContext { id: 1, name: "base:allocation".into() }] } else { vec![] };
-    Agreed { export: "disk".into(), info, structured, contexts, block_size_asked: true, no_zeroes: true }
+        if chunked { vec![AgreedContext { id: 1, name: "base:allocation".into() }] } else { vec![] };
+    Agreed { export: "disk".into(), info, form, contexts, block_size_asked: true, no_zeroes: true }
 }
 
 fn rules() -> SessionRules {
-    SessionRules::new(&agreed(true))
+    SessionRules::new(&agreed(ReplyForm::Structured))
 }
 
 fn read_only() -> SessionRules {
-    let mut agreed = agreed(true);
+    let mut agreed = agreed(ReplyForm::Structured);
     agreed.info.flags |= TransmissionFlags::READ_ONLY;
-    agreed.info.flags = agreed.info.wire_flags(true);
+    agreed.info.flags = agreed.info.wire_flags(ReplyForm::Structured, true);
     SessionRules::new(&agreed)
 }
 
 fn parsed(bytes: &[u8]) -> Request {
-    match parse(bytes) {
+    match parse(bytes, ReplyForm::Structured) {
         Parsed::Request(request) => request,
         other => panic!("{other:?}"),
     }
@@ -76,7 +79,7 @@ fn header_is_read_field_by_field() {
     assert_eq!(request.command, Command::WriteZeroes);
     assert_eq!(request.cookie, 0x0102_0304_0506_0708);
     assert_eq!(request.offset, 0x1112_1314_1516_1718);
-    assert_eq!(request.len, 0x2122_2324);
+    assert_eq!((request.len, request.payload_len), (0x2122_2324, 0));
 }
 
 #[test]
@@ -100,29 +103,29 @@ fn commands_have_their_numbers() {
 #[test]
 fn only_writes_have_a_payload() {
     for command in [READ, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS, 8, 99] {
-        assert_eq!(parsed(&request(0, command, 0, 0, 4096)).payload_len(), 0);
+        assert_eq!(parsed(&request(0, command, 0, 0, 4096)).payload_len, 0);
     }
-    assert_eq!(parsed(&request(0, WRITE, 0, 0, 4096)).payload_len(), 4096);
+    assert_eq!(parsed(&request(0, WRITE, 0, 0, 4096)).payload_len, 4096);
 }
 
 #[test]
 fn cut_headers_wait_and_wrong_magics_do_not() {
     let good = request(0, READ, 1, 0, 512);
     for len in 0..28 {
-        assert_eq!(parse(&good[..len]), Parsed::NeedMore);
+        assert_eq!(parse(&good[..len], ReplyForm::Structured), Parsed::NeedMore);
     }
     for byte in 0..4 {
         let mut bad = good.clone();
         bad[byte] ^= 1;
         for len in 0..=28 {
             let expected = if len > byte { Parsed::BadMagic } else { Parsed::NeedMore };
-            assert_eq!(parse(&bad[..len]), expected);
+            assert_eq!(parse(&bad[..len], ReplyForm::Structured), expected);
         }
     }
     for magic in [0x1256_0953_u32, 0x9674_4668, 0x2560_9514, 0x21e4_1c71, 0x6744_6698] {
         let mut bytes = good.clone();
         bytes[..4].copy_from_slice(&magic.to_be_bytes());
-        assert_eq!(parse(&bytes), Parsed::BadMagic, "{magic:#x}");
+        assert_eq!(parse(&bytes, ReplyForm::Structured), Parsed::BadMagic, "{magic:#x}");
     }
 }
 
@@ -238,11 +241,11 @@ fn flags_that_were_not_offered_are_invalid() {
     let rules = without(TransmissionFlags::SEND_FAST_ZERO);
     assert_eq!(verdict(&rules, FAST_ZERO, ZEROES, 0, 512), Err(NbdError::Einval));
     assert_eq!(verdict(&rules, NO_HOLE, ZEROES, 0, 512), Ok(()));
-    let simple = SessionRules::new(&agreed(false));
+    let simple = SessionRules::new(&agreed(ReplyForm::Simple));
     assert_eq!(verdict(&simple, DF, READ, 0, 512), Err(NbdError::Einval));
     assert_eq!(verdict(&simple, 0, READ, 0, 512), Ok(()));
-    let offering_df = SessionRules::new(&agreed(true));
-    let careless = SessionRules { structured: false, ..offering_df };
+    let offering_df = SessionRules::new(&agreed(ReplyForm::Structured));
+    let careless = SessionRules { form: ReplyForm::Simple, ..offering_df };
     assert_eq!(
         verdict(&careless, DF, READ, 0, 512),
         Err(NbdError::Einval),
@@ -264,7 +267,7 @@ fn commands_that_were_not_offered_are_invalid_but_for_cache() {
 
 #[test]
 fn block_status_needs_a_context() {
-    let rules = SessionRules { contexts: false, ..rules() };
+    let rules = SessionRules { contexts: 0, ..rules() };
     assert_eq!(verdict(&rules, 0, STATUS, 0, 512), Err(NbdError::Einval));
 }
 
@@ -316,9 +319,9 @@ fn payload_of_a_refused_write_is_drained_or_ends_the_connection() {
     assert_eq!(disposition(&read_only(), 0, 0, 0), Disposition::Nothing);
     assert_eq!(disposition(&rules(), 0, SIZE, 4096), Disposition::Drain { len: 4096 });
     assert_eq!(disposition(&rules(), NO_HOLE, 0, 4096), Disposition::Drain { len: 4096 });
-    assert_eq!(disposition(&rules(), 0, 0, PAYLOAD + 1), Disposition::Drain { len: PAYLOAD + 1 });
-    assert_eq!(disposition(&rules(), 0, 0, DRAIN_MAX_LEN), Disposition::Drain { len: DRAIN_MAX_LEN });
-    assert_eq!(disposition(&rules(), 0, 0, DRAIN_MAX_LEN + 1), Disposition::HangUp);
+    assert_eq!(disposition(&rules(), 0, 0, PAYLOAD + 1), Disposition::Drain { len: u64::from(PAYLOAD) + 1 });
+    assert_eq!(disposition(&rules(), 0, 0, DRAIN_MAX), Disposition::Drain { len: DRAIN_MAX_LEN });
+    assert_eq!(disposition(&rules(), 0, 0, DRAIN_MAX + 1), Disposition::HangUp);
     assert_eq!(disposition(&read_only(), 0, 0, u32::MAX), Disposition::HangUp);
     let read = check(&parsed(&request(0, READ, 0, 0, u32::MAX)), &rules()).unwrap_err();
     assert_eq!(read.payload, Disposition::Nothing);
@@ -326,7 +329,7 @@ fn payload_of_a_refused_write_is_drained_or_ends_the_connection() {
 
 #[test]
 fn alignment_is_checked_for_clients_that_asked_for_it() {
-    let mut agreed = agreed(true);
+    let mut agreed = agreed(ReplyForm::Structured);
     agreed.info.block_min_len = 4096;
     agreed.info.size = 3 * 4096 + 1000;
     let strict = SessionRules::new(&agreed);
@@ -428,16 +431,16 @@ proptest! {
                 prop_assert!(!matches!(request.command, Command::Unknown(_)));
                 let end = u128::from(request.offset) + u128::from(request.len);
                 prop_assert!(end <= u128::from(size));
-                prop_assert!(request.payload_len() <= PAYLOAD);
+                prop_assert!(request.payload_len <= u64::from(PAYLOAD));
                 prop_assert_eq!(request.offset % (1 << block_shift), 0);
             }
             Err(reject) => match reject.payload {
-                Disposition::Nothing => prop_assert_eq!(request.payload_len(), 0),
+                Disposition::Nothing => prop_assert_eq!(request.payload_len, 0),
                 Disposition::Drain { len } => {
-                    prop_assert_eq!(len, request.payload_len());
+                    prop_assert_eq!(len, request.payload_len);
                     prop_assert!(len <= DRAIN_MAX_LEN);
                 }
-                Disposition::HangUp => prop_assert!(request.payload_len() > DRAIN_MAX_LEN),
+                Disposition::HangUp => prop_assert!(request.payload_len > DRAIN_MAX_LEN),
             },
         }
     }

@@ -5,6 +5,7 @@
 mod nbd_support;
 
 use nbd_img::nbd::negotiate::{CloseReason, Negotiation, NegotiationConfig, Next, TlsMode};
+use nbd_img::nbd::reply::ReplyForm;
 use nbd_support::*;
 
 #[test]
@@ -42,7 +43,7 @@ fn tls_forgets_what_was_agreed_in_plain_text() {
     let Next::Transmission(agreed) = negotiation.step(&secret, &exports, &mut out).next else {
         panic!("no transmission");
     };
-    assert!(agreed.structured && agreed.no_zeroes && agreed.contexts.is_empty());
+    assert!(agreed.form == ReplyForm::Structured && agreed.no_zeroes && agreed.contexts.is_empty());
     assert_eq!(kinds(&out)[4..6], [(5, INVALID), (8, ACK)], "structured replies were forgotten");
 }
 

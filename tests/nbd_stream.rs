@@ -8,19 +8,19 @@ mod nbd_support;
 
 use std::collections::{HashMap, HashSet};
 
+use nbd_img::nbd::block_status::Extent;
 use nbd_img::nbd::errno::NbdError;
 use nbd_img::nbd::negotiate::{Agreed, Next};
-use nbd_img::nbd::reply::{self, Place};
-use nbd_img::nbd::request::{Command, Disposition, Parsed, REQUEST_HEADER_LEN, SessionRules, check, parse};
-use nbd_img::nbd::wire::StatusExtent;
-use nbd_support::replies::{Item, read_stream};
-use nbd_support::{Exports, MODERN, client, go, meta_data, option, request, run};
+use nbd_img::nbd::reply::{self, Place, ReplyForm, ReplyTo};
+use nbd_img::nbd::request::{Command, Disposition, Parsed, SessionRules, check, parse};
+use nbd_support::replies::{Item, read_extended_stream, read_stream};
+use nbd_support::{Exports, MODERN, client, extended_request, go, meta_data, option, request, run};
 use proptest::prelude::*;
 
-fn negotiate(structured: bool) -> Agreed {
+fn negotiate(form: ReplyForm) -> Agreed {
     let mut options = vec![go("disk")];
-    if structured {
-        options.insert(0, option(8, b""));
+    if form != ReplyForm::Simple {
+        options.insert(0, option(if form == ReplyForm::Structured { 8 } else { 11 }, b""));
         options.insert(1, option(10, &meta_data("disk", &["base:allocation"])));
     }
     match run(&Exports::new(), &client(MODERN, &options)).next {
@@ -34,16 +34,17 @@ fn serve(agreed: &Agreed, mut input: &[u8]) -> (Vec<u8>, bool) {
     let rules = SessionRules::new(agreed);
     let mut out = Vec::new();
     loop {
-        let request = match parse(input) {
+        let request = match parse(input, agreed.form) {
             Parsed::Request(request) => request,
             Parsed::NeedMore => return (out, false),
             Parsed::BadMagic => panic!("out of step"),
         };
-        input = &input[REQUEST_HEADER_LEN..];
+        input = &input[agreed.form.request_header_len()..];
+        let to = ReplyTo::new(agreed.form, &request);
         let payload_len = match check(&request, &rules) {
-            Ok(()) => request.payload_len(),
+            Ok(()) => request.payload_len,
             Err(reject) => {
-                reply::push_failure(&mut out, agreed.structured, request.cookie, reject.errno, reject.text);
+                reply::push_failure(&mut out, to, reject.errno, reject.text);
                 match reject.payload {
                     Disposition::Nothing => 0,
                     Disposition::Drain { len } => len,
@@ -57,20 +58,37 @@ fn serve(agreed: &Agreed, mut input: &[u8]) -> (Vec<u8>, bool) {
         }
         match request.command {
             Command::Disconnect => return (out, true),
-            Command::Read if agreed.structured && request.len > 0 => {
-                reply::push_offset_hole(&mut out, request.cookie, request.offset, request.len, Place::Last);
+            Command::Read if agreed.form.is_chunked() && request.len > 0 => {
+                let len = u32::try_from(request.len).unwrap();
+                out.extend_from_slice(&reply::offset_hole(to, request.offset, len, Place::Last));
             }
-            Command::Read if !agreed.structured => {
-                reply::push_simple(&mut out, None, request.cookie);
+            Command::Read if !agreed.form.is_chunked() => {
+                out.extend_from_slice(&reply::simple(None, request.cookie));
                 out.resize(out.len() + usize::try_from(request.len).unwrap(), 0);
             }
             Command::BlockStatus => {
-                let extent = StatusExtent { len: request.len.into(), flags: 3.into() };
+                let extent = Extent { len: request.len, flags: 3 };
                 let id = agreed.contexts[0].id;
-                reply::push_block_status(&mut out, request.cookie, id, &[extent], Place::Last);
+                reply::push_block_status(&mut out, to, id, &[extent], Place::Last);
             }
-            _ => reply::push_success(&mut out, agreed.structured, request.cookie),
+            _ => reply::push_success(&mut out, to),
         }
+    }
+}
+
+const FORMS: [ReplyForm; 3] = [ReplyForm::Simple, ReplyForm::Structured, ReplyForm::Extended];
+
+fn message(form: ReplyForm, flags: u16, command: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
+    match form {
+        ReplyForm::Extended => extended_request(flags, command, cookie, offset, len.into()),
+        ReplyForm::Simple | ReplyForm::Structured => request(flags, command, cookie, offset, len),
+    }
+}
+
+fn read(form: ReplyForm, out: &[u8], reads: &HashMap<u64, usize>) -> Vec<Item> {
+    match form {
+        ReplyForm::Extended => read_extended_stream(out).into_iter().map(|(_, item)| item).collect(),
+        ReplyForm::Simple | ReplyForm::Structured => read_stream(out, reads),
     }
 }
 
@@ -108,20 +126,30 @@ fn stream_is_in_step_after_each_refusal() {
         (0, 7, size, 512, NbdError::Einval),
         (0, 7, 0, 0, NbdError::Einval),
     ];
-    for structured in [false, true] {
-        let agreed = negotiate(structured);
+    for form in FORMS {
+        let agreed = negotiate(form);
         for (flags, command, offset, len, errno) in bad {
-            let mut input = request(flags, command, 1, offset, len);
+            // With extended headers a payload has to be announced, so the flag is right there.
+            let flags = if form == ReplyForm::Extended && command == 1 { flags ^ 0x20 } else { flags };
+            let header =
+                |flags, command, cookie, offset, len| message(form, flags, command, cookie, offset, len);
+            let mut input = header(flags, command, 1, offset, len);
+            if flags & 0x20 == 0 && form == ReplyForm::Extended && command == 1 {
+                continue;
+            }
+            if len > 32 << 20 && form == ReplyForm::Extended && command == 1 {
+                continue;
+            }
             if command == 1 {
                 // A payload that looks like requests must not be read as requests.
-                let decoy = request(0, 2, 666, 0, 0);
+                let decoy = header(0, 2, 666, 0, 0);
                 input.extend(decoy.iter().cycle().take(usize::try_from(len).unwrap()));
             }
-            input.extend(request(0, 0, 2, 0, 512));
-            input.extend(request(0, 2, 3, 0, 0));
+            input.extend(header(0, 0, 2, 0, 512));
+            input.extend(header(0, 2, 3, 0, 0));
             let (out, goodbye) = serve(&agreed, &input);
             assert!(goodbye);
-            let items = read_stream(&out, &HashMap::from([(2, 512)]));
+            let items = read(form, &out, &HashMap::from([(2, 512)]));
             let seen: Vec<_> = items.iter().map(cookie_and_error).collect();
             assert_eq!(seen, [(1, errno.wire()), (2, 0)], "command {command} with {flags:#x}");
         }
@@ -142,26 +170,31 @@ proptest! {
             ),
             0..30,
         ),
-        structured in any::<bool>(),
+        form in prop::sample::select(&FORMS[..]),
     ) {
-        let agreed = negotiate(structured);
+        let agreed = negotiate(form);
         let mut input = Vec::new();
         let mut reads = HashMap::new();
         for (cookie, (flags, command, offset, len)) in (0..).zip(&requests) {
             // The tests' clients only say goodbye at the end.
             let command = if *command == 2 { 3 } else { *command };
-            input.extend(request(*flags, command, cookie, *offset, *len));
+            let mut flags = *flags;
+            if form == ReplyForm::Extended {
+                // Payloads are as the command has them; others have tests of their own.
+                flags = if command == 1 { flags | 0x20 } else { flags & !0x20 };
+            }
+            input.extend(message(form, flags, command, cookie, *offset, *len));
             if command == 1 {
                 input.extend(vec![0x25; usize::try_from(*len).unwrap()]);
             }
-            if command == 0 && !structured {
+            if command == 0 && form == ReplyForm::Simple {
                 reads.insert(cookie, usize::try_from(*len).unwrap());
             }
         }
-        input.extend(request(0, 2, u64::MAX, 0, 0));
+        input.extend(message(form, 0, 2, u64::MAX, 0, 0));
         let (out, goodbye) = serve(&agreed, &input);
         prop_assert!(goodbye);
-        let items = read_stream(&out, &reads);
+        let items = read(form, &out, &reads);
         let cookies: HashSet<_> = items.iter().map(|item| cookie_and_error(item).0).collect();
         prop_assert_eq!((items.len(), cookies.len()), (requests.len(), requests.len()));
     }

@@ -14,6 +14,7 @@ use std::sync::Arc;
 pub use spec::{CacheMode, DetectZeroes, ExportSpec};
 
 use crate::nbd::export_info::{ExportInfo, TransmissionFlags};
+use crate::nbd::wire;
 
 /// Unit to which a stated offset or size is rounded down, and in which sizes are best given to clients:
 /// the sector of every disk interface (our choice, as QEMU's).
@@ -22,9 +23,6 @@ pub const SECTOR_LEN: u64 = 512;
 /// Most payload of one request: what every client may rely on without asking (protocol, section
 /// "Block size constraints").
 pub const PAYLOAD_LEN_MAX: u32 = 32 << 20;
-
-/// The context every export offers.
-pub const BASE_ALLOCATION: &str = "base:allocation";
 
 /// One image, ready to be served. Shared by all connections.
 pub struct Export {
@@ -170,7 +168,7 @@ impl Export {
             block_min_len: facts.block_min_len,
             block_preferred_len: facts.block_preferred_len,
             payload_max_len: PAYLOAD_LEN_MAX,
-            contexts: vec![BASE_ALLOCATION.to_owned()],
+            contexts: vec![wire::BASE_ALLOCATION.to_owned(), wire::ALLOCATION_DEPTH.to_owned()],
         }
     }
 }

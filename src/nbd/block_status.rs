@@ -2,20 +2,31 @@
 //!
 //! The rules (BLOCK_STATUS in the protocol): neighbours of equal flags are one extent; extents lie back to back
 //! from the request's offset; all but the last end within the request; the last may run past it but never past the
-//! end of the export, nor past the request when REQ_ONE was asked; an extent is not empty, and fits 32 bits;
+//! end of the export, nor past the request when REQ_ONE was asked; an extent is not empty, and fits 32 bits unless
+//! extended headers were agreed;
 //! extents end at multiples of the minimum block size except at the end of the export. The protocol would have
 //! multiples of 512 "where possible"; drivers give them, save for the padding behind a file of an odd size, which
 //! readers can then know to be zero to the byte, as with QEMU.
 
+use super::reply::ReplyForm;
 use super::request::{CommandFlags, Request, SessionRules};
-use super::wire::StatusExtent;
 
-/// Most extents in one chunk. The protocol's limit is 2^20; our choice is QEMU's, which keeps a chunk at 1 MiB.
+/// Most extents in one chunk. The protocol's limit is 2^20; our choice is QEMU's, which keeps a chunk at 1 MiB, or
+/// 2 MiB with extended headers.
 pub const EXTENTS_MAX: usize = 128 * 1024;
 
 /// An extent that has to be cut to fit 32 bits ends at a multiple of this, the largest minimum block size that the
 /// protocol permits.
 const CUT_UNIT: u64 = 64 * 1024;
+
+/// One extent of an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Its length, never 0.
+    pub len: u64,
+    /// Flags, by the context.
+    pub flags: u32,
+}
 
 /// Whether the builder can use more runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +51,8 @@ pub struct Builder {
     /// End of the request; `start <= end <= size`.
     end: u64,
     size: u64,
+    /// Longest extent.
+    len_max: u64,
     /// Extents end at multiples of this power of two.
     unit: u64,
     req_one: bool,
@@ -55,12 +68,16 @@ impl Builder {
     /// For a request that [`super::request::check`] let through.
     pub fn new(request: &Request, rules: &SessionRules) -> Self {
         let start = request.offset.min(rules.size);
-        let end = start.saturating_add(u64::from(request.len)).min(rules.size);
+        let end = start.saturating_add(request.len).min(rules.size);
         Self {
             start,
             position: start,
             end,
             size: rules.size,
+            len_max: match rules.form {
+                ReplyForm::Simple | ReplyForm::Structured => u32::MAX.into(),
+                ReplyForm::Extended => u64::MAX,
+            },
             unit: u64::from(rules.block_min_len.max(1)).next_power_of_two(),
             req_one: request.flags.contains(CommandFlags::REQ_ONE),
             extents_max: EXTENTS_MAX,
@@ -100,7 +117,7 @@ impl Builder {
     }
 
     /// The extents: never empty, unless nothing was pushed. They cover less than the request if the runs did.
-    pub fn finish(mut self) -> Vec<StatusExtent> {
+    pub fn finish(mut self) -> Vec<Extent> {
         if let Some(flags) = self.partial.take()
             && self.extents.is_empty()
         {
@@ -109,11 +126,7 @@ impl Builder {
         let starts = std::iter::once(self.start).chain(self.extents.iter().map(|(end, _)| *end));
         starts
             .zip(&self.extents)
-            .map(|(start, (end, flags))| {
-                // append() keeps each extent within 32 bits.
-                let len = u32::try_from(end - start).unwrap_or(u32::MAX);
-                StatusExtent { len: len.into(), flags: (*flags).into() }
-            })
+            .map(|(start, (end, flags))| Extent { len: end - start, flags: *flags })
             .collect()
     }
 
@@ -141,7 +154,7 @@ impl Builder {
         }
         let start = self.extents.last().map_or(self.start, |(end, _)| *end);
         let wanted = if self.req_one { end.min(self.end) } else { end };
-        let longest = start.saturating_add(u64::from(u32::MAX));
+        let longest = start.saturating_add(self.len_max);
         let reached = if wanted > longest { longest & !(CUT_UNIT - 1) } else { wanted };
         self.extents.push((reached, flags));
         self.full = reached < end || reached >= self.end;

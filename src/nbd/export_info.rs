@@ -3,6 +3,7 @@
 
 use bitflags::bitflags;
 
+use super::reply::ReplyForm;
 use super::wire;
 
 bitflags! {
@@ -31,6 +32,8 @@ bitflags! {
         const SEND_CACHE = 1 << 10;
         /// FAST_ZERO is honoured; only shown with WRITE_ZEROES.
         const SEND_FAST_ZERO = 1 << 11;
+        /// BLOCK_STATUS may have a payload that picks contexts; only shown with extended headers and contexts.
+        const BLOCK_STATUS_PAYLOAD = 1 << 12;
     }
 }
 
@@ -43,7 +46,7 @@ pub struct ExportInfo {
     pub description: String,
     /// Length of the export in bytes.
     pub size: u64,
-    /// What the export can do. SEND_DF means "if structured replies are agreed"; HAS_FLAGS need not be set.
+    /// What the export can do. SEND_DF means "if replies come in chunks"; HAS_FLAGS need not be set.
     pub flags: TransmissionFlags,
     /// Smallest unit of requests: a power of two from 1 to 65,536.
     pub block_min_len: u32,
@@ -56,12 +59,14 @@ pub struct ExportInfo {
 }
 
 impl ExportInfo {
-    /// The flags as this client gets to see them: the same for INFO, GO and EXPORT_NAME.
-    pub fn wire_flags(&self, structured: bool) -> TransmissionFlags {
+    /// The flags as this client gets to see them: the same for INFO, GO and EXPORT_NAME. `contexts` is whether it
+    /// has selected any for this export.
+    pub fn wire_flags(&self, form: ReplyForm, contexts: bool) -> TransmissionFlags {
         let mut flags = self.flags | TransmissionFlags::HAS_FLAGS;
-        if !structured {
+        if !form.is_chunked() {
             flags.remove(TransmissionFlags::SEND_DF);
         }
+        flags.set(TransmissionFlags::BLOCK_STATUS_PAYLOAD, form == ReplyForm::Extended && contexts);
         if flags.contains(TransmissionFlags::READ_ONLY) {
             flags.remove(TransmissionFlags::SEND_TRIM | TransmissionFlags::SEND_WRITE_ZEROES);
         }

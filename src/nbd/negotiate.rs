@@ -11,6 +11,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::export_info::{ExportDirectory, ExportInfo};
 use super::options::{self, Context, Outcome};
+use super::reply::ReplyForm;
 use super::wire;
 
 /// Longest data of an option. Our choice: nothing legal needs more (names end at 4096 bytes).
@@ -62,9 +63,9 @@ pub struct Agreed {
     pub export: String,
     /// The export as the client was told; `flags` are those that went over the wire.
     pub info: ExportInfo,
-    /// READ and BLOCK_STATUS are answered with structured replies, errors carry a text.
-    pub structured: bool,
-    /// Selected for this export; empty unless `structured`.
+    /// How requests and replies are framed.
+    pub form: ReplyForm,
+    /// Selected for this export; empty unless replies come in chunks.
     pub contexts: Vec<AgreedContext>,
     /// The client asked for block sizes, so it promised to keep to them.
     pub block_size_asked: bool,
@@ -152,7 +153,7 @@ pub(super) struct State {
     pub(super) tls_up: bool,
     pub(super) fixed_newstyle: bool,
     pub(super) no_zeroes: bool,
-    pub(super) structured: bool,
+    pub(super) form: ReplyForm,
     pub(super) selection: Option<Selection>,
 }
 
@@ -172,7 +173,7 @@ impl Negotiation {
             tls_up: false,
             fixed_newstyle: false,
             no_zeroes: false,
-            structured: false,
+            form: ReplyForm::Simple,
             selection: None,
         };
         Self { phase: Phase::ClientFlags, options_seen: 0, state }
@@ -220,7 +221,7 @@ impl Negotiation {
     pub fn tls_established(&mut self) {
         self.phase = Phase::Options;
         self.state.tls_up = true;
-        self.state.structured = false;
+        self.state.form = ReplyForm::Simple;
         self.state.selection = None;
     }
 
@@ -293,11 +294,25 @@ impl Negotiation {
 
 impl State {
     /// The selection, if it was made for this export.
-    pub(super) fn contexts_for(&self, export: &str) -> Vec<AgreedContext> {
+    fn contexts_for(&self, export: &str) -> Vec<AgreedContext> {
         match &self.selection {
             Some(selection) if selection.export == export => selection.contexts.clone(),
             Some(_) | None => Vec::new(),
         }
+    }
+
+    /// What is agreed if the client takes this export now; the flags become those that it is told.
+    pub(super) fn agree(&self, export: &str, mut info: ExportInfo, block_size_asked: bool) -> Box<Agreed> {
+        let contexts = self.contexts_for(&info.name);
+        info.flags = info.wire_flags(self.form, !contexts.is_empty());
+        Box::new(Agreed {
+            export: export.to_owned(),
+            info,
+            form: self.form,
+            contexts,
+            block_size_asked,
+            no_zeroes: self.no_zeroes,
+        })
     }
 }
 

@@ -1,24 +1,74 @@
-//! Encoders of replies: simple headers and structured chunks.
+//! Encoders of replies, in the three forms that can be agreed: simple, structured and extended.
 //!
-//! Each either appends to a buffer (`push_*`) or fills header room that was reserved in front of data that is
-//! being read (`*_header`). None allocates beyond the growth of the buffer. What order chunks come in, and that
-//! they cover the request, is the session's duty.
+//! Each either appends to a buffer (`push_*`) or gives what stands before data that is put behind it ([`Head`]).
+//! None allocates beyond the growth of the buffer. What order chunks come in, and that they cover the request, is
+//! the session's duty.
+
+use std::ops::Deref;
 
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
+use super::block_status::{EXTENTS_MAX, Extent};
 use super::errno::NbdError;
+use super::request::{EXTENDED_REQUEST_HEADER_LEN, REQUEST_HEADER_LEN, Request};
 use super::text::protocol_text;
-use super::wire::{self, ChunkHeader, OffsetDataHeader, OffsetHoleChunk, SimpleReplyHeader, StatusExtent};
+use super::wire::{self, ChunkHeader, ExtendedChunkHeader, SimpleReplyHeader};
 
-/// Length of a simple reply's header; the data of a READ follows it.
-pub const SIMPLE_HEADER_LEN: usize = size_of::<SimpleReplyHeader>();
-/// Length of a chunk's header.
-pub const CHUNK_HEADER_LEN: usize = size_of::<ChunkHeader>();
-/// Room in front of the data of an OFFSET_DATA chunk: chunk header and offset.
-pub const OFFSET_DATA_HEADER_LEN: usize = size_of::<OffsetDataHeader>();
-/// Length of a whole OFFSET_HOLE chunk.
-pub const OFFSET_HOLE_LEN: usize = size_of::<OffsetHoleChunk>();
+/// The longest [`Head`]: an extended chunk header with the offset and the length of a hole.
+pub const HEAD_LEN_MAX: usize = size_of::<ExtendedChunkHeader>() + HOLE_LEN;
+/// Payload of an OFFSET_HOLE chunk: offset and length.
+const HOLE_LEN: usize = size_of::<U64>() + size_of::<U32>();
+
+/// How a session frames its messages. Requests are compact, but for the last.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ReplyForm {
+    /// One header, and the data of a READ.
+    #[default]
+    Simple,
+    /// Chunks, with texts and holes.
+    Structured,
+    /// Chunks with 64-bit lengths, and such requests.
+    Extended,
+}
+
+impl ReplyForm {
+    /// Whether replies come in chunks.
+    pub fn is_chunked(self) -> bool {
+        match self {
+            ReplyForm::Simple => false,
+            ReplyForm::Structured | ReplyForm::Extended => true,
+        }
+    }
+
+    /// Length of a request's header.
+    #[inline]
+    pub fn request_header_len(self) -> usize {
+        match self {
+            ReplyForm::Simple | ReplyForm::Structured => REQUEST_HEADER_LEN,
+            ReplyForm::Extended => EXTENDED_REQUEST_HEADER_LEN,
+        }
+    }
+}
+
+/// What a reply repeats of its request, and in which form.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReplyTo {
+    /// The session's form.
+    pub form: ReplyForm,
+    /// The request's mark.
+    pub cookie: u64,
+    /// The request's offset.
+    pub offset: u64,
+}
+
+impl ReplyTo {
+    /// A reply to `request`.
+    #[inline]
+    pub fn new(form: ReplyForm, request: &Request) -> Self {
+        Self { form, cookie: request.cookie, offset: request.offset }
+    }
+}
 
 /// Where a chunk stands in its reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,126 +79,149 @@ pub enum Place {
     Last,
 }
 
-/// The header of a simple reply.
+/// What stands before the data of a reply, or is all of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Head {
+    bytes: [u8; HEAD_LEN_MAX],
+    len: usize,
+}
+
+impl Head {
+    #[inline]
+    fn new(bytes: &[u8]) -> Self {
+        Self { bytes: [0; HEAD_LEN_MAX], len: 0 }.with(bytes)
+    }
+
+    /// With more bytes behind it; the longest sum is [`HEAD_LEN_MAX`].
+    #[inline]
+    fn with(mut self, more: &[u8]) -> Self {
+        if let Some(room) = self.bytes.get_mut(self.len..self.len + more.len()) {
+            room.copy_from_slice(more);
+            self.len += more.len();
+        }
+        self
+    }
+}
+
+impl Deref for Head {
+    type Target = [u8];
+
+    #[inline]
+    fn deref(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+}
+
+/// The header of a simple reply; the data of a READ follows it.
 #[inline]
-pub fn simple_header(error: Option<NbdError>, cookie: u64) -> [u8; SIMPLE_HEADER_LEN] {
+pub fn simple(error: Option<NbdError>, cookie: u64) -> Head {
     let header = SimpleReplyHeader {
         magic: U32::new(wire::SIMPLE_REPLY_MAGIC),
         error: U32::new(error.map_or(0, NbdError::wire)),
         cookie: U64::new(cookie),
     };
-    zerocopy::transmute!(header)
+    Head::new(header.as_bytes())
 }
 
-/// The header of an OFFSET_DATA chunk whose `data_len` bytes, at least one and at most a payload, follow.
+/// The head of an OFFSET_DATA chunk whose `data_len` bytes, at least one and at most a payload, follow.
 /// `offset` is within the export.
 #[inline]
-pub fn offset_data_header(
-    cookie: u64,
-    offset: u64,
-    data_len: u32,
-    place: Place,
-) -> [u8; OFFSET_DATA_HEADER_LEN] {
-    let header = OffsetDataHeader {
-        chunk: chunk_header(wire::REPLY_TYPE_OFFSET_DATA, cookie, data_len.saturating_add(8), place),
-        offset: U64::new(offset),
-    };
-    zerocopy::transmute!(header)
-}
-
-/// Appends a simple reply's header.
-#[inline]
-pub fn push_simple(out: &mut Vec<u8>, error: Option<NbdError>, cookie: u64) {
-    out.extend_from_slice(&simple_header(error, cookie));
-}
-
-/// Appends a NONE chunk, which always ends its reply.
-#[inline]
-pub fn push_none(out: &mut Vec<u8>, cookie: u64) {
-    push_chunk_header(out, wire::REPLY_TYPE_NONE, cookie, 0, Place::Last);
-}
-
-/// Appends success without data: a NONE chunk, or a simple reply.
-#[inline]
-pub fn push_success(out: &mut Vec<u8>, structured: bool, cookie: u64) {
-    if structured { push_none(out, cookie) } else { push_simple(out, None, cookie) }
+pub fn offset_data(to: ReplyTo, offset: u64, data_len: u32, place: Place) -> Head {
+    let payload_len = data_len.saturating_add(8);
+    chunk(to, wire::REPLY_TYPE_OFFSET_DATA, payload_len, place).with(&offset.to_be_bytes())
 }
 
 /// A whole OFFSET_HOLE chunk: `hole_len` zeroes, at least one, at `offset` of the export.
 #[inline]
-pub fn offset_hole(cookie: u64, offset: u64, hole_len: u32, place: Place) -> [u8; OFFSET_HOLE_LEN] {
-    let chunk = OffsetHoleChunk {
-        chunk: chunk_header(wire::REPLY_TYPE_OFFSET_HOLE, cookie, 12, place),
-        offset: U64::new(offset),
-        hole_len: U32::new(hole_len),
-    };
-    zerocopy::transmute!(chunk)
+pub fn offset_hole(to: ReplyTo, offset: u64, hole_len: u32, place: Place) -> Head {
+    chunk(to, wire::REPLY_TYPE_OFFSET_HOLE, HOLE_LEN as u32, place)
+        .with(&offset.to_be_bytes())
+        .with(&hole_len.to_be_bytes())
 }
 
-/// Appends an OFFSET_HOLE chunk.
+/// Appends success without data: a NONE chunk, or a simple reply.
 #[inline]
-pub fn push_offset_hole(out: &mut Vec<u8>, cookie: u64, offset: u64, hole_len: u32, place: Place) {
-    out.extend_from_slice(&offset_hole(cookie, offset, hole_len, place));
+pub fn push_success(out: &mut Vec<u8>, to: ReplyTo) {
+    if to.form.is_chunked() {
+        out.extend_from_slice(&chunk(to, wire::REPLY_TYPE_NONE, 0, Place::Last));
+    } else {
+        out.extend_from_slice(&simple(None, to.cookie));
+    }
 }
 
-/// Appends a BLOCK_STATUS chunk of one context. `extents` is never empty, and at most
-/// [`super::block_status::EXTENTS_MAX`] long.
-pub fn push_block_status(
-    out: &mut Vec<u8>,
-    cookie: u64,
-    context: u32,
-    extents: &[StatusExtent],
-    place: Place,
-) {
-    let extents = &extents[..extents.len().min(super::block_status::EXTENTS_MAX)];
-    let payload_len = u32::try_from(size_of::<U32>() + size_of_val(extents)).unwrap_or(u32::MAX);
-    push_chunk_header(out, wire::REPLY_TYPE_BLOCK_STATUS, cookie, payload_len, place);
-    out.extend_from_slice(&context.to_be_bytes());
-    out.extend_from_slice(extents.as_bytes());
+/// Appends the whole reply to a request that failed before any of its content was sent.
+pub fn push_failure(out: &mut Vec<u8>, to: ReplyTo, error: NbdError, text: &str) {
+    if to.form.is_chunked() {
+        push_error(out, to, error, text, Place::Last);
+    } else {
+        out.extend_from_slice(&simple(Some(error), to.cookie));
+    }
+}
+
+/// Appends a chunk with the extents of one context: BLOCK_STATUS, or BLOCK_STATUS_EXT with extended headers.
+/// `extents` is never empty, at most [`EXTENTS_MAX`] long, and its lengths fit the form.
+pub fn push_block_status(out: &mut Vec<u8>, to: ReplyTo, context: u32, extents: &[Extent], place: Place) {
+    let extents = &extents[..extents.len().min(EXTENTS_MAX)];
+    let count = extents.len() as u32;
+    match to.form {
+        ReplyForm::Simple | ReplyForm::Structured => {
+            let payload_len = 4 + 8 * count;
+            out.extend_from_slice(&chunk(to, wire::REPLY_TYPE_BLOCK_STATUS, payload_len, place));
+            out.extend_from_slice(&context.to_be_bytes());
+            for extent in extents {
+                // The builder keeps extents below 4 GiB where they have to be.
+                let len = U32::new(u32::try_from(extent.len).unwrap_or(u32::MAX));
+                let extent = wire::StatusExtent { len, flags: U32::new(extent.flags) };
+                out.extend_from_slice(extent.as_bytes());
+            }
+        }
+        ReplyForm::Extended => {
+            let payload_len = 8 + 16 * count;
+            out.extend_from_slice(&chunk(to, wire::REPLY_TYPE_BLOCK_STATUS_EXT, payload_len, place));
+            out.extend_from_slice(&context.to_be_bytes());
+            out.extend_from_slice(&count.to_be_bytes());
+            for extent in extents {
+                let flags = U64::new(extent.flags.into());
+                let extent = wire::ExtendedExtent { len: U64::new(extent.len), flags };
+                out.extend_from_slice(extent.as_bytes());
+            }
+        }
+    }
 }
 
 /// Appends an ERROR chunk; `text` is cut at the protocol's limit.
-pub fn push_error(out: &mut Vec<u8>, cookie: u64, error: NbdError, text: &str, place: Place) {
-    push_error_chunk(out, cookie, error, text, None, place);
+pub fn push_error(out: &mut Vec<u8>, to: ReplyTo, error: NbdError, text: &str, place: Place) {
+    push_error_chunk(out, to, error, text, None, place);
 }
 
 /// Appends an ERROR_OFFSET chunk: the error was met at `offset` of the export, which lies in the request.
 pub fn push_error_offset(
     out: &mut Vec<u8>,
-    cookie: u64,
+    to: ReplyTo,
     error: NbdError,
     text: &str,
     offset: u64,
     place: Place,
 ) {
-    push_error_chunk(out, cookie, error, text, Some(offset), place);
-}
-
-/// Appends the whole reply to a request that failed before any of its content was sent.
-pub fn push_failure(out: &mut Vec<u8>, structured: bool, cookie: u64, error: NbdError, text: &str) {
-    if structured {
-        push_error(out, cookie, error, text, Place::Last);
-    } else {
-        push_simple(out, Some(error), cookie);
-    }
+    push_error_chunk(out, to, error, text, Some(offset), place);
 }
 
 fn push_error_chunk(
     out: &mut Vec<u8>,
-    cookie: u64,
+    to: ReplyTo,
     error: NbdError,
     text: &str,
     offset: Option<u64>,
     place: Place,
 ) {
     let text = protocol_text(text);
-    // protocol_text keeps the text below 4096 bytes, so neither fallback is ever taken.
+    // protocol_text keeps the text below 4096 bytes, so the fallback is never taken.
     let text_len = u16::try_from(text.len()).unwrap_or(u16::MAX);
     let (chunk_type, offset_len) = match offset {
         Some(_) => (wire::REPLY_TYPE_ERROR_OFFSET, 8),
         None => (wire::REPLY_TYPE_ERROR, 0),
     };
-    push_chunk_header(out, chunk_type, cookie, 6 + u32::from(text_len) + offset_len, place);
+    out.extend_from_slice(&chunk(to, chunk_type, 6 + u32::from(text_len) + offset_len, place));
     out.extend_from_slice(&error.wire().to_be_bytes());
     out.extend_from_slice(&text_len.to_be_bytes());
     out.extend_from_slice(text.as_bytes());
@@ -157,20 +230,33 @@ fn push_error_chunk(
     }
 }
 
-fn push_chunk_header(out: &mut Vec<u8>, chunk_type: u16, cookie: u64, payload_len: u32, place: Place) {
-    out.extend_from_slice(chunk_header(chunk_type, cookie, payload_len, place).as_bytes());
-}
-
-fn chunk_header(chunk_type: u16, cookie: u64, payload_len: u32, place: Place) -> ChunkHeader {
+#[inline]
+fn chunk(to: ReplyTo, chunk_type: u16, payload_len: u32, place: Place) -> Head {
     let flags = match place {
         Place::More => 0,
         Place::Last => wire::REPLY_FLAG_DONE,
     };
-    ChunkHeader {
-        magic: U32::new(wire::STRUCTURED_REPLY_MAGIC),
-        flags: flags.into(),
-        chunk_type: chunk_type.into(),
-        cookie: U64::new(cookie),
-        len: U32::new(payload_len),
+    match to.form {
+        ReplyForm::Simple | ReplyForm::Structured => {
+            let header = ChunkHeader {
+                magic: U32::new(wire::STRUCTURED_REPLY_MAGIC),
+                flags: flags.into(),
+                chunk_type: chunk_type.into(),
+                cookie: U64::new(to.cookie),
+                len: U32::new(payload_len),
+            };
+            Head::new(header.as_bytes())
+        }
+        ReplyForm::Extended => {
+            let header = ExtendedChunkHeader {
+                magic: U32::new(wire::EXTENDED_REPLY_MAGIC),
+                flags: flags.into(),
+                chunk_type: chunk_type.into(),
+                cookie: U64::new(to.cookie),
+                offset: U64::new(to.offset),
+                len: U64::new(payload_len.into()),
+            };
+            Head::new(header.as_bytes())
+        }
     }
 }

@@ -19,7 +19,7 @@ pub const REQUEST_MAGIC: u32 = 0x2560_9513;
 pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 /// First field of a structured reply chunk.
 pub const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
-/// First field of an extended request; out of step on a connection that did not agree on extended headers.
+/// First field of an extended request, which takes the place of the compact one once extended headers are agreed.
 pub const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
 /// First field of an extended reply.
 pub const EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
@@ -130,6 +130,8 @@ pub const REPLY_TYPE_OFFSET_DATA: u16 = 1;
 pub const REPLY_TYPE_OFFSET_HOLE: u16 = 2;
 /// Chunk: extents of one metadata context.
 pub const REPLY_TYPE_BLOCK_STATUS: u16 = 5;
+/// Chunk: extents of one metadata context, in 64 bits; only with extended headers, and then the only kind.
+pub const REPLY_TYPE_BLOCK_STATUS_EXT: u16 = 6;
 /// Chunk: an error.
 pub const REPLY_TYPE_ERROR: u16 = (1 << 15) | 1;
 /// Chunk: an error at an offset.
@@ -141,6 +143,12 @@ pub const BASE_ALLOCATION: &str = "base:allocation";
 pub const STATE_HOLE: u32 = 1 << 0;
 /// `base:allocation`: reads as zeroes.
 pub const STATE_ZERO: u32 = 1 << 1;
+/// Name of the context that tells in which image of the backing chain a run lies.
+pub const ALLOCATION_DEPTH: &str = "qemu:allocation-depth";
+/// Start of the names of the contexts that tell a dirty bitmap; the bitmap's name follows.
+pub const DIRTY_BITMAP_PREFIX: &str = "qemu:dirty-bitmap:";
+/// `qemu:dirty-bitmap:`: the run is marked.
+pub const STATE_DIRTY: u32 = 1 << 0;
 
 /// The greeting.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -198,6 +206,24 @@ pub struct RequestHeader {
     pub len: U32,
 }
 
+/// Extended request header.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct ExtendedRequestHeader {
+    /// [`EXTENDED_REQUEST_MAGIC`].
+    pub magic: U32,
+    /// Command flags.
+    pub flags: U16,
+    /// `CMD_*`.
+    pub command: U16,
+    /// The client's mark for the reply.
+    pub cookie: U64,
+    /// Where, in the export.
+    pub offset: U64,
+    /// Length of the payload behind it if the flags say so, else how much.
+    pub len: U64,
+}
+
 /// Header of a simple reply.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -226,26 +252,22 @@ pub struct ChunkHeader {
     pub len: U32,
 }
 
-/// Chunk header and offset of OFFSET_DATA; the data follows.
+/// Header of an extended reply chunk.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub struct OffsetDataHeader {
-    /// The chunk's header.
-    pub chunk: ChunkHeader,
-    /// Where the data belongs, in the export.
+pub struct ExtendedChunkHeader {
+    /// [`EXTENDED_REPLY_MAGIC`].
+    pub magic: U32,
+    /// `REPLY_FLAG_*`.
+    pub flags: U16,
+    /// `REPLY_TYPE_*`.
+    pub chunk_type: U16,
+    /// The request's cookie.
+    pub cookie: U64,
+    /// The request's offset, whatever the chunk is about.
     pub offset: U64,
-}
-
-/// A whole OFFSET_HOLE chunk.
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-pub struct OffsetHoleChunk {
-    /// The chunk's header.
-    pub chunk: ChunkHeader,
-    /// Where the zeroes begin, in the export.
-    pub offset: U64,
-    /// How many.
-    pub hole_len: U32,
+    /// Length of the payload behind it.
+    pub len: U64,
 }
 
 /// One extent of a BLOCK_STATUS chunk.
@@ -256,4 +278,14 @@ pub struct StatusExtent {
     pub len: U32,
     /// Flags, by the context.
     pub flags: U32,
+}
+
+/// One extent of a BLOCK_STATUS_EXT chunk.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct ExtendedExtent {
+    /// Length of the extent.
+    pub len: U64,
+    /// Flags, by the context; the upper half is zero for contexts of 32 bits.
+    pub flags: U64,
 }

@@ -1,6 +1,7 @@
 //! The server's exports as the protocol asks for them.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::clients::Clients;
 use crate::export::Export;
@@ -11,12 +12,18 @@ use crate::session::Shards;
 pub struct Exports {
     served: Vec<(Arc<Export>, Arc<Shards>)>,
     clients: Arc<Clients>,
+    draining: AtomicBool,
 }
 
 impl Exports {
     /// The exports in the order to list them.
     pub fn new(served: Vec<(Arc<Export>, Arc<Shards>)>, clients: Arc<Clients>) -> Exports {
-        Exports { served, clients }
+        Exports { served, clients, draining: AtomicBool::new(false) }
+    }
+
+    /// From now on clients are told that the server is going down.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
     }
 
     /// The threads of all exports.
@@ -71,5 +78,9 @@ impl ExportDirectory for Directory<'_> {
             )));
         }
         Ok(export.info())
+    }
+
+    fn draining(&self) -> bool {
+        self.exports.draining.load(Ordering::Relaxed)
     }
 }

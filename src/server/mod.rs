@@ -150,8 +150,9 @@ async fn serve(
     ready::tell_stopping();
     // Closes the listening sockets and removes their files, so that a successor can start.
     accepting.shutdown().await;
-    server.clients.end_handshakes();
+    server.exports.drain();
     let outcome = end::drain(server.exports.shards(), options.drain_timeout, &mut signals).await;
+    server.clients.end_handshakes();
     drop(pid_file);
     Ok(outcome)
 }

@@ -26,6 +26,20 @@ pub enum End {
 }
 
 impl End {
+    /// Whether what the client still sends is answered (with an error) while its last requests are worked on.
+    pub(super) fn answers_requests(&self) -> bool {
+        match self {
+            End::Drained => true,
+            End::Disconnect
+            | End::Eof
+            | End::Socket(_)
+            | End::BadMagic
+            | End::Oversize
+            | End::Stalled
+            | End::BrokenReply(_) => false,
+        }
+    }
+
     /// Writes the one line of the log about it.
     pub(super) fn log(&self, export: &str, peer: &str) {
         let export = export.escape_debug();

@@ -21,9 +21,9 @@ use super::shards::Connection;
 use crate::export::PAYLOAD_LEN_MAX;
 use crate::nbd::errno::NbdError;
 use crate::nbd::negotiate::AgreedContext;
-use crate::nbd::reply;
+use crate::nbd::reply::{self, ReplyTo};
 use crate::nbd::request::{
-    Command, Disposition, Parsed, REQUEST_HEADER_LEN, Reject, Request, SessionRules, check, parse,
+    Command, DRAIN_MAX_LEN, Disposition, Parsed, Reject, Request, SessionRules, check, parse,
 };
 use crate::transport::Stream;
 use crate::transport::registration::watch_stream;
@@ -173,7 +173,9 @@ impl Session {
             if self.cell.pending.borrow().is_empty() {
                 return Err(self.ending.take().unwrap_or(End::Drained));
             }
-            return Ok(Some(Needs::Answer));
+            if needs == Needs::Answer {
+                return Ok(Some(needs));
+            }
         }
         if needs == Needs::Input && self.receive()? > 0 {
             return Ok(None);
@@ -184,21 +186,27 @@ impl Session {
     /// Works on the requests that are wholly there.
     async fn work(&mut self) -> Result<Needs, End> {
         loop {
-            if self.ending.is_some() {
-                return Ok(Needs::Answer);
-            }
             if !self.read_off_refused().await? {
                 return Ok(Needs::Input);
+            }
+            if self.ending.as_ref().is_some_and(|end| !end.answers_requests()) {
+                return Ok(Needs::Answer);
             }
             if self.cell.pending.borrow().len() >= PENDING_MAX {
                 return Ok(Needs::Answer);
             }
-            let request = match parse(self.input.bytes()) {
+            let request = match parse(self.input.bytes(), self.rules.form) {
                 Parsed::NeedMore => return Ok(Needs::Input),
                 Parsed::BadMagic => return Err(End::BadMagic),
                 Parsed::Request(request) => request,
             };
-            match check(&request, &self.rules) {
+            if request.command == Command::Disconnect && self.ending.is_some() {
+                self.ending = Some(End::Disconnect);
+                return Ok(Needs::Answer);
+            }
+            let verdict =
+                if self.ending.is_some() { Err(shutdown(&request)) } else { check(&request, &self.rules) };
+            match verdict {
                 Err(reject) => self.refuse(request, reject)?,
                 Ok(()) => {
                     if !self.start(request).await? {
@@ -211,8 +219,8 @@ impl Session {
     }
 
     /// Gives the shard's other sessions their turn after some work. One buffer holds 150,000 requests.
-    async fn take_turns(&mut self, len: u32) {
-        let cost = u64::from(len.min(PAYLOAD_LEN_MAX)) + REQUEST_COST;
+    async fn take_turns(&mut self, len: u64) {
+        let cost = len.min(u64::from(PAYLOAD_LEN_MAX)) + REQUEST_COST;
         self.worked_len += cost;
         if self.worked_len >= TURN_LEN {
             self.worked_len = 0;
@@ -220,13 +228,16 @@ impl Session {
         }
     }
 
-    /// Starts a request that was found in order; returns whether it could (a write needs its payload).
+    /// Starts a request that was found in order; returns whether it could (one may need its payload).
     async fn start(&mut self, request: Request) -> Result<bool, End> {
         self.batch = self.batch.saturating_add(1);
         if request.command == Command::Write {
             return self.start_write(request).await;
         }
-        self.input.consume(REQUEST_HEADER_LEN);
+        if request.command == Command::BlockStatus && request.payload_len > 0 {
+            return self.start_picked_status(request).await;
+        }
+        self.input.consume(self.rules.form.request_header_len());
         match request.command {
             Command::Read => self.start_read(request).await?,
             Command::Disconnect => self.ending = Some(End::Disconnect),
@@ -234,7 +245,7 @@ impl Session {
             Command::Trim => self.start_trim(request).await?,
             Command::Cache => self.start_cache(request).await?,
             Command::WriteZeroes => self.start_write_zeroes(request).await?,
-            Command::BlockStatus => self.start_block_status(request).await?,
+            Command::BlockStatus => self.start_block_status(request, None).await?,
             // `check` has refused unknown commands and `start_write` has the writes.
             Command::Unknown(_) | Command::Write => {}
         }
@@ -247,7 +258,7 @@ impl Session {
             Disposition::Drain { len } => len as usize,
             Disposition::HangUp => return Err(End::Oversize),
         };
-        self.input.consume(REQUEST_HEADER_LEN);
+        self.input.consume(self.rules.form.request_header_len());
         self.refused = Some(Refused { request, reject, left });
         Ok(())
     }
@@ -276,9 +287,9 @@ impl Session {
             match (error, work) {
                 (Some(error), _) => self.reply_error(&request, &error).await?,
                 (None, Work::Read { parts, .. }) => self.reply_parts(&request, &parts).await?,
-                (None, Work::Status { runs }) => {
-                    let runs = std::mem::take(&mut *runs.lock());
-                    self.reply_status(&request, &runs).await?;
+                (None, Work::Status { answers }) => {
+                    let answers = std::mem::take(&mut *answers.lock());
+                    self.reply_status(&request, &answers).await?;
                 }
                 (None, Work::Write { .. } | Work::Call) => self.reply_success(&request).await?,
             }
@@ -288,8 +299,9 @@ impl Session {
 
     /// Success without data.
     pub(super) async fn reply_success(&mut self, request: &Request) -> Result<(), End> {
+        let to = self.reply_to(request);
         self.scratch.clear();
-        reply::push_success(&mut self.scratch, self.rules.structured, request.cookie);
+        reply::push_success(&mut self.scratch, to);
         self.put_scratch().await
     }
 
@@ -304,9 +316,19 @@ impl Session {
         self.reply_failure(request, errno, &error.to_string()).await
     }
 
-    async fn reply_failure(&mut self, request: &Request, errno: NbdError, text: &str) -> Result<(), End> {
+    pub(super) fn reply_to(&self, request: &Request) -> ReplyTo {
+        ReplyTo::new(self.rules.form, request)
+    }
+
+    pub(super) async fn reply_failure(
+        &mut self,
+        request: &Request,
+        errno: NbdError,
+        text: &str,
+    ) -> Result<(), End> {
+        let to = self.reply_to(request);
         self.scratch.clear();
-        reply::push_failure(&mut self.scratch, self.rules.structured, request.cookie, errno, text);
+        reply::push_failure(&mut self.scratch, to, errno, text);
         self.put_scratch().await
     }
 
@@ -488,4 +510,14 @@ impl Session {
             self.shard.want_sweep();
         }
     }
+}
+
+/// The answer to what comes while the server waits for the last requests before it ends.
+fn shutdown(request: &Request) -> Reject {
+    let payload = match request.payload_len {
+        0 => Disposition::Nothing,
+        len if len <= DRAIN_MAX_LEN => Disposition::Drain { len },
+        _ => Disposition::HangUp,
+    };
+    Reject { errno: NbdError::Eshutdown, text: "the server is going down", payload }
 }

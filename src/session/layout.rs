@@ -6,16 +6,13 @@ use nbd_img_formats::{Error, ErrorKind, Place, ReadPlan};
 use smallvec::SmallVec;
 
 use super::buffers::OutBuf;
-use crate::nbd::reply::{self, OFFSET_DATA_HEADER_LEN, SIMPLE_HEADER_LEN};
+use crate::nbd::reply::{self, ReplyTo};
 
 /// Shorter runs of zeroes are sent as data: a chunk of their own costs more than they do. Our choice.
 const HOLE_LEN_MIN: usize = 4096;
 
 /// The longest that stands before a chunk's bytes, or instead of them.
-pub(super) const CHUNK_HEADER_LEN_MAX: usize = {
-    assert!(OFFSET_DATA_HEADER_LEN >= SIMPLE_HEADER_LEN && reply::OFFSET_HOLE_LEN >= OFFSET_DATA_HEADER_LEN);
-    reply::OFFSET_HOLE_LEN
-};
+pub(super) const CHUNK_HEADER_LEN_MAX: usize = reply::HEAD_LEN_MAX;
 
 /// What a buffer costs beside its bytes: their alignment to a page.
 const BUFFER_COST_LEN: u64 = 4096;
@@ -83,8 +80,7 @@ pub(super) fn is_crumbs(plan: &ReadPlan) -> bool {
 /// Room that the framed runs take at most.
 pub(super) fn framed_len(runs: &[Run], framing: Framing) -> usize {
     let headers = match framing {
-        Framing::Simple => SIMPLE_HEADER_LEN,
-        Framing::OneChunk => OFFSET_DATA_HEADER_LEN,
+        Framing::Simple | Framing::OneChunk => CHUNK_HEADER_LEN_MAX,
         Framing::Chunks => chunks(runs, framing).count() * CHUNK_HEADER_LEN_MAX,
         Framing::Bare => 0,
     };
@@ -116,7 +112,7 @@ pub(super) fn chunks(runs: &[Run], framing: Framing) -> impl Iterator<Item = Chu
 /// `offset` is the client's offset of the first run; `last` whether these runs end the reply.
 pub(super) fn put_header(
     out: &mut OutBuf,
-    cookie: u64,
+    to: ReplyTo,
     offset: u64,
     framing: Framing,
     last: bool,
@@ -126,12 +122,12 @@ pub(super) fn put_header(
     let len = u32::try_from(chunk.len).unwrap_or(u32::MAX);
     match framing {
         Framing::Bare => true,
-        Framing::Simple => out.put(&reply::simple_header(None, cookie)),
+        Framing::Simple => out.put(&reply::simple(None, to.cookie)),
         Framing::OneChunk | Framing::Chunks if chunk.hole => {
-            out.put(&reply::offset_hole(cookie, offset + chunk.at, len, place))
+            out.put(&reply::offset_hole(to, offset + chunk.at, len, place))
         }
         Framing::OneChunk | Framing::Chunks => {
-            out.put(&reply::offset_data_header(cookie, offset + chunk.at, len, place))
+            out.put(&reply::offset_data(to, offset + chunk.at, len, place))
         }
     }
 }

@@ -5,7 +5,7 @@
 //! | [`shards`] | the threads of an export, and how connections get to them |
 //! | [`shard`] | one thread: its sessions, and the answers on their way to them |
 //! | [`engine`] | one session's life: receive, work, send, park |
-//! | `read`, `sendfile`, `write`, `calls` | how each command is served; `layout` frames reads |
+//! | `read`, `sendfile`, `write`, `status`, `calls` | how each command is served; `layout` frames reads |
 //! | [`pending`] | requests that wait for the disk |
 //! | `submit` | handing their operations to storages in batches |
 //! | [`buffers`], [`budget`] | their memory |
@@ -29,6 +29,7 @@ mod registration;
 mod sendfile;
 pub mod shard;
 pub mod shards;
+mod status;
 mod submit;
 pub mod times;
 pub mod watch;

@@ -52,9 +52,17 @@ pub enum Work {
     Call,
     /// A block status query on a worker.
     Status {
-        /// Consecutive runs from the request's offset: length in bytes, protocol flags.
-        runs: Arc<Mutex<Vec<(u64, u32)>>>,
+        /// One for each context that is asked for.
+        answers: Arc<Mutex<Vec<StatusAnswer>>>,
     },
+}
+
+/// What a driver told of one metadata context.
+pub struct StatusAnswer {
+    /// The context's number in this session.
+    pub context: u32,
+    /// Consecutive runs from the request's offset: length in bytes, protocol flags.
+    pub runs: Vec<(u64, u32)>,
 }
 
 /// A run of a read's answer.

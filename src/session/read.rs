@@ -19,7 +19,7 @@ use super::layout::{
     runs_of,
 };
 use super::pending::{Part, PartBytes, Pending, Work};
-use crate::nbd::reply;
+use crate::nbd::reply::{self, ReplyTo};
 use crate::nbd::request::{CommandFlags, Request};
 
 /// From this length on a read of raw is worth asking the file system for holes (issue: 64 KiB).
@@ -40,7 +40,7 @@ impl Session {
         if request.len == 0 {
             return self.reply_success(&request).await;
         }
-        let range = match self.shard.export.range(request.offset, u64::from(request.len)) {
+        let range = match self.shard.export.range(request.offset, request.len) {
             Ok(range) => range,
             Err(error) => return self.reply_error(&request, &error).await,
         };
@@ -79,7 +79,7 @@ impl Session {
     }
 
     fn framing(&self, request: &Request) -> Framing {
-        match (self.rules.structured, request.flags.contains(CommandFlags::DF)) {
+        match (self.rules.form.is_chunked(), request.flags.contains(CommandFlags::DF)) {
             (false, _) => Framing::Simple,
             (true, true) => Framing::OneChunk,
             (true, false) => Framing::Chunks,
@@ -117,8 +117,8 @@ impl Session {
         {
             return Attempt::WouldWait;
         }
-        let header =
-            |chunk: &Chunk, out: &mut OutBuf| put_header(out, request.cookie, offset, framing, last, chunk);
+        let to = self.reply_to(request);
+        let header = |chunk: &Chunk, out: &mut OutBuf| put_header(out, to, offset, framing, last, chunk);
         for chunk in chunks(runs, framing) {
             if !header(&chunk, &mut self.out) {
                 return Attempt::Failed(no_room());
@@ -214,12 +214,13 @@ impl Session {
     /// The reply of a pending read whose parts are all there.
     pub(super) async fn reply_parts(&mut self, request: &Request, parts: &[Part]) -> Result<(), End> {
         let framing = self.framing(request);
+        let to = self.reply_to(request);
         let runs: Runs = parts
             .iter()
             .map(|part| Run { len: part.len, zero: matches!(part.bytes, PartBytes::Zero) })
             .collect();
         for chunk in chunks(&runs, framing) {
-            self.put_chunk_header(request.cookie, request.offset, framing, true, &chunk).await?;
+            self.put_chunk_header(to, request.offset, framing, true, &chunk).await?;
             if chunk.hole {
                 continue;
             }
@@ -238,7 +239,7 @@ impl Session {
     /// Puts what stands before a chunk into the batch, sending on the way if it does not fit.
     pub(super) async fn put_chunk_header(
         &mut self,
-        cookie: u64,
+        to: ReplyTo,
         offset: u64,
         framing: Framing,
         last: bool,
@@ -248,7 +249,7 @@ impl Session {
             self.send_all().await?;
             self.out.make_room_for(CHUNK_HEADER_LEN_MAX);
         }
-        if put_header(&mut self.out, cookie, offset, framing, last, chunk) {
+        if put_header(&mut self.out, to, offset, framing, last, chunk) {
             Ok(())
         } else {
             Err(End::BrokenReply(no_room()))
@@ -295,15 +296,11 @@ impl Session {
     async fn begin_stream(&mut self, request: &Request, framing: Framing) -> Result<Framing, End> {
         match framing {
             Framing::Chunks => return Ok(framing),
-            Framing::Simple => self.put_all(&reply::simple_header(None, request.cookie)).await?,
+            Framing::Simple => self.put_all(&reply::simple(None, request.cookie)).await?,
             Framing::OneChunk => {
-                let header = reply::offset_data_header(
-                    request.cookie,
-                    request.offset,
-                    request.len,
-                    reply::Place::Last,
-                );
-                self.put_all(&header).await?;
+                let len = u32::try_from(request.len).unwrap_or(u32::MAX);
+                let to = self.reply_to(request);
+                self.put_all(&reply::offset_data(to, request.offset, len, reply::Place::Last)).await?;
             }
             Framing::Bare => {}
         }
@@ -360,7 +357,7 @@ impl Session {
         }
         let run = [Run { len, zero: false }];
         for chunk in chunks(&run, framing) {
-            self.put_chunk_header(request.cookie, offset, framing, last, &chunk).await?;
+            self.put_chunk_header(self.reply_to(request), offset, framing, last, &chunk).await?;
         }
         self.put_all(&buf).await?;
         Ok(Ok(()))

@@ -54,7 +54,7 @@ impl Session {
         let driver = Arc::clone(self.shard.export.driver());
         for chunk in chunks(runs, framing) {
             // Never the last chunk: an error may have to follow.
-            self.put_chunk_header(request.cookie, request.offset, framing, false, &chunk).await?;
+            self.put_chunk_header(self.reply_to(&request), request.offset, framing, false, &chunk).await?;
             let pieces = plan.pieces.get(chunk.first_run..chunk.end_run).unwrap_or_default();
             let mut left = chunk.len;
             for (piece, run) in pieces.iter().zip(runs.get(chunk.first_run..).unwrap_or_default()) {
@@ -109,9 +109,9 @@ impl Session {
                 self.put_zeroes(missing).await?;
                 let errno = NbdError::from_os(error.errno(), request.command, request.flags);
                 tracing::warn!(export = %self.shard.export.name().escape_debug(), ?request, %error, "request failed");
+                let to = self.reply_to(request);
                 self.scratch.clear();
-                let text = error.to_string();
-                reply::push_error(&mut self.scratch, request.cookie, errno, &text, reply::Place::Last);
+                reply::push_error(&mut self.scratch, to, errno, &error.to_string(), reply::Place::Last);
                 self.put_scratch().await
             }
         }

@@ -239,6 +239,7 @@ fn run_shard(
 mod tests {
     use super::*;
     use crate::export::ExportSpec;
+    use crate::nbd::reply::ReplyForm;
     use nbd_img_formats::raw::{RawDriver, RawOptions};
     use nbd_img_formats::storage::MemoryStorage;
     use std::io::Read;
@@ -256,7 +257,7 @@ mod tests {
         let agreed = Agreed {
             export: String::new(),
             info: shards.export().info(),
-            structured: false,
+            form: ReplyForm::Simple,
             contexts: Vec::new(),
             block_size_asked: false,
             no_zeroes: true,

@@ -14,7 +14,7 @@ use super::end::End;
 use super::engine::Session;
 use super::pending::{Pending, Work};
 use crate::export::DetectZeroes;
-use crate::nbd::request::{CommandFlags, REQUEST_HEADER_LEN, Request};
+use crate::nbd::request::{CommandFlags, Request};
 
 /// Leave to hold buffers for a request: with a lease, or on the connection's floor.
 pub(super) struct Admission(pub(super) Option<Lease>);
@@ -22,17 +22,18 @@ pub(super) struct Admission(pub(super) Option<Lease>);
 impl Session {
     /// Starts the write at the head of the input; returns whether enough of its payload was there.
     pub(super) async fn start_write(&mut self, request: Request) -> Result<bool, End> {
+        let header_len = self.rules.form.request_header_len();
         let len = request.len as usize;
-        let total = REQUEST_HEADER_LEN + len;
+        let total = header_len + len;
         if self.input.len() < total {
             if self.input.make_room_for(total) {
                 return Ok(false);
             }
-            self.input.consume(REQUEST_HEADER_LEN);
+            self.input.consume(header_len);
             self.stream_write(request).await?;
             return Ok(true);
         }
-        self.input.consume(REQUEST_HEADER_LEN);
+        self.input.consume(header_len);
         self.write_payload(request).await?;
         self.input.consume(len);
         Ok(true)
@@ -43,7 +44,7 @@ impl Session {
         let len = request.len as usize;
         let export = Arc::clone(&self.shard.export);
         let durability = export.durability(request.flags.contains(CommandFlags::FUA));
-        let range = match export.range(request.offset, u64::from(request.len)) {
+        let range = match export.range(request.offset, request.len) {
             Ok(range) => range,
             Err(error) => return self.reply_error(&request, &error).await,
         };
@@ -201,7 +202,7 @@ impl Session {
         let export = Arc::clone(&self.shard.export);
         let durability = export.durability(request.flags.contains(CommandFlags::FUA));
         let mut left = request.len as usize;
-        let mut rest = export.range(request.offset, u64::from(request.len));
+        let mut rest = export.range(request.offset, request.len);
         let mut result = Ok(());
         while left > 0 {
             let wanted = left.min(FLOOR_LEN / 2);

@@ -19,6 +19,7 @@ pub const INVALID: u32 = 0x8000_0003;
 pub const TLS_REQD: u32 = 0x8000_0005;
 pub const UNKNOWN: u32 = 0x8000_0006;
 pub const SHUTDOWN: u32 = 0x8000_0007;
+pub const EXT_HEADER_REQD: u32 = 0x8000_000a;
 
 /// Fixed newstyle without zeroes: what every client of today sends.
 pub const MODERN: u32 = 3;
@@ -227,7 +228,10 @@ fn check_reply(reply: &OptionReply) {
         },
         META => check_text(&reply.data[4..]),
         kind => {
-            assert!(matches!(kind, UNSUP | POLICY | INVALID | TLS_REQD | UNKNOWN | SHUTDOWN), "{kind:#x}");
+            assert!(
+                matches!(kind, UNSUP | POLICY | INVALID | TLS_REQD | UNKNOWN | SHUTDOWN | EXT_HEADER_REQD),
+                "{kind:#x}"
+            );
             check_text(&reply.data);
             assert!(!reply.data.is_empty(), "an error without a text");
         }
@@ -258,6 +262,17 @@ pub fn be64(bytes: &[u8]) -> u64 {
 /// A compact request header.
 pub fn request(flags: u16, command: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
     let mut bytes = 0x2560_9513_u32.to_be_bytes().to_vec();
+    bytes.extend(flags.to_be_bytes());
+    bytes.extend(command.to_be_bytes());
+    bytes.extend(cookie.to_be_bytes());
+    bytes.extend(offset.to_be_bytes());
+    bytes.extend(len.to_be_bytes());
+    bytes
+}
+
+/// An extended request header.
+pub fn extended_request(flags: u16, command: u16, cookie: u64, offset: u64, len: u64) -> Vec<u8> {
+    let mut bytes = 0x21e4_1c71_u32.to_be_bytes().to_vec();
     bytes.extend(flags.to_be_bytes());
     bytes.extend(command.to_be_bytes());
     bytes.extend(cookie.to_be_bytes());

@@ -9,7 +9,7 @@ pub enum Item {
     None { cookie: u64 },
     Data { cookie: u64, offset: u64, data: Vec<u8>, done: bool },
     Hole { cookie: u64, offset: u64, len: u32, done: bool },
-    Status { cookie: u64, context: u32, extents: Vec<(u32, u32)>, done: bool },
+    Status { cookie: u64, context: u32, extents: Vec<(u64, u64)>, done: bool },
     Error { cookie: u64, error: u32, text: String, offset: Option<u64>, done: bool },
 }
 
@@ -39,7 +39,7 @@ pub fn read_stream(bytes: &[u8], reads: &HashMap<u64, usize>) -> Vec<Item> {
     while !stream.0.is_empty() {
         items.push(match stream.u32() {
             0x6744_6698 => read_simple(&mut stream, reads),
-            0x668e_33ef => read_chunk(&mut stream),
+            0x668e_33ef => read_chunk(&mut stream, None),
             magic => panic!("out of step: {magic:#x}"),
         });
     }
@@ -53,11 +53,29 @@ fn read_simple(stream: &mut Stream<'_>, reads: &HashMap<u64, usize>) -> Item {
     Item::Simple { cookie, error, data: stream.take(len).to_vec() }
 }
 
-fn read_chunk(stream: &mut Stream<'_>) -> Item {
+/// Reads a whole stream of extended replies: the echoed offset of each, and what it says. There are no others then.
+pub fn read_extended_stream(bytes: &[u8]) -> Vec<(u64, Item)> {
+    let mut stream = Stream(bytes);
+    let mut items = Vec::new();
+    while !stream.0.is_empty() {
+        assert_eq!(stream.u32(), 0x6e8a_278c, "only extended replies");
+        let mut echoed = 0;
+        let item = read_chunk(&mut stream, Some(&mut echoed));
+        items.push((echoed, item));
+    }
+    items
+}
+
+/// What follows the magic number; `echoed` takes the request's offset, and is there for extended chunks.
+fn read_chunk(stream: &mut Stream<'_>, echoed: Option<&mut u64>) -> Item {
     let flags = stream.number(2);
     let kind = stream.number(2);
     let cookie = stream.number(8);
-    let len = usize::try_from(stream.number(4)).unwrap();
+    let extended = echoed.is_some();
+    if let Some(echoed) = echoed {
+        *echoed = stream.number(8);
+    }
+    let len = usize::try_from(stream.number(if extended { 8 } else { 4 })).unwrap();
     assert!(flags <= 1);
     let done = flags == 1;
     let mut payload = Stream(stream.take(len));
@@ -76,10 +94,21 @@ fn read_chunk(stream: &mut Stream<'_>) -> Item {
             assert!(hole_len > 0);
             Item::Hole { cookie, offset, len: hole_len, done }
         }
-        5 => {
+        5 if !extended => {
             assert!(len >= 12 && (len - 4) % 8 == 0);
             let context = payload.u32();
-            let extents: Vec<_> = (0..(len - 4) / 8).map(|_| (payload.u32(), payload.u32())).collect();
+            let extents: Vec<_> =
+                (0..(len - 4) / 8).map(|_| (payload.number(4), payload.number(4))).collect();
+            assert!(extents.iter().all(|(len, _)| *len > 0));
+            Item::Status { cookie, context, extents, done }
+        }
+        6 if extended => {
+            assert!(len >= 24 && (len - 8) % 16 == 0);
+            let context = payload.u32();
+            assert_eq!(payload.number(4), (len as u64 - 8) / 16);
+            let extents: Vec<_> =
+                (0..(len - 8) / 16).map(|_| (payload.number(8), payload.number(8))).collect();
+            assert!(extents.iter().all(|(_, flags)| flags >> 32 == 0), "flags of 32-bit contexts");
             assert!(extents.iter().all(|(len, _)| *len > 0));
             Item::Status { cookie, context, extents, done }
         }

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use super::wire::{self, chunk, command, info, option, option_reply};
+use super::wire::{self, chunk, command, command_flag, info, option, option_reply};
 
 /// A reply that takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -46,13 +46,17 @@ impl Transport for TcpStream {
 #[derive(Clone, Copy, Debug)]
 pub struct Wishes {
     pub structured: bool,
-    pub allocation: bool,
+    pub extended: bool,
+    /// Metadata contexts, all of which the server has to have.
+    pub contexts: &'static [&'static str],
 }
 
 impl Wishes {
-    pub const SIMPLE: Self = Self { structured: false, allocation: false };
-    pub const STRUCTURED: Self = Self { structured: true, allocation: false };
-    pub const ALLOCATION: Self = Self { structured: true, allocation: true };
+    pub const SIMPLE: Self = Self { structured: false, extended: false, contexts: &[] };
+    pub const STRUCTURED: Self = Self { structured: true, ..Self::SIMPLE };
+    pub const ALLOCATION: Self = Self { contexts: &["base:allocation"], ..Self::STRUCTURED };
+    pub const EXTENDED: Self =
+        Self { extended: true, contexts: &["base:allocation", "qemu:allocation-depth"], ..Self::SIMPLE };
 }
 
 /// A request's header, as it goes over the wire.
@@ -61,12 +65,12 @@ pub struct Request {
     pub flags: u16,
     pub command: u16,
     pub offset: u64,
-    pub len: u32,
+    pub len: u64,
 }
 
 impl Request {
     pub fn new(command: u16, offset: u64, len: usize) -> Self {
-        Self { flags: 0, command, offset, len: u32::try_from(len).unwrap() }
+        Self { flags: 0, command, offset, len: len as u64 }
     }
 
     pub fn flags(self, flags: u16) -> Self {
@@ -75,6 +79,17 @@ impl Request {
 
     pub fn bytes(&self, cookie: u64) -> Vec<u8> {
         let mut bytes = wire::REQUEST_MAGIC.to_be_bytes().to_vec();
+        bytes.extend(self.flags.to_be_bytes());
+        bytes.extend(self.command.to_be_bytes());
+        bytes.extend(cookie.to_be_bytes());
+        bytes.extend(self.offset.to_be_bytes());
+        bytes.extend(u32::try_from(self.len).unwrap().to_be_bytes());
+        bytes
+    }
+
+    /// The same as an extended header, as it is: a payload has to be in the flags.
+    pub fn extended_bytes(&self, cookie: u64) -> Vec<u8> {
+        let mut bytes = wire::EXTENDED_REQUEST_MAGIC.to_be_bytes().to_vec();
         bytes.extend(self.flags.to_be_bytes());
         bytes.extend(self.command.to_be_bytes());
         bytes.extend(cookie.to_be_bytes());
@@ -94,8 +109,10 @@ pub struct Reply {
     pub text: String,
     /// What was read.
     pub data: Vec<u8>,
-    /// Lengths and states of a block status.
-    pub extents: Vec<(u32, u32)>,
+    /// Lengths and states of a block status, by the first context that it tells.
+    pub extents: Vec<(u64, u32)>,
+    /// The same by all its contexts, with their ids.
+    pub contexts: Vec<(u32, Vec<(u64, u32)>)>,
     /// How many chunks the reply had (1 for a simple one).
     pub chunks: usize,
 }
@@ -110,6 +127,9 @@ struct Partial {
 pub struct Client {
     stream: Box<dyn Transport>,
     structured: bool,
+    extended: bool,
+    /// The ids of the contexts that were wished for, in that order.
+    pub context_ids: Vec<u32>,
     pub size: u64,
     pub flags: u16,
     /// Minimum, preferred and maximum block size, if the server told.
@@ -180,7 +200,9 @@ impl Client {
         stream.write_all(&flags.to_be_bytes()).unwrap();
         let mut client = Self {
             stream,
-            structured: wishes.structured,
+            structured: wishes.structured || wishes.extended,
+            extended: wishes.extended,
+            context_ids: Vec::new(),
             size: 0,
             flags: 0,
             block_sizes: None,
@@ -193,24 +215,33 @@ impl Client {
             let (kind, _) = read_option_reply(&mut client.stream, option::STRUCTURED_REPLY).unwrap();
             assert_eq!(kind, option_reply::ACK);
         }
-        if wishes.allocation {
-            client.want_allocation(export);
+        if wishes.extended {
+            client.stream.write_all(&option_bytes(option::EXTENDED_HEADERS, &[])).unwrap();
+            let (kind, _) = read_option_reply(&mut client.stream, option::EXTENDED_HEADERS).unwrap();
+            assert_eq!(kind, option_reply::ACK);
+        }
+        if !wishes.contexts.is_empty() {
+            client.want_contexts(export, wishes.contexts);
         }
         client.go(export);
         client
     }
 
-    fn want_allocation(&mut self, export: &str) {
-        let context = "base:allocation";
+    fn want_contexts(&mut self, export: &str, contexts: &[&str]) {
         let mut data = u32::try_from(export.len()).unwrap().to_be_bytes().to_vec();
         data.extend(export.as_bytes());
-        data.extend(1_u32.to_be_bytes());
-        data.extend(u32::try_from(context.len()).unwrap().to_be_bytes());
-        data.extend(context.as_bytes());
+        data.extend(u32::try_from(contexts.len()).unwrap().to_be_bytes());
+        for context in contexts {
+            data.extend(u32::try_from(context.len()).unwrap().to_be_bytes());
+            data.extend(context.as_bytes());
+        }
         self.stream.write_all(&option_bytes(option::SET_META_CONTEXT, &data)).unwrap();
-        let (kind, data) = read_option_reply(&mut self.stream, option::SET_META_CONTEXT).unwrap();
-        assert_eq!(kind, option_reply::META_CONTEXT, "base:allocation was not granted");
-        assert_eq!(&data[4..], context.as_bytes());
+        for context in contexts {
+            let (kind, data) = read_option_reply(&mut self.stream, option::SET_META_CONTEXT).unwrap();
+            assert_eq!(kind, option_reply::META_CONTEXT, "{context} was not granted");
+            assert_eq!(&data[4..], context.as_bytes());
+            self.context_ids.push(u32::from_be_bytes(data[..4].try_into().unwrap()));
+        }
         let (kind, _) = read_option_reply(&mut self.stream, option::SET_META_CONTEXT).unwrap();
         assert_eq!(kind, option_reply::ACK);
     }
@@ -247,10 +278,19 @@ impl Client {
     /// Sends a request without waiting; gives its cookie.
     pub fn send(&mut self, request: Request, payload: &[u8]) -> io::Result<u64> {
         let cookie = self.register(request);
-        let mut bytes = request.bytes(cookie);
+        let mut bytes = self.header(request, cookie);
         bytes.extend(payload);
         self.stream.write_all(&bytes)?;
         Ok(cookie)
+    }
+
+    /// A request's header in the form that was agreed. A write's payload is announced where it has to be.
+    pub fn header(&self, request: Request, cookie: u64) -> Vec<u8> {
+        if !self.extended {
+            return request.bytes(cookie);
+        }
+        let announced = if request.command == command::WRITE { command_flag::PAYLOAD_LEN } else { 0 };
+        request.flags(request.flags | announced).extended_bytes(cookie)
     }
 
     /// Gives a request a cookie and expects its reply; the caller sends it.
@@ -264,9 +304,15 @@ impl Client {
     /// The next complete reply, to whichever request.
     pub fn reply(&mut self) -> io::Result<Reply> {
         loop {
-            match read_u32(&mut self.stream)? {
+            let magic = read_u32(&mut self.stream)?;
+            match magic {
                 wire::SIMPLE_REPLY_MAGIC => return self.simple_reply(),
-                wire::STRUCTURED_REPLY_MAGIC => {
+                wire::STRUCTURED_REPLY_MAGIC | wire::EXTENDED_REPLY_MAGIC
+                    if magic_of(self.extended) != magic =>
+                {
+                    panic!("a chunk of the form that was not agreed")
+                }
+                wire::STRUCTURED_REPLY_MAGIC | wire::EXTENDED_REPLY_MAGIC => {
                     if let Some(reply) = self.chunk()? {
                         return Ok(reply);
                     }
@@ -315,13 +361,14 @@ impl Client {
     /// Says goodbye; the server then closes.
     pub fn disconnect(mut self) {
         let request = Request::new(command::DISC, 0, 0);
-        self.stream.write_all(&request.bytes(0)).unwrap();
+        self.stream.write_all(&self.header(request, 0)).unwrap();
         let mut rest = Vec::new();
         self.stream.read_to_end(&mut rest).unwrap();
         assert!(rest.is_empty(), "bytes after the goodbye: {rest:?}");
     }
 
     fn simple_reply(&mut self) -> io::Result<Reply> {
+        assert!(!self.extended, "a simple reply after extended headers were agreed");
         let error = read_u32(&mut self.stream)?;
         let cookie = read_u64(&mut self.stream)?;
         let request = self.answered(cookie);
@@ -347,10 +394,17 @@ impl Client {
         let flags = read_u16(&mut self.stream)?;
         let kind = read_u16(&mut self.stream)?;
         let cookie = read_u64(&mut self.stream)?;
-        let len = read_u32(&mut self.stream)?;
+        let request = *self.sent.get(&cookie).unwrap_or_else(|| panic!("a chunk for {cookie:#x}, not asked"));
+        let len = if self.extended {
+            assert_eq!(read_u64(&mut self.stream)?, request.offset, "the offset of {request:?} comes back");
+            read_u64(&mut self.stream)?
+        } else {
+            read_u32(&mut self.stream)?.into()
+        };
         assert!(len <= (64 << 20), "a chunk of {len} bytes");
         let body = read_bytes(&mut self.stream, len as usize)?;
-        let request = *self.sent.get(&cookie).unwrap_or_else(|| panic!("a chunk for {cookie:#x}, not asked"));
+        let status = if self.extended { chunk::BLOCK_STATUS } else { chunk::BLOCK_STATUS_EXT };
+        assert_ne!(kind, status, "a block status of the other form");
         let partial = self.partial.entry(cookie).or_insert_with(|| Partial::new(cookie, request));
         partial.add(request, kind, &body);
         if flags & chunk::DONE == 0 {
@@ -379,8 +433,15 @@ impl Partial {
             chunk::OFFSET_HOLE => self.fill(request, u64_at(0), &vec![0; u32_at(8) as usize]),
             chunk::BLOCK_STATUS => {
                 assert_eq!((body.len() - 4) % 8, 0);
-                self.reply.extents =
-                    (4..body.len()).step_by(8).map(|at| (u32_at(at), u32_at(at + 4))).collect();
+                let extents = (4..body.len()).step_by(8).map(|at| (u32_at(at).into(), u32_at(at + 4)));
+                self.tell(u32_at(0), extents.collect());
+            }
+            chunk::BLOCK_STATUS_EXT => {
+                assert_eq!(body.len(), 8 + 16 * u32_at(4) as usize);
+                let extents = (8..body.len())
+                    .step_by(16)
+                    .map(|at| (u64_at(at), u32::try_from(u64_at(at + 8)).expect("flags of 32 bits")));
+                self.tell(u32_at(0), extents.collect());
             }
             chunk::ERROR | chunk::ERROR_OFFSET => {
                 self.reply.error = u32_at(0);
@@ -392,12 +453,20 @@ impl Partial {
         }
     }
 
+    fn tell(&mut self, context: u32, extents: Vec<(u64, u32)>) {
+        assert!(!self.reply.contexts.iter().any(|(told, _)| *told == context), "context {context} twice");
+        if self.reply.contexts.is_empty() {
+            self.reply.extents.clone_from(&extents);
+        }
+        self.reply.contexts.push((context, extents));
+    }
+
     fn fill(&mut self, request: Request, offset: u64, data: &[u8]) {
         assert_eq!(request.command, command::READ);
         assert!(!data.is_empty(), "an empty chunk");
         let end = offset + data.len() as u64;
         assert!(
-            offset >= request.offset && end <= request.offset + u64::from(request.len),
+            offset >= request.offset && end <= request.offset + request.len,
             "a chunk {offset:#x}..{end:#x} outside {request:?}"
         );
         assert!(!self.covered.iter().any(|&(a, b)| offset < b && a < end), "chunks overlap at {offset:#x}");
@@ -409,10 +478,14 @@ impl Partial {
     fn finish(self, request: Request) -> Reply {
         if request.command == command::READ && self.reply.error == 0 {
             let covered: u64 = self.covered.iter().map(|(a, b)| b - a).sum();
-            assert_eq!(covered, u64::from(request.len), "chunks do not cover {request:?}");
+            assert_eq!(covered, request.len, "chunks do not cover {request:?}");
         }
         self.reply
     }
+}
+
+fn magic_of(extended: bool) -> u32 {
+    if extended { wire::EXTENDED_REPLY_MAGIC } else { wire::STRUCTURED_REPLY_MAGIC }
 }
 
 /// True for an error that says: the server has closed this connection.

@@ -2,7 +2,8 @@
 //! to close.
 
 use super::{Context, Outcome, protocol_str, refusal_text};
-use crate::nbd::negotiate::{Agreed, CloseReason, State};
+use crate::nbd::negotiate::{CloseReason, State};
+use crate::nbd::reply::ReplyForm;
 use crate::nbd::wire;
 
 pub(super) fn answer(state: &State, data: &[u8], context: &mut Context<'_>) -> Outcome {
@@ -10,24 +11,21 @@ pub(super) fn answer(state: &State, data: &[u8], context: &mut Context<'_>) -> O
         Ok(name) => name,
         Err(text) => return Outcome::Close(CloseReason::ExportNameRefused(text.to_owned())),
     };
-    let mut info = match context.exports.find(name) {
+    if state.form == ReplyForm::Extended {
+        let text = "extended headers were agreed, and only GO starts them".to_owned();
+        return Outcome::Close(CloseReason::ExportNameRefused(text));
+    }
+    let info = match context.exports.find(name) {
         Ok(info) => info,
         Err(refusal) => {
             return Outcome::Close(CloseReason::ExportNameRefused(refusal_text(name, &refusal)));
         }
     };
-    info.flags = info.wire_flags(state.structured);
-    context.out.extend_from_slice(&info.size.to_be_bytes());
-    context.out.extend_from_slice(&info.flags.bits().to_be_bytes());
+    let agreed = state.agree(name, info, false);
+    context.out.extend_from_slice(&agreed.info.size.to_be_bytes());
+    context.out.extend_from_slice(&agreed.info.flags.bits().to_be_bytes());
     if !state.no_zeroes {
         context.out.extend_from_slice(&[0; wire::EXPORT_NAME_ZEROES_LEN]);
     }
-    Outcome::Transmission(Box::new(Agreed {
-        export: name.to_owned(),
-        contexts: state.contexts_for(&info.name),
-        info,
-        structured: state.structured,
-        block_size_asked: false,
-        no_zeroes: state.no_zeroes,
-    }))
+    Outcome::Transmission(agreed)
 }

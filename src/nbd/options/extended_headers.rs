@@ -1,8 +1,17 @@
-//! EXTENDED_HEADERS: this server speaks compact headers only, and says so as a server that never heard of it.
+//! EXTENDED_HEADERS: requests and replies with 64-bit lengths. It needs no structured replies first, and wins over
+//! them; what contexts were selected stays so.
 
 use super::{Context, Outcome};
-use crate::nbd::wire;
+use crate::nbd::negotiate::State;
+use crate::nbd::reply::ReplyForm;
 
-pub(super) fn answer(context: &mut Context<'_>) -> Outcome {
-    context.error(wire::REP_ERR_UNSUP, "extended headers are not supported")
+pub(super) fn answer(state: &mut State, data: &[u8], context: &mut Context<'_>) -> Outcome {
+    if !data.is_empty() {
+        return context.invalid("EXTENDED_HEADERS takes no data");
+    }
+    if state.form == ReplyForm::Extended {
+        return context.invalid("extended headers were agreed already");
+    }
+    state.form = ReplyForm::Extended;
+    context.ack()
 }

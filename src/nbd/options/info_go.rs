@@ -26,10 +26,11 @@ pub(super) fn answer_go(state: &State, data: &[u8], context: &mut Context<'_>) -
 /// Sends the information replies, without the final ACK; an error is answered already.
 fn tell(state: &State, data: &[u8], context: &mut Context<'_>) -> Result<Box<Agreed>, Outcome> {
     let question = Question::parse(data).map_err(|text| context.invalid(text))?;
-    let mut info =
+    let info =
         context.exports.find(question.name).map_err(|refusal| context.refused(question.name, &refusal))?;
-    info.flags = info.wire_flags(state.structured);
-    tell_export(&info, context);
+    let agreed = state.agree(question.name, info, question.block_size_asked);
+    let info = &agreed.info;
+    tell_export(info, context);
     if question.name_asked {
         tell_text(wire::INFO_NAME, &info.name, context);
     }
@@ -37,15 +38,8 @@ fn tell(state: &State, data: &[u8], context: &mut Context<'_>) -> Result<Box<Agr
         tell_text(wire::INFO_DESCRIPTION, &info.description, context);
     }
     // Sent unasked too, as QEMU does: a client that did not ask ignores it or gains by it.
-    tell_block_size(&info, context);
-    Ok(Box::new(Agreed {
-        export: question.name.to_owned(),
-        contexts: state.contexts_for(&info.name),
-        info,
-        structured: state.structured,
-        block_size_asked: question.block_size_asked,
-        no_zeroes: state.no_zeroes,
-    }))
+    tell_block_size(info, context);
+    Ok(agreed)
 }
 
 fn tell_export(info: &ExportInfo, context: &mut Context<'_>) {

@@ -28,8 +28,8 @@ pub(super) fn answer_list(data: &[u8], context: &mut Context<'_>) -> Outcome {
 /// twice is selected once.
 pub(super) fn answer_set(state: &mut State, data: &[u8], context: &mut Context<'_>) -> Outcome {
     state.selection = None;
-    if !state.structured {
-        return context.invalid("SET_META_CONTEXT needs structured replies first");
+    if !state.form.is_chunked() {
+        return context.invalid("SET_META_CONTEXT needs structured replies or extended headers first");
     }
     let question = match Question::parse(data) {
         Ok(question) => question,

@@ -44,7 +44,7 @@ pub(super) fn answer(state: &mut State, data: &[u8], context: &mut Context<'_>) 
         wire::OPT_STRUCTURED_REPLY => structured_reply::answer(state, data, context),
         wire::OPT_LIST_META_CONTEXT => meta_context::answer_list(data, context),
         wire::OPT_SET_META_CONTEXT => meta_context::answer_set(state, data, context),
-        wire::OPT_EXTENDED_HEADERS => extended_headers::answer(context),
+        wire::OPT_EXTENDED_HEADERS => extended_headers::answer(state, data, context),
         unknown => {
             context.error(wire::REP_ERR_UNSUP, &format!("option {unknown} is not known to this server"))
         }
