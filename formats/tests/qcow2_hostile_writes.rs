@@ -14,7 +14,12 @@ use nbd_img_formats::{BlockDriver, Durability, ErrorKind, HostOffset, Storage};
 use support::scene::open_over;
 
 /// A storage with an image of version 3 that has one L1 entry, with these bytes of the header and the file set.
-fn image(cluster_bits: u32, refcount_order: u32, table_clusters: u32, pokes: &[(u64, &[u8])]) -> Arc<MemoryStorage> {
+fn image(
+    cluster_bits: u32,
+    refcount_order: u32,
+    table_clusters: u32,
+    pokes: &[(u64, &[u8])],
+) -> Arc<MemoryStorage> {
     let cluster_len = 1u64 << cluster_bits;
     let l1 = (1 + u64::from(table_clusters)) * cluster_len;
     let storage = MemoryStorage::new(l1 + cluster_len).unwrap();

@@ -14,8 +14,8 @@ use nbd_img_formats::qcow2::Qcow2Driver;
 use nbd_img_formats::storage::{MemoryOptions, MemoryStorage};
 use nbd_img_formats::sync::Arc;
 use nbd_img_formats::{
-    BlockDriver, Durability, ErrorKind, GuestRange, HostOffset, Provision, ReadPlan, StatusQuery,
-    Storage, ZeroRequest,
+    BlockDriver, Durability, ErrorKind, GuestRange, HostOffset, Provision, ReadPlan, StatusQuery, Storage,
+    ZeroRequest,
 };
 
 use super::damage::damaged;

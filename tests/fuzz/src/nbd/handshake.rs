@@ -35,7 +35,7 @@ fn check(run: &Run, input_len: usize) {
     match &run.next {
         Next::NeedMore => assert!(run.left.len() < INPUT_MAX_LEN),
         Next::Transmission(agreed) => {
-            assert!(agreed.structured || agreed.contexts.is_empty());
+            assert!(agreed.form.is_chunked() || agreed.contexts.is_empty());
             let mut ids: Vec<u32> = agreed.contexts.iter().map(|context| context.id).collect();
             ids.sort_unstable();
             ids.dedup();

@@ -9,13 +9,15 @@ use std::collections::HashMap;
 use nbd_img::nbd::block_status::{Builder, Progress};
 use nbd_img::nbd::errno::NbdError;
 use nbd_img::nbd::export_info::TransmissionFlags;
-use nbd_img::nbd::reply::{self, Place};
+use nbd_img::nbd::negotiate::AgreedContext;
+use nbd_img::nbd::reply::{self, Place, ReplyForm, ReplyTo};
 use nbd_img::nbd::request::{
-    Command, DRAIN_MAX_LEN, Disposition, Parsed, REQUEST_HEADER_LEN, Reject, Request, SessionRules, check, parse,
+    Command, CommandFlags, DRAIN_MAX_LEN, Disposition, Parsed, Reject, Request, SessionRules, check, parse,
+    status_payload,
 };
 
 use super::handshake::pieces;
-use crate::nbd_support::replies::read_stream;
+use crate::nbd_support::replies::{read_extended_stream, read_stream};
 
 /// Sizes of the export.
 const SIZES: [u64; 8] = [0, 1, 511, 1 << 20, (1 << 32) + 5, 8 << 40, i64::MAX as u64, u64::MAX];
@@ -48,7 +50,10 @@ pub fn run(input: &[u8]) {
     let Some((cuts, input)) = rest.split_first_chunk::<3>() else { return };
     let rules = rules(*how);
     let whole = serve(&rules, &[input]);
-    read_stream(&whole.replies, &whole.reads);
+    match rules.form {
+        ReplyForm::Simple | ReplyForm::Structured => drop(read_stream(&whole.replies, &whole.reads)),
+        ReplyForm::Extended => drop(read_extended_stream(&whole.replies)),
+    }
     assert_eq!(serve(&rules, &pieces(input, *cuts)), whole);
     if input.len() < 200 {
         assert_eq!(serve(&rules, &input.chunks(1).collect::<Vec<_>>()), whole);
@@ -57,12 +62,16 @@ pub fn run(input: &[u8]) {
 
 fn rules([size, flags_high, flags_low, rest]: [u8; 4]) -> SessionRules {
     let flags = TransmissionFlags::from_bits_truncate(u16::from_be_bytes([flags_high, flags_low]));
-    let structured = rest & 1 != 0;
+    let form = match (rest & 1 != 0, rest & 0x20 != 0) {
+        (false, _) => ReplyForm::Simple,
+        (true, false) => ReplyForm::Structured,
+        (true, true) => ReplyForm::Extended,
+    };
     SessionRules {
         size: SIZES[usize::from(size & 7)],
         flags,
-        structured,
-        contexts: structured && rest & 2 != 0,
+        form,
+        contexts: usize::from(form.is_chunked() && rest & 2 != 0),
         block_min_len: [1, 1, 512, 65536][usize::from(rest >> 2 & 3)],
         payload_max_len: if rest & 0x10 == 0 { 32 << 20 } else { 1000 },
     }
@@ -82,16 +91,25 @@ fn serve(rules: &SessionRules, pieces: &[&[u8]]) -> Outcome {
             if skip > 0 || outcome.end.is_some() {
                 break;
             }
-            match parse(&held) {
+            let header_len = rules.form.request_header_len();
+            match parse(&held, rules.form) {
                 Parsed::NeedMore => {
-                    assert!(held.len() < REQUEST_HEADER_LEN);
+                    assert!(held.len() < header_len);
                     break;
                 }
                 Parsed::BadMagic => outcome.end = Some(End::BadMagic),
                 Parsed::Request(request) => {
-                    let header: Vec<u8> = held.drain(..REQUEST_HEADER_LEN).collect();
-                    check_fields(&request, &header);
-                    skip = answer(rules, &request, &mut outcome);
+                    // Only this payload decides on the answer; it is short once the header was let through.
+                    let asks_by_payload =
+                        request.command == Command::BlockStatus && check(&request, rules).is_ok();
+                    let wanted = if asks_by_payload { request.payload_len as usize } else { 0 };
+                    if held.len() < header_len + wanted {
+                        break;
+                    }
+                    let header: Vec<u8> = held.drain(..header_len).collect();
+                    check_fields(&request, &header, rules.form);
+                    let payload: Vec<u8> = held.get(..wanted).unwrap_or_default().to_vec();
+                    skip = answer(rules, &request, &payload, &mut outcome);
                 }
             }
         }
@@ -100,47 +118,60 @@ fn serve(rules: &SessionRules, pieces: &[&[u8]]) -> Outcome {
     outcome
 }
 
-fn check_fields(request: &Request, header: &[u8]) {
-    let number = |from: usize, to: usize| header[from..to].iter().fold(0, |n, byte| n << 8 | u64::from(*byte));
-    assert_eq!(number(0, 4), 0x2560_9513);
+fn check_fields(request: &Request, header: &[u8], form: ReplyForm) {
+    let number =
+        |from: usize, to: usize| header[from..to].iter().fold(0, |n, byte| n << 8 | u64::from(*byte));
+    let (magic, end) = if form == ReplyForm::Extended { (0x21e4_1c71, 32) } else { (0x2560_9513, 28) };
+    assert_eq!(number(0, 4), magic);
     assert_eq!(u64::from(request.flags.bits()), number(4, 6));
     assert_eq!(request.command, Command::from_wire(number(6, 8) as u16));
     assert_eq!((request.cookie, request.offset), (number(8, 16), number(16, 24)));
-    assert_eq!(u64::from(request.len), number(24, 28));
+    assert_eq!(request.len, number(24, end));
+    let carries = request.command == Command::Write
+        || form == ReplyForm::Extended && request.flags.contains(CommandFlags::PAYLOAD_LEN);
+    assert_eq!(request.payload_len, if carries { request.len } else { 0 });
 }
 
 /// Answers a request; returns how many bytes of payload follow it.
-fn answer(rules: &SessionRules, request: &Request, outcome: &mut Outcome) -> usize {
+fn answer(rules: &SessionRules, request: &Request, payload: &[u8], outcome: &mut Outcome) -> usize {
     let refused = refused(rules, request);
     outcome.requests += 1;
-    let number = outcome.requests;
+    let to = ReplyTo { cookie: outcome.requests, ..ReplyTo::new(rules.form, request) };
     match check(request, rules) {
         Ok(()) => {
             assert_eq!(refused, None, "{request:?} is served under {rules:?}");
             if request.command == Command::Disconnect {
                 outcome.end = Some(End::Disconnect);
             } else {
-                push_answer(rules, request, outcome);
+                push_answer(rules, request, payload, to, outcome);
             }
-            request.payload_len() as usize
+            request.payload_len as usize
         }
         Err(Reject { errno, text, payload }) => {
             assert!(refused.is_some(), "{request:?} is refused ({text}) under {rules:?}");
             assert!(refused.is_none_or(|allowed| allowed.contains(&errno)), "{request:?}: {errno:?}");
-            reply::push_failure(&mut outcome.replies, rules.structured, number, errno, text);
+            reply::push_failure(&mut outcome.replies, to, errno, text);
             match payload {
-                Disposition::Nothing => assert_eq!(request.payload_len(), 0),
+                Disposition::Nothing => assert_eq!(request.payload_len, 0),
                 Disposition::Drain { len } => {
-                    assert!(request.command == Command::Write && len == request.len && len <= DRAIN_MAX_LEN);
+                    assert!(len == request.payload_len && len <= drain_max(rules));
                     return len as usize;
                 }
                 Disposition::HangUp => {
-                    assert!(request.len > DRAIN_MAX_LEN);
+                    assert!(request.payload_len > drain_max(rules));
                     outcome.end = Some(End::HungUp);
                 }
             }
             0
         }
+    }
+}
+
+/// Longer payloads are not read off: where the header says that they are payloads, by the protocol.
+fn drain_max(rules: &SessionRules) -> u64 {
+    match rules.form {
+        ReplyForm::Simple | ReplyForm::Structured => DRAIN_MAX_LEN,
+        ReplyForm::Extended => rules.payload_max_len.into(),
     }
 }
 
@@ -157,16 +188,22 @@ fn refused(rules: &SessionRules, request: &Request) -> Option<Vec<NbdError>> {
     };
     let fua = if offers(Offer::SEND_FUA) { 1u16 } else { 0 };
     let fast = if offers(Offer::SEND_FAST_ZERO) { 16 } else { 0 };
-    let df = if rules.structured && offers(Offer::SEND_DF) { 4 } else { 0 };
+    let extended = rules.form == ReplyForm::Extended;
+    let df = if rules.form.is_chunked() && offers(Offer::SEND_DF) { 4 } else { 0 };
     let (known, flags, ranged, changes) = match request.command {
         Command::Disconnect => return None,
         Command::Read => (true, df, true, false),
-        Command::Write => (true, 0, true, true),
+        Command::Write => (true, if extended { 32 } else { 0 }, true, true),
         Command::Flush => (offers(Offer::SEND_FLUSH), 0, false, false),
         Command::Trim => (offers(Offer::SEND_TRIM), 0, true, true),
         Command::Cache => (true, 0, true, false),
         Command::WriteZeroes => (offers(Offer::SEND_WRITE_ZEROES), 2 | fast, true, true),
-        Command::BlockStatus => (rules.contexts && request.len > 0, 8, true, false),
+        Command::BlockStatus if request.flags.contains(CommandFlags::PAYLOAD_LEN) => {
+            // A length and the number of a context; the range is in there.
+            let known = extended && offers(Offer::BLOCK_STATUS_PAYLOAD) && rules.contexts == 1;
+            (known && request.len == 12, 8 | 32, false, false)
+        }
+        Command::BlockStatus => (rules.contexts > 0 && request.len > 0, 8, true, false),
         Command::Unknown(_) => (false, 0, true, false),
     };
     unless(!(changes && read_only), NbdError::Eperm);
@@ -178,26 +215,41 @@ fn refused(rules: &SessionRules, request: &Request) -> Option<Vec<NbdError>> {
         let beyond = if grows { NbdError::Enospc } else { NbdError::Einval };
         unless(end <= u128::from(rules.size), beyond);
         let unit = u128::from(rules.block_min_len);
-        let aligned = u128::from(request.offset) % unit == 0 && (end % unit == 0 || end == u128::from(rules.size));
+        let aligned =
+            u128::from(request.offset) % unit == 0 && (end % unit == 0 || end == u128::from(rules.size));
         unless(aligned, NbdError::Einval);
         let payload = matches!(request.command, Command::Read | Command::Write);
-        unless(!payload || request.len <= rules.payload_max_len, NbdError::Einval);
+        unless(!payload || request.len <= rules.payload_max_len.into(), NbdError::Einval);
     }
     (!errors.is_empty()).then_some(errors)
 }
 
-fn push_answer(rules: &SessionRules, request: &Request, outcome: &mut Outcome) {
-    let (out, number) = (&mut outcome.replies, outcome.requests);
+fn push_answer(rules: &SessionRules, request: &Request, payload: &[u8], to: ReplyTo, outcome: &mut Outcome) {
+    let out = &mut outcome.replies;
     match request.command {
-        Command::Read if rules.structured && request.len > 0 => {
-            reply::push_offset_hole(out, number, request.offset, request.len, Place::Last);
+        Command::Read if rules.form.is_chunked() && request.len > 0 => {
+            out.extend_from_slice(&reply::offset_hole(to, request.offset, request.len as u32, Place::Last));
         }
-        Command::Read if !rules.structured && request.len < 5000 => {
-            reply::push_simple(out, None, number);
+        Command::Read if !rules.form.is_chunked() && request.len < 5000 => {
+            out.extend_from_slice(&reply::simple(None, to.cookie));
             out.resize(out.len() + request.len as usize, 0);
-            outcome.reads.insert(number, request.len as usize);
+            outcome.reads.insert(to.cookie, request.len as usize);
         }
-        Command::BlockStatus => push_status(rules, request, out),
+        Command::BlockStatus if request.payload_len > 0 => {
+            let agreed = [AgreedContext { id: CONTEXT, name: "base:allocation".to_owned() }];
+            match status_payload(request, payload, rules, &agreed) {
+                Ok((asked, ids)) => {
+                    assert_eq!(ids, [CONTEXT]);
+                    assert!(asked.len > 0 && asked.offset + asked.len <= rules.size);
+                    push_status(rules, &asked, to, out);
+                }
+                Err(reject) => {
+                    assert_eq!((reject.errno, reject.payload), (NbdError::Einval, Disposition::Nothing));
+                    reply::push_failure(out, to, reject.errno, reject.text);
+                }
+            }
+        }
+        Command::BlockStatus => push_status(rules, request, to, out),
         Command::Read
         | Command::Write
         | Command::Disconnect
@@ -205,12 +257,12 @@ fn push_answer(rules: &SessionRules, request: &Request, outcome: &mut Outcome) {
         | Command::Trim
         | Command::Cache
         | Command::WriteZeroes
-        | Command::Unknown(_) => reply::push_success(out, rules.structured, number),
+        | Command::Unknown(_) => reply::push_success(out, to),
     }
 }
 
 /// Extents of runs whose lengths follow from the cookie.
-fn push_status(rules: &SessionRules, request: &Request, out: &mut Vec<u8>) {
+fn push_status(rules: &SessionRules, request: &Request, to: ReplyTo, out: &mut Vec<u8>) {
     let mut builder = Builder::new(request, rules).with_extents_max(1 + (request.cookie & 15) as usize);
     let mut number = request.cookie | 1;
     for run in 0.. {
@@ -223,15 +275,19 @@ fn push_status(rules: &SessionRules, request: &Request, out: &mut Vec<u8>) {
     let extents = builder.finish();
     assert!(!extents.is_empty());
     let mut at = request.offset;
-    let end = request.offset + u64::from(request.len);
+    let end = request.offset + request.len;
+    let len_max = if rules.form == ReplyForm::Extended { u64::MAX } else { u32::MAX.into() };
     for (index, extent) in extents.iter().enumerate() {
         let last = index + 1 == extents.len();
-        assert!(extent.len.get() > 0 && at < end, "an extent from {at}, the request ends at {end}");
-        at += u64::from(extent.len.get());
+        assert!(
+            extent.len > 0 && extent.len <= len_max && at < end,
+            "an extent from {at}, the request ends at {end}"
+        );
+        at += extent.len;
         assert!(at <= rules.size && (last || at <= end));
-        assert!(last || extents[index + 1].flags != extent.flags || extent.len.get() > u32::MAX - (64 << 10));
+        assert!(last || extents[index + 1].flags != extent.flags || extent.len > len_max - (64 << 10));
     }
     let req_one = request.flags.bits() & 8 != 0;
     assert!(!req_one || (extents.len() == 1 && at <= end));
-    reply::push_block_status(out, request.cookie, CONTEXT, &extents, Place::Last);
+    reply::push_block_status(out, to, CONTEXT, &extents, Place::Last);
 }
