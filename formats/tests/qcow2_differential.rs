@@ -21,6 +21,7 @@ mod peer {
     pub mod wire;
 }
 
+use std::fmt::Debug;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -206,42 +207,60 @@ impl Pair {
         }
     }
 
-    fn compare(&self, daemon: &mut Daemon, with_check: bool, said: &dyn std::fmt::Debug) {
-        let paths = [self.ours(), self.theirs()];
-        for path in &paths {
-            let report = checker::check(&std::fs::read(path).unwrap()).unwrap();
-            assert!(report.is_clean(), "{said:?}: {report}");
-            if with_check {
-                let (code, qemu) = maker::check_file(path);
-                assert_eq!(code, 0, "{said:?}: {qemu}");
+    /// Nothing is wrong with either file, and nothing lost.
+    fn check(&self, with_qemu: bool, said: &dyn Debug) {
+        for path in [self.ours(), self.theirs()] {
+            let report = checker::check(&std::fs::read(&path).unwrap()).unwrap();
+            assert!(report.is_clean(), "{said:?}: {}: {report}", path.display());
+            if with_qemu {
+                let (code, qemu) = maker::check_file(&path);
+                assert_eq!(code, 0, "{said:?}: {}: {qemu}", path.display());
             }
         }
-        let by_qemu = paths.each_ref().map(|path| daemon.read(path));
-        assert!(by_qemu[0].content == by_qemu[1].content, "{said:?}: QEMU reads them differently");
-        let drivers = paths.each_ref().map(|path| open_for(path, false));
-        let by_driver = drivers.each_ref().map(|driver| steps::read_all(&**driver).unwrap());
-        assert!(by_driver[0] == by_driver[1], "{said:?}: the driver reads them differently");
-        assert!(by_driver[0] == by_qemu[0].content, "{said:?}: the driver reads what QEMU does not");
-        let by_qemu = by_qemu.map(|read| joined(read.extents));
+    }
+
+    /// What was seen in one image is what was seen in the other.
+    fn compare(&self, one: &Seen, other: &Seen, said: &dyn Debug) {
+        assert!(one.content == other.content, "{said:?}: another content");
         // Version 2 has no flag for zeroes: QEMU writes them, the driver gives the cluster back.
         if !self.kind.is_version_2() {
-            assert_eq!(by_qemu[0], by_qemu[1], "{said:?}: what QEMU says is zero");
-        }
-        for (driver, zeroes) in drivers.iter().zip(&by_qemu) {
-            check_status(&**driver, &by_driver[0], zeroes);
-            let by_driver = zeroes_by_driver(&**driver, self.kind.size());
-            assert_eq!(by_driver, *zeroes, "{said:?}: what the driver says is zero, and what QEMU says");
+            assert_eq!(one.zeroes, other.zeroes, "{said:?}: what is zero by the metadata");
         }
     }
 }
 
-/// Does the operations by the driver.
-fn carry_out(operations: &[Operation], image: &Path) {
+/// A disk as QEMU or the driver sees it.
+#[derive(PartialEq)]
+struct Seen {
+    content: Vec<u8>,
+    /// The ranges that are zero by the image's metadata.
+    zeroes: Vec<(u64, u64)>,
+}
+
+impl Seen {
+    fn by_driver(driver: &dyn BlockDriver) -> Seen {
+        let content = steps::read_all(driver).unwrap();
+        let zeroes = zeroes_by_driver(driver, content.len() as u64);
+        check_status(driver, &content, &zeroes);
+        Seen { content, zeroes }
+    }
+
+    fn assert_is(&self, other: &Seen, said: &dyn Debug) {
+        assert!(self.content == other.content, "{said:?}: another content of the same image");
+        assert_eq!(self.zeroes, other.zeroes, "{said:?}: what is zero in the same image");
+    }
+}
+
+/// Does the operations by the driver: what it sees before and after them.
+fn carry_out(operations: &[Operation], image: &Path) -> [Seen; 2] {
     let driver = open_for(image, true);
+    let before = Seen::by_driver(&*driver);
     for operation in operations {
         operation.carry_out(&*driver);
     }
+    let after = Seen::by_driver(&*driver);
     driver.close().unwrap();
+    [before, after]
 }
 
 fn open_for(path: &Path, writable: bool) -> Arc<dyn BlockDriver> {
@@ -308,15 +327,22 @@ fn run(daemon: &mut Daemon, pairs: &mut [Option<Pair>], seed: u64, number: u64) 
         let count = 1 + random.below(30);
         (0..count).map(|_| Operation::random(kind, random)).collect()
     };
-    let first = script(&mut random);
-    daemon.carry_out(&first, &pair.theirs());
-    carry_out(&first, &pair.ours());
-    pair.compare(daemon, with_check, &(kind.options, number, &first));
-    // Each goes on with what the other one has written.
-    let second = script(&mut random);
-    daemon.carry_out(&second, &pair.ours());
-    carry_out(&second, &pair.theirs());
-    pair.compare(daemon, with_check, &(kind.options, number, &first, &second));
+    let (first, second) = (script(&mut random), script(&mut random));
+    let said = (kind.options, number, &first);
+    let [_, theirs] = daemon.carry_out(&first, &pair.theirs());
+    let [_, ours] = carry_out(&first, &pair.ours());
+    pair.compare(&theirs, &ours, &said);
+    pair.check(with_check, &said);
+    // Each finds what the other one has left, and goes on with it.
+    let said = (kind.options, number, &first, &second);
+    let [found, by_qemu] = daemon.carry_out(&second, &pair.ours());
+    found.assert_is(&ours, &said);
+    let [found, by_driver] = carry_out(&second, &pair.theirs());
+    found.assert_is(&theirs, &said);
+    pair.compare(&by_qemu, &by_driver, &said);
+    pair.check(with_check, &said);
+    daemon.read(&pair.theirs()).assert_is(&by_driver, &said);
+    Seen::by_driver(&*open_for(&pair.ours(), false)).assert_is(&by_qemu, &said);
 }
 
 #[test]

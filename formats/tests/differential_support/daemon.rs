@@ -5,23 +5,16 @@ use std::path::Path;
 
 use serde_json::json;
 
-use crate::Operation;
 use crate::peer::client::{Client, Request, Wishes};
 use crate::peer::qmp::Monitor;
 use crate::peer::wire::{STATE_HOLE, STATE_ZERO, command, command_flag};
 use crate::support::maker::text;
+use crate::{Operation, Seen, joined};
 
 /// A running qemu-storage-daemon.
 pub struct Daemon {
     folder: tempfile::TempDir,
     monitor: Monitor,
-}
-
-/// A disk as QEMU sees it.
-pub struct Seen {
-    pub content: Vec<u8>,
-    /// Start, length, and whether it is zero according to the image's metadata.
-    pub extents: Vec<(u64, u64, bool)>,
 }
 
 impl Daemon {
@@ -33,24 +26,28 @@ impl Daemon {
         Daemon { folder, monitor }
     }
 
-    /// Does the operations one after the other.
-    pub fn carry_out(&mut self, operations: &[Operation], image: &Path) {
+    /// Does the operations one after the other: what QEMU sees before and after them.
+    pub fn carry_out(&mut self, operations: &[Operation], image: &Path) -> [Seen; 2] {
         self.with_image(image, true, |client| {
+            let before = see(client);
             for operation in operations {
                 let (request, payload) = request(*operation);
                 let reply = client.ask(request, &payload);
                 assert_eq!(reply.error, 0, "{operation:?}: {}", reply.text);
             }
-        });
+            [before, see(client)]
+        })
     }
 
-    /// All that a guest sees in an image.
+    /// What QEMU sees in an image.
     pub fn read(&mut self, image: &Path) -> Seen {
-        self.with_image(image, false, |client| Seen { content: client.read_all(), extents: extents(client) })
+        self.with_image(image, false, see)
     }
 
     fn with_image<T>(&mut self, image: &Path, writable: bool, work: impl FnOnce(&mut Client) -> T) -> T {
-        let file = json!({ "driver": "file", "filename": text(image) });
+        // What QEMU leaves after a crash is not the matter here, so it need not sync.
+        let (file, cache) = (text(image), json!({ "no-flush": true }));
+        let file = json!({ "driver": "file", "filename": file, "aio": "io_uring", "cache": cache });
         let node = json!({ "driver": "qcow2", "node-name": "image", "discard": "unmap", "file": file,
             "read-only": !writable });
         self.monitor.execute("blockdev-add", &node);
@@ -82,7 +79,7 @@ fn request(operation: Operation) -> (Request, Vec<u8>) {
     }
 }
 
-fn extents(client: &mut Client) -> Vec<(u64, u64, bool)> {
+fn see(client: &mut Client) -> Seen {
     let (mut extents, mut at) = (Vec::new(), 0);
     while at < client.size {
         let request = Request::new(command::BLOCK_STATUS, at, (client.size - at) as usize);
@@ -94,5 +91,5 @@ fn extents(client: &mut Client) -> Vec<(u64, u64, bool)> {
             at += u64::from(len);
         }
     }
-    extents
+    Seen { content: client.read_all(), zeroes: joined(extents) }
 }

@@ -335,3 +335,103 @@ fn failure_against_write() {
         assert!(report.is_sound(), "{report}");
     });
 }
+
+/// Blobs that share a host cluster are replaced, the cluster freed and reused under a read of one of them.
+#[test]
+fn a_read_of_a_blob_against_copy_on_write_and_reuse() {
+    explore(plain(), |stage| {
+        let (at, len) = (16 * CLUSTER, 8 * CLUSTER);
+        let read = 20 * CLUSTER;
+        let old = stage.scene.content[read as usize..(read + CLUSTER) as usize].to_vec();
+        let reader = stage.spawn(move |driver| {
+            let mut got = vec![0; CLUSTER as usize];
+            crate::support::session::read(driver, read, &mut got).unwrap();
+            assert!(got == old || got == painted(read, CLUSTER, 3), "a reused cluster was read");
+        });
+        let writer = stage.spawn(move |driver| {
+            write(driver, at, len, 3);
+            driver.flush().unwrap();
+            driver.flush().unwrap();
+            write(driver, 130 * CLUSTER, 6 * CLUSTER, 7);
+        });
+        join([reader, writer]);
+        stage.finish(at, &painted(at, len, 3));
+    });
+}
+
+/// Two parts of a cluster that a snapshot shares are written, a third is zeroed: one copy is made, all three
+/// are in it, and the snapshot is as it was.
+#[test]
+fn copy_on_write_against_copy_on_write() {
+    explore(overlay(), |stage| {
+        let at = 66 * CLUSTER;
+        let mut expected = stage.scene.content[at as usize..(at + CLUSTER) as usize].to_vec();
+        expected[..128].copy_from_slice(&painted(at, 128, 1));
+        expected[128..256].copy_from_slice(&painted(at + 128, 128, 2));
+        expected[256..320].fill(0);
+        let first = stage.spawn(move |driver| write(driver, at, 128, 1));
+        let second = stage.spawn(move |driver| {
+            let bytes = painted(at + 128, 128, 2);
+            crate::support::session::write(driver, at + 128, &bytes, LATER).unwrap();
+        });
+        let zero = stage.spawn(move |driver| {
+            let request = ZeroRequest { provision: Provision::Unmap, fast: false, durability: LATER };
+            driver.write_zeroes(GuestRange::new(at + 256, 64).unwrap(), request).unwrap();
+            driver.flush().unwrap();
+        });
+        join([first, second, zero]);
+        stage.finish(at, &expected);
+    });
+}
+
+/// A cluster is copied for a part of it while all of it is zeroed: one comes after the other.
+#[test]
+fn copy_on_write_against_zero() {
+    explore(overlay(), |stage| {
+        // Of the backing file, of the image under a snapshot, of a blob.
+        for at in [40 * CLUSTER, 67 * CLUSTER, 18 * CLUSTER] {
+            let part = stage.spawn(move |driver| write(driver, at + 64, 64, 4));
+            let zero = stage.spawn(move |driver| {
+                let request = ZeroRequest { provision: Provision::Unmap, fast: false, durability: LATER };
+                driver.write_zeroes(GuestRange::new(at, CLUSTER).unwrap(), request).unwrap();
+                driver.flush().unwrap();
+            });
+            join([part, zero]);
+            let mut got = vec![0; CLUSTER as usize];
+            stage.driver.pread(at, &mut got).unwrap();
+            let mut expected = vec![0; CLUSTER as usize];
+            if got[64] != 0 || got[67] != 0 {
+                expected[64..128].copy_from_slice(&painted(at + 64, 64, 4));
+            }
+            assert!(got == expected, "neither order");
+        }
+        let untouched = stage.scene.content[..CLUSTER as usize].to_vec();
+        stage.finish(0, &untouched);
+    });
+}
+
+/// Two allocate while there is no room for one write: whoever was told so may try again, nothing is lost.
+#[test]
+fn no_room_against_allocate() {
+    explore(overlay(), |stage| {
+        let full = Fault { class: Some(CallClass::Write), errno: libc::ENOSPC, ..Fault::at(2) };
+        stage.faults.arm(full);
+        let at = [33u64, 140].map(|cluster| cluster * CLUSTER + 64);
+        let threads = at.map(|at| {
+            stage.spawn(move |driver| {
+                let wrote = driver.pwrite(at, &painted(at, 256, 5), LATER);
+                let flushed = driver.flush();
+                for error in [wrote, flushed].into_iter().filter_map(Result::err) {
+                    assert_eq!(error.errno(), libc::ENOSPC, "{error}");
+                }
+            })
+        });
+        join(threads);
+        stage.faults.disarm();
+        assert_eq!(stage.driver.state(), State::Live);
+        for at in at {
+            write(&*stage.driver, at, 256, 6);
+        }
+        stage.finish(at[0], &painted(at[0], 256, 6));
+    });
+}
