@@ -157,14 +157,13 @@ impl Step {
             }
             Action::Discard if self.by_plan => session::discard(driver, range, Durability::Later),
             Action::Discard => driver.discard(range, Durability::Later),
-            // What it leaves for later is done with a later step.
-            Action::Flush if self.by_plan => return driver.make_durable(),
+            // What the one before has left for later is done first: the steps between have it pending.
+            Action::Flush if self.by_plan => {
+                driver.tidy();
+                driver.make_durable()
+            }
             Action::Flush => driver.flush(),
-        }?;
-        if self.by_plan {
-            driver.tidy();
         }
-        Ok(())
     }
 }
 
