@@ -72,6 +72,11 @@ def verdicts(row, figures):
     return found
 
 
+def all_verdicts(rows, results):
+    """Of every row, in their order."""
+    return [verdict for row in rows for verdict in verdicts(row.name, results.medians(row.name))]
+
+
 def _verdict(row, key, bound, figures):
     own = figures.get("nbd-img")
     if key == "unpolled limit":

@@ -38,16 +38,17 @@ class Client:
         self.socket.close()
 
     def run(self, requests, payload=b""):
-        """Sends (command, offset, length) all at once; returns when every reply is there."""
-        out = b"".join(request(command, offset, length) + (payload[:length] if command == WRITE else b"")
-                       for command, offset, length in requests)
-        self.socket.sendall(out)
-        expected = sum(16 + (length if command == READ else 0) for command, _, length in requests)
-        head = self._take(16)
-        magic, error, _ = struct.unpack(">IIQ", head)
-        if magic != SIMPLE_REPLY_MAGIC or error:
-            raise OSError(f"the reply has magic {magic:#x} and error {error}")
-        self._skip(expected - 16)
+        """Sends (command, offset, length) all at once; returns when every reply is there. All are of one kind and
+        length, so that replies can be told apart in whatever order they come."""
+        command, _, length = requests[0]
+        body = payload[:length] if command == WRITE else b""
+        self.socket.sendall(b"".join(request(command, offset, length) + body for _, offset, _ in requests))
+        reply_length = 16 + (length if command == READ else 0)
+        replies = self._take(reply_length * len(requests))
+        for start in range(0, len(replies), reply_length):
+            magic, error, _ = struct.unpack_from(">IIQ", replies, start)
+            if magic != SIMPLE_REPLY_MAGIC or error:
+                raise OSError(f"a reply has magic {magic:#x} and error {error}")
 
     def _negotiate(self, export):
         if self._take(16) != b"NBDMAGICIHAVEOPT":
@@ -66,21 +67,14 @@ class Client:
                 return
 
     def _take(self, length):
-        data = b""
-        while len(data) < length:
-            got = self.socket.recv(length - len(data))
+        data = memoryview(bytearray(length))
+        have = 0
+        while have < length:
+            got = self.socket.recv_into(data[have:])
             if not got:
                 raise OSError("the server hung up")
-            data += got
-        return data
-
-    def _skip(self, length):
-        room = memoryview(bytearray(min(length, 1 << 20) or 1))
-        while length:
-            got = self.socket.recv_into(room[:length])
-            if not got:
-                raise OSError("the server hung up")
-            length -= got
+            have += got
+        return bytes(data)
 
 
 def request(command, offset, length):

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 
-from . import chart, images, table
+from . import bars, chart, images, table
 from .measure import Bench
 from .results import Results
 from .rows import all_rows
@@ -23,8 +23,8 @@ def arguments():
     p = argparse.ArgumentParser(
         prog="tests/bench/run", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Compares nbd-img with its peers, row by row, and writes results.md and results.svg beside itself.",
-        epilog="Rows keep their figures between calls, so that they can be measured in several: those that a call does\n"
-               "not name stay as they were. A row's servers are always measured in one call, in turn.")
+        epilog="Rows keep their figures between calls, so that they can be measured in several: those that a call\n"
+               "does not name stay as they were. A row's servers are always measured in one call, in turn.")
     p.add_argument("--quick", action="store_true", help="one round of a second, small images: whether it works")
     p.add_argument("--only", default="*", metavar="ROWS", help="names or patterns, with commas: 'raw/*,qcow2/read-*'")
     p.add_argument("--list", action="store_true", help="list the rows and end")
@@ -79,6 +79,8 @@ def write(options, rows, results):
     if picture:
         with open(os.path.join(options.output, "results.svg"), "w") as file:
             file.write(picture)
+    every = bars.all_verdicts(rows, results)
+    print(f"{sum(one.met for one in every)} of {len(every)} bars are met")
     print(f"written: {options.output}/results.md and results.svg")
 
 
@@ -86,10 +88,11 @@ def describe(rows, results):
     """What was measured where, in a sentence."""
     rounds = {results.conditions(row.name).get("rounds") for row in rows if results.medians(row.name)}
     rounds = sorted(rounds - {None})
-    span = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else str(rounds[0] if rounds else 0)
+    span = " to ".join(str(one) for one in sorted({*rounds[:1], *rounds[-1:]}))
+    span += " round" if rounds == [1] else " rounds"
     versions = ", ".join(filter(None, (_version("qemu-nbd"), _version("nbdkit"), _version("fio"))))
     day = datetime.date.today().isoformat()
-    return (f"Medians of {span} rounds, servers in turn; {os.cpu_count()} CPUs, Linux "
+    return (f"Medians of {span}, servers in turn; {os.cpu_count()} CPUs, Linux "
             f"{os.uname().release.split('-')[0]}, {versions}; {day}.")
 
 

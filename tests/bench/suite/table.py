@@ -29,8 +29,8 @@ def page(rows, results, machine):
     """The whole page."""
     parts = ["# nbd-img beside its peers", "", machine, "",
              "![Rates of nbd-img and its peers](results.svg)", "",
-             "A ratio is nbd-img's rate divided by the peer's: above 1 nbd-img is faster. CPU is the server's processor "
-             "time per request (per copy, where that is the row). `nbdkit` and `limit` always serve the raw file; "
+             "A ratio is nbd-img's rate divided by the peer's: above 1 nbd-img is faster. CPU is the server's "
+             "processor time per request (per copy, where that is the row). `nbdkit` and `limit` always serve the raw file; "
              "`limit` ([limit.c](limit.c)) checks nothing and is a yardstick, not a server.", ""]
     for group, title in GROUPS.items():
         measured = [row for row in rows if row.group == group and results.medians(row.name)]
@@ -57,7 +57,7 @@ def _group(rows, results):
 
 def _bars(rows, results):
     lines = ["| row | asked | found | |", "|---|---|---:|---|"]
-    every = [verdict for row in rows for verdict in bars.verdicts(row.name, results.medians(row.name))]
+    every = bars.all_verdicts(rows, results)
     lines += [f"| {one.row} | {one.asked} | {one.found} | {'met' if one.met else '**missed**'} |" for one in every]
     met = sum(one.met for one in every)
     return [f"{met} of {len(every)} are met.", "", *lines]
