@@ -141,6 +141,14 @@ fn a_failure_inside_a_large_read_is_an_error_or_a_hang_up_but_never_data() {
     assert_eq!(reply.error, libc::EIO as u32);
     assert!(!reply.text.is_empty());
     assert_same("what follows", &client.read(4096, 4096), &content[4096..8192]);
+    // In one chunk it is filled up, and told where that begins: at the slice that failed.
+    let whole = Request::new(command::READ, 1 << 20, 32 << 20).flags(command_flag::DF);
+    let reply = client.ask(whole, &[]);
+    assert_eq!(reply.error, libc::EIO as u32);
+    let good = usize::try_from(reply.error_offset.unwrap()).unwrap();
+    assert!(good > (1 << 20) && good <= 20 << 20, "{good}");
+    assert_same("what was there", &reply.data[..good - (1 << 20)], &content[1 << 20..good]);
+    assert_same("what follows", &client.read(4096, 4096), &content[4096..8192]);
     client.disconnect();
     // Small reads fail whole in both framings.
     let mut client = Client::unix(server.socket(), "", Wishes::SIMPLE);
@@ -188,6 +196,8 @@ fn a_file_that_ends_while_it_is_sent_is_an_error_or_a_hang_up_but_never_data() {
         let reply = client.ask(request, &[]);
         assert_eq!(reply.error, libc::EIO as u32);
         assert!(reply.text.contains("truncated"), "{}", reply.text);
+        assert_eq!(reply.error_offset, Some(20 << 20));
+        assert_same("what was there", &reply.data[..70_000], &content[(20 << 20) - 70_000..20 << 20]);
         assert_same("what follows", &client.read(1 << 20, 1 << 20), &content[1 << 20..2 << 20]);
         client.disconnect();
     }

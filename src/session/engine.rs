@@ -158,6 +158,8 @@ impl Session {
                 return Err(end);
             }
         };
+        // The disk begins before the client is woken.
+        self.shard.submit_held();
         self.send_all().await?;
         if !self.cell.ready.borrow().is_empty() {
             return Ok(None);

@@ -52,7 +52,7 @@ pub(super) enum Framing {
 pub(super) struct Chunk {
     pub(super) first_run: usize,
     pub(super) end_run: usize,
-    at: u64,
+    pub(super) at: u64,
     pub(super) len: usize,
     pub(super) hole: bool,
     last: bool,

@@ -276,7 +276,8 @@ impl Session {
     ) -> Result<(), End> {
         // What was answered before must not wait for the disk.
         self.send_all().await?;
-        let framing = self.begin_stream(&request, framing).await?;
+        let asked = framing;
+        let framing = self.begin_stream(&request, asked).await?;
         let mut rest = range;
         while !rest.is_empty() {
             let (slice, lease) = self.slice_of(rest);
@@ -285,11 +286,12 @@ impl Session {
             let outcome = self.stream_slice(&request, slice, offset, framing, rest.is_empty()).await?;
             drop(lease);
             if let Err(error) = outcome {
-                return self.fail_stream(&request, framing, error).await;
+                let missing = slice.len() + rest.len();
+                return self.fail_stream(&request, asked, missing, offset, error).await;
             }
             self.send_all().await?;
         }
-        Ok(())
+        if asked == Framing::OneChunk { self.reply_success(&request).await } else { Ok(()) }
     }
 
     /// Sends the one header of a reply that has only one; the slices are bare then.
@@ -300,7 +302,8 @@ impl Session {
             Framing::OneChunk => {
                 let len = u32::try_from(request.len).unwrap_or(u32::MAX);
                 let to = self.reply_to(request);
-                self.put_all(&reply::offset_data(to, request.offset, len, reply::Place::Last)).await?;
+                // An error may have to follow.
+                self.put_all(&reply::offset_data(to, request.offset, len, reply::Place::More)).await?;
             }
             Framing::Bare => {}
         }
@@ -363,11 +366,22 @@ impl Session {
         Ok(Ok(()))
     }
 
-    /// A streamed read failed: chunks can say so, a reply with one header cannot.
-    async fn fail_stream(&mut self, request: &Request, framing: Framing, error: Error) -> Result<(), End> {
-        match framing {
+    /// A streamed read failed with `missing` bytes to go, from `offset` of the export.
+    async fn fail_stream(
+        &mut self,
+        request: &Request,
+        asked: Framing,
+        missing: u64,
+        offset: u64,
+        error: Error,
+    ) -> Result<(), End> {
+        match asked {
+            // What has been sent stands, and nothing more is announced.
             Framing::Chunks => self.reply_error(request, &error).await,
-            Framing::Simple | Framing::OneChunk | Framing::Bare => Err(End::BrokenReply(error)),
+            Framing::Simple | Framing::OneChunk | Framing::Bare => {
+                let missing = usize::try_from(missing).unwrap_or(usize::MAX);
+                self.fail_sent(request, asked, missing, offset, error).await
+            }
         }
     }
 }

@@ -62,7 +62,9 @@ impl Session {
                 let Some(storage) = driver.storages().get(usize::from(storage.0)) else { continue };
                 self.send_batch(true).await?;
                 if let Err((sent, error)) = self.send_run(storage, at, run.len).await? {
-                    return self.fail_sent(&request, framing, left - sent, error).await;
+                    let missing = left - sent;
+                    let at = request.offset + chunk.at + (chunk.len - missing) as u64;
+                    return self.fail_sent(&request, framing, missing, at, error).await;
                 }
                 left -= run.len;
             }
@@ -95,12 +97,14 @@ impl Session {
         Ok(Ok(()))
     }
 
-    /// The data stopped before its announced length: fills it up and says so, or closes.
-    async fn fail_sent(
+    /// The data of a chunk or simple reply stopped `missing` bytes before its announced end, at `offset`
+    /// of the export: fills it up and says where that begins, or closes.
+    pub(super) async fn fail_sent(
         &mut self,
         request: &Request,
         framing: Framing,
         missing: usize,
+        offset: u64,
         error: Error,
     ) -> Result<(), End> {
         match framing {
@@ -111,7 +115,8 @@ impl Session {
                 tracing::warn!(export = %self.shard.export.name().escape_debug(), ?request, %error, "request failed");
                 let to = self.reply_to(request);
                 self.scratch.clear();
-                reply::push_error(&mut self.scratch, to, errno, &error.to_string(), reply::Place::Last);
+                let (text, last) = (error.to_string(), reply::Place::Last);
+                reply::push_error_offset(&mut self.scratch, to, errno, &text, offset, last);
                 self.put_scratch().await
             }
         }

@@ -1,7 +1,7 @@
 //! Submitting to storages in batches: what a session submits is held until there are as many operations
-//! as pay, or until the session waits for something.
+//! as pay, or until the session has no more work or waits for something.
 //!
-//! How many that is was measured: see the constants.
+//! How many pay was measured, on one virtual disk: see the constants.
 
 use std::convert::Infallible;
 use std::rc::Rc;

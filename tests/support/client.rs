@@ -107,6 +107,8 @@ pub struct Reply {
     pub error: u32,
     /// The text that came with it, if any.
     pub text: String,
+    /// Where a read failed, if it says so.
+    pub error_offset: Option<u64>,
     /// What was read.
     pub data: Vec<u8>,
     /// Lengths and states of a block status, by the first context that it tells.
@@ -448,6 +450,7 @@ impl Partial {
                 let text_len = usize::from(u16::from_be_bytes(body[4..6].try_into().unwrap()));
                 self.reply.text = String::from_utf8(body[6..6 + text_len].to_vec()).unwrap();
                 assert_ne!(self.reply.error, 0);
+                self.reply.error_offset = (kind == chunk::ERROR_OFFSET).then(|| u64_at(6 + text_len));
             }
             other => panic!("a chunk of type {other}"),
         }
