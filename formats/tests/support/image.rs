@@ -262,7 +262,7 @@ impl<'a> Image<'a> {
         let bit = cluster % per_block * self.refcount_bits;
         let mut buf = [0; 8];
         let len = (self.refcount_bits as usize / 8).max(1);
-        self.bytes.fill(&mut buf[8 - len..], block + bit / 8);
+        self.bytes.fill(&mut buf[8 - len..], block.saturating_add(bit / 8));
         let value = u64::from_be_bytes(buf);
         match self.refcount_bits {
             // Within a byte the first one has the lowest bits.
@@ -292,11 +292,11 @@ impl<'a> Image<'a> {
     fn load_snapshots(&mut self, count: u64) -> Result<(), String> {
         let mut at = self.snapshots_at;
         for _ in 0..count {
-            let extra_len = u64::from(self.bytes.be32(at + 36));
-            let (id_len, name_len) = (self.bytes.be16(at + 12), self.bytes.be16(at + 14));
             if at >= self.bytes.length() {
                 return Err("the snapshot table is cut off".to_owned());
             }
+            let extra_len = u64::from(self.bytes.be32(at + 36));
+            let (id_len, name_len) = (self.bytes.be16(at + 12), self.bytes.be16(at + 14));
             let mut name = vec![0; usize::from(name_len)];
             self.bytes.fill(&mut name, at + 40 + extra_len + u64::from(id_len));
             self.snapshots.push(Snapshot {

@@ -157,10 +157,12 @@ impl Written {
             false => judged,
             true => {
                 let repaired = self.look_at();
+                // Data that two entries lead to is counted twice by then, and copied before it is written.
                 if let Some(Judged { report, .. }) = &repaired {
-                    assert!(report.is_sound(), "a repair has left this behind:\n{report}");
+                    let sound = report.corruptions.is_empty() && !report.dirty;
+                    assert!(sound, "a repair has left this behind:\n{report}");
                 }
-                repaired
+                repaired.filter(|judged| judged.report.is_sound())
             }
         };
         if let Some(judged) = judged {
@@ -307,9 +309,12 @@ impl Written {
         let Some(model) = &mut self.model else { return };
         let mut got = vec![0x5a; range.len() as usize];
         driver.pread(range.offset(), &mut got).unwrap();
-        for (index, byte) in got.iter().enumerate() {
-            let one_of = allowed.iter().any(|bytes| bytes[index] == *byte);
-            assert!(one_of, "byte {} is {byte:#x}", range.offset() + index as u64);
+        // Hardly ever more than a comparison of all, which is by far the fastest.
+        if allowed.iter().all(|bytes| **bytes != *got) {
+            for (index, byte) in got.iter().enumerate() {
+                let one_of = allowed.iter().any(|bytes| bytes[index] == *byte);
+                assert!(one_of, "byte {} is {byte:#x}", range.offset() + index as u64);
+            }
         }
         model[range.offset() as usize..range.end() as usize].copy_from_slice(&got);
     }
@@ -380,7 +385,7 @@ fn status(driver: &Arc<Qcow2Driver>, range: GuestRange, model: Option<&[u8]>) {
             assert!(len > 0 && len <= range.end() - at);
             if let (Status::Allocation { hole, zero }, Some(model)) = (status, model) {
                 let bytes = &model[at as usize..(at + len) as usize];
-                assert!(!zero || bytes.iter().all(|byte| *byte == 0), "no zeroes from {at}");
+                assert!(!zero || *bytes == *vec![0; bytes.len()], "no zeroes from {at}");
                 assert!(!hole || zero, "a hole from {at} that is not zero");
             }
             at += len;
