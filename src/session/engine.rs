@@ -14,6 +14,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::buffers::{InBuf, OutBuf};
 use super::end::End;
+use super::linger::Linger;
 use super::pending::{PENDING_MAX, Pending, Work};
 use super::poll::Poller;
 use super::shard::{SessionCell, Shard};
@@ -44,7 +45,7 @@ const UNIX_SEND_BUFFER_LEN: usize = 4 << 20;
 
 /// What a session has to have before it can go on.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Needs {
+pub(super) enum Needs {
     /// More bytes from the client.
     Input,
     /// The end of a pending request.
@@ -63,19 +64,22 @@ pub struct Session {
     pub(super) scratch: Vec<u8>,
     pub(super) read_plan: ReadPlan,
     pub(super) write_plan: WritePlan,
-    poller: Poller,
+    pub(super) poller: Poller,
+    pub(super) linger: Linger,
     /// Requests since the last park.
-    batch: u32,
+    pub(super) batch: u32,
+    /// Requests since the last time the session sent.
+    pub(super) unsent: u32,
     /// Bytes and requests worked on since others had their turn.
     worked_len: u64,
-    refused: Option<Refused>,
+    pub(super) refused: Option<Refused>,
     ending: Option<End>,
     /// The server drains, and what was in the socket has been received.
     last_call: bool,
 }
 
 /// A refused request whose payload is being read off.
-struct Refused {
+pub(super) struct Refused {
     request: Request,
     reject: Reject,
     left: usize,
@@ -106,7 +110,9 @@ impl Session {
             read_plan: ReadPlan::default(),
             write_plan: WritePlan::default(),
             poller: Poller::new(shard.times.poll),
+            linger: Linger::default(),
             batch: 0,
+            unsent: 0,
             worked_len: 0,
             refused: None,
             ending: None,
@@ -146,9 +152,8 @@ impl Session {
     /// One round: answers, requests, sending, receiving. Returns what to wait for if nothing came.
     async fn turn(&mut self) -> Result<Option<Needs>, End> {
         self.cell.idle.set(false);
-        if self.poller.is_on() {
-            self.shard.activity.note(self.cell.id, Instant::now());
-        }
+        let now = Instant::now();
+        self.shard.activity.note(self.cell.id, now);
         self.answer_ready().await?;
         let needs = match self.work().await {
             Ok(needs) => needs,
@@ -160,9 +165,13 @@ impl Session {
         };
         // The disk begins before the client is woken.
         self.shard.submit_held();
+        let linger = self.linger_time(now);
         self.send_all().await?;
         if !self.cell.ready.borrow().is_empty() {
             return Ok(None);
+        }
+        if !linger.is_zero() {
+            std::thread::sleep(linger);
         }
         if self.shard.is_draining() && self.ending.is_none() && needs == Needs::Input {
             // What the socket holds was sent before the client could know; one more buffer of it.
@@ -233,6 +242,7 @@ impl Session {
     /// Starts a request that was found in order; returns whether it could (one may need its payload).
     async fn start(&mut self, request: Request) -> Result<bool, End> {
         self.batch = self.batch.saturating_add(1);
+        self.unsent = self.unsent.saturating_add(1);
         if request.command == Command::Write {
             return self.start_write(request).await;
         }
@@ -426,91 +436,6 @@ impl Session {
             self.cell.wake.notified().await;
         }
         self.answer_ready().await
-    }
-
-    async fn park(&mut self, needs: Needs) -> Result<(), End> {
-        if !self.input.is_empty() || self.refused.is_some() {
-            return self.park_unfinished(needs).await;
-        }
-        let batch = std::mem::take(&mut self.batch);
-        let begin = self.poller.is_on().then(Instant::now);
-        if needs == Needs::Input && self.poll_socket(batch, begin)? {
-            return Ok(());
-        }
-        self.note_memory();
-        loop {
-            tokio::select! {
-                biased;
-                ready = self.socket.readable(), if needs == Needs::Input => {
-                    drop(ready.map_err(End::Socket)?);
-                    break;
-                }
-                () = self.cell.wake.notified() => {}
-            }
-            if self.shard.is_draining() || !self.cell.ready.borrow().is_empty() {
-                break;
-            }
-            // It was the sweep. To go through a turn for it would take a new buffer and ask for the next one.
-            self.release_if_idle();
-        }
-        if let Some(begin) = begin {
-            self.poller.note_gap(begin.elapsed());
-        }
-        Ok(())
-    }
-
-    /// Looks at the socket for a little while, if that is likely to pay; returns whether something came.
-    fn poll_socket(&mut self, batch: u32, begin: Option<Instant>) -> Result<bool, End> {
-        let Some(begin) = begin else { return Ok(false) };
-        // Answers of pending requests come by the shard's loop, which stands still meanwhile.
-        let alone = self.cell.pending.borrow().is_empty() && self.shard.activity.is_quiet(begin);
-        let Some(poll) = self.poller.start(batch, alone) else { return Ok(false) };
-        loop {
-            match self.input.receive(self.socket.get_ref()) {
-                Ok(0) => return Err(End::Eof),
-                Ok(_) => {
-                    self.poller.note_poll(true);
-                    self.poller.note_gap(begin.elapsed());
-                    return Ok(true);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(End::Socket(error)),
-            }
-            if poll.is_over() {
-                self.poller.note_poll(false);
-                return Ok(false);
-            }
-            std::hint::spin_loop();
-        }
-    }
-
-    /// Parks in the middle of a request: it may not stand still for ever.
-    async fn park_unfinished(&mut self, needs: Needs) -> Result<(), End> {
-        tokio::select! {
-            biased;
-            ready = self.socket.readable(), if needs == Needs::Input => drop(ready.map_err(End::Socket)?),
-            () = self.cell.wake.notified() => {}
-            () = tokio::time::sleep(self.shard.times.stall), if needs == Needs::Input => return Err(End::Stalled),
-        }
-        Ok(())
-    }
-
-    fn release_if_idle(&mut self) {
-        if self.cell.idle.get() && self.cell.pending.borrow().is_empty() {
-            self.input.release();
-            self.out.release();
-            self.scratch = Vec::new();
-            self.cell.holds_memory.set(false);
-        }
-    }
-
-    /// Has the sweep look at this session if there is anything to give back.
-    fn note_memory(&self) {
-        if self.input.has_memory() || self.out.has_memory() || self.scratch.capacity() > 0 {
-            self.cell.holds_memory.set(true);
-            self.shard.want_sweep();
-        }
     }
 }
 

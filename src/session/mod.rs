@@ -4,13 +4,14 @@
 //! |---|---|
 //! | [`shards`] | the threads of an export, and how connections get to them |
 //! | [`shard`] | one thread: its sessions, and the answers on their way to them |
-//! | [`engine`] | one session's life: receive, work, send, park |
+//! | [`engine`], `park` | one session's life: receive, work, send, park |
 //! | `read`, `sendfile`, `write`, `status`, `calls` | how each command is served; `layout` frames reads |
 //! | [`pending`] | requests that wait for the disk |
 //! | `submit` | handing their operations to storages in batches |
 //! | [`buffers`], [`budget`] | their memory |
 //! | [`times`] | how long sessions wait for their clients |
 //! | [`poll`] | looking at a socket a little longer before sleeping |
+//! | `linger` | leaving a socket alone for a moment, so that requests gather |
 //! | [`watch`] | when buffered writes are handed off |
 //!
 //! The protocol's bytes are made and read in [`crate::nbd`]; where an image's bytes lie is the driver's
@@ -22,6 +23,8 @@ mod calls;
 pub mod end;
 pub mod engine;
 mod layout;
+mod linger;
+mod park;
 pub mod pending;
 pub mod poll;
 mod read;

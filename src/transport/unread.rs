@@ -1,0 +1,39 @@
+//! How far the other side of a Unix socket has come with what was sent to it.
+
+use std::io;
+use std::os::fd::AsRawFd;
+
+use super::stream::Stream;
+
+/// Whether the client has not yet read all that was sent. TCP cannot tell (what its peer's kernel has
+/// acknowledged need not have been read), so there the answer is always no.
+pub fn has_unread(stream: &Stream) -> io::Result<bool> {
+    if !stream.is_unix() {
+        return Ok(false);
+    }
+    let mut waiting: libc::c_int = 0;
+    // SAFETY: the stream's descriptor is open; TIOCOUTQ (tty_ioctl(2), the same call as SIOCOUTQ) writes
+    // one int through the pointer.
+    let result = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut waiting) };
+    if result == 0 { Ok(waiting > 0) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn what_the_other_side_has_not_read_is_unread() {
+        let (here, mut there) = UnixStream::pair().unwrap();
+        let stream = Stream::Unix(here);
+        assert!(!has_unread(&stream).unwrap());
+        (&stream).write_all(&[1; 100]).unwrap();
+        assert!(has_unread(&stream).unwrap());
+        there.read_exact(&mut [0; 60]).unwrap();
+        assert!(has_unread(&stream).unwrap());
+        there.read_exact(&mut [0; 40]).unwrap();
+        assert!(!has_unread(&stream).unwrap());
+    }
+}
