@@ -79,6 +79,7 @@ impl Places {
 mod request {
     use super::*;
     use nbd_img::nbd::export_info::TransmissionFlags;
+    use nbd_img::nbd::reply::ReplyForm;
     use nbd_img::nbd::request::{Parsed, REQUEST_HEADER_LEN, SessionRules, check, parse};
 
     const BATCH: usize = 16;
@@ -87,8 +88,8 @@ mod request {
         SessionRules {
             size: 1 << 30,
             flags: TransmissionFlags::SEND_FLUSH | TransmissionFlags::SEND_FUA,
-            structured: true,
-            contexts: false,
+            form: ReplyForm::Structured,
+            contexts: 0,
             block_min_len: 1,
             payload_max_len: 32 << 20,
         }
@@ -112,7 +113,7 @@ mod request {
         let (bytes, rules) = (batch(), rules());
         bencher.counter(ItemsCount::new(BATCH)).bench_local(|| {
             for header in black_box(&bytes).chunks_exact(REQUEST_HEADER_LEN) {
-                let Parsed::Request(request) = parse(header) else { unreachable!() };
+                let Parsed::Request(request) = parse(header, rules.form) else { unreachable!() };
                 assert!(check(black_box(&request), &rules).is_ok());
             }
         });
@@ -121,27 +122,30 @@ mod request {
 
 mod reply {
     use super::*;
-    use nbd_img::nbd::reply::{self, Place};
+    use nbd_img::nbd::reply::{self, Head, Place, ReplyForm, ReplyTo};
+
+    const FORMS: [ReplyForm; 3] = [ReplyForm::Simple, ReplyForm::Structured, ReplyForm::Extended];
 
     /// The header in front of a read's data.
     #[divan::bench]
-    fn simple_header() -> [u8; reply::SIMPLE_HEADER_LEN] {
-        reply::simple_header(None, black_box(7))
+    fn simple() -> Head {
+        reply::simple(None, black_box(7))
     }
 
-    #[divan::bench]
-    fn offset_data_header() -> [u8; reply::OFFSET_DATA_HEADER_LEN] {
-        reply::offset_data_header(black_box(7), black_box(4096), black_box(4096), Place::Last)
+    #[divan::bench(args = [ReplyForm::Structured, ReplyForm::Extended])]
+    fn offset_data(form: ReplyForm) -> Head {
+        let to = ReplyTo { form, cookie: black_box(7), offset: 4096 };
+        reply::offset_data(to, black_box(4096), black_box(4096), Place::Last)
     }
 
     /// Answers to a batch of 16 writes, appended to a buffer that has room.
-    #[divan::bench(args = [false, true])]
-    fn push_success_16(bencher: Bencher, structured: bool) {
+    #[divan::bench(args = FORMS)]
+    fn push_success_16(bencher: Bencher, form: ReplyForm) {
         let mut out = Vec::with_capacity(1024);
         bencher.counter(ItemsCount::new(16_usize)).bench_local(|| {
             out.clear();
             for cookie in 0..16 {
-                reply::push_success(&mut out, black_box(structured), cookie);
+                reply::push_success(&mut out, ReplyTo { form: black_box(form), cookie, offset: 0 });
             }
             black_box(out.len())
         });

@@ -442,7 +442,7 @@ impl Partial {
                 assert_eq!(body.len(), 8 + 16 * u32_at(4) as usize);
                 let extents = (8..body.len())
                     .step_by(16)
-                    .map(|at| (u64_at(at), u32::try_from(u64_at(at + 8)).expect("flags of 32 bits")));
+                    .map(|at| (u64_at(at), u32::try_from(u64_at(at + 8)).unwrap()));
                 self.tell(u32_at(0), extents.collect());
             }
             chunk::ERROR | chunk::ERROR_OFFSET => {

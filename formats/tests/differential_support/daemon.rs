@@ -87,8 +87,8 @@ fn see(client: &mut Client) -> Seen {
         assert_eq!(reply.error, 0, "block status: {}", reply.text);
         for (len, state) in reply.extents {
             // What is data according to the image may be a hole of its file: that is not the image's doing.
-            extents.push((at, u64::from(len), state == STATE_HOLE | STATE_ZERO));
-            at += u64::from(len);
+            extents.push((at, len, state == STATE_HOLE | STATE_ZERO));
+            at += len;
         }
     }
     Seen { content: client.read_all(), zeroes: joined(extents) }
