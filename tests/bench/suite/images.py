@@ -1,7 +1,9 @@
 """The disks that are served: real data everywhere unless holes are asked for, in a folder that goes with them."""
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 
 CHUNK = 1 << 20
@@ -11,6 +13,8 @@ class Folder:
     """A folder of its own below `parent`; leaving the block removes it."""
 
     def __init__(self, parent):
+        # Told to end, Python would leave gigabytes and servers behind.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         os.makedirs(parent, exist_ok=True)
         self.path = tempfile.mkdtemp(prefix="nbd-bench.", dir=parent)
 

@@ -35,7 +35,7 @@ def page(rows, results, machine):
     for group, title in GROUPS.items():
         measured = [row for row in rows if row.group == group and results.medians(row.name)]
         if measured:
-            parts += [f"## {title[0].upper()}{title[1:]}", "", *_group(measured, results), ""]
+            parts += [f"## {title}", "", *_group(measured, results), ""]
     parts += ["## The bars", "", *_bars(rows, results), ""]
     return "\n".join(parts)
 
