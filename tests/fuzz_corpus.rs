@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 /// Runs every input of a target's corpus; there are at least `least`.
 fn replay(target: &str, least: usize, run: fn(&[u8])) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus").join(target);
-    let files: Vec<PathBuf> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let files: Vec<PathBuf> =
+        std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     assert!(files.len() >= least, "{} has {} inputs", folder.display(), files.len());
     for file in files {
         // The test's output is shown when it fails, and then the last line names the input.

@@ -18,7 +18,8 @@ fn corpus(target: &str) -> PathBuf {
 /// Runs every input of a target's corpus; there are at least `least`.
 fn replay(target: &str, least: usize, run: fn(&[u8])) {
     let folder = corpus(target);
-    let files: Vec<PathBuf> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let files: Vec<PathBuf> =
+        std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     assert!(files.len() >= least, "{} has {} inputs", folder.display(), files.len());
     for file in files {
         let input = std::fs::read(&file).unwrap();
@@ -36,7 +37,10 @@ fn damaged_images_that_are_written() {
 #[test]
 fn any_bytes_as_an_image() {
     for (name, seed) in formats::seeds() {
-        assert!(std::fs::read(corpus("qcow2_bytes").join(name)).unwrap() == seed, "{name} is made anew by `seeds`");
+        assert!(
+            std::fs::read(corpus("qcow2_bytes").join(name)).unwrap() == seed,
+            "{name} is made anew by `seeds`"
+        );
     }
     replay("qcow2_bytes", 6, formats::bytes::run);
 }
@@ -62,7 +66,9 @@ fn small_images_are_sound() {
     ];
     let operations = operations.concat();
     for bits in 0..128 {
-        for (clusters, refcounts) in [0, 11, 13, 15].iter().flat_map(|clusters| (0..7).map(move |r| (clusters, r))) {
+        for (clusters, refcounts) in
+            [0, 11, 13, 15].iter().flat_map(|clusters| (0..7).map(move |r| (clusters, r)))
+        {
             let undamaged_and_writable = [bits, clusters | refcounts << 4, 0, 7];
             formats::written::run(&[&undamaged_and_writable, &operations[..]].concat());
         }

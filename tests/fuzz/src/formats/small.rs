@@ -144,8 +144,13 @@ struct Builder {
 impl Builder {
     fn new(shape: Shape) -> Self {
         let tables = shape.size().div_ceil(shape.l2_entries() * shape.cluster_len());
-        let mut builder =
-            Builder { shape, bytes: Vec::new(), places: Vec::new(), refcounts: Vec::new(), tables: Vec::new() };
+        let mut builder = Builder {
+            shape,
+            bytes: Vec::new(),
+            places: Vec::new(),
+            refcounts: Vec::new(),
+            tables: Vec::new(),
+        };
         builder.tables.resize(usize::try_from(tables).unwrap(), vec![0; shape.l2_entries() as usize]);
         builder
     }
@@ -368,7 +373,9 @@ impl Builder {
     fn own_entry(&mut self, at: u64) {
         let entry = self.word(at);
         let host = entry & OFFSET_MASK;
-        if entry & COMPRESSED == 0 && host != 0 && self.refcounts[(host / self.shape.cluster_len()) as usize] == 1
+        if entry & COMPRESSED == 0
+            && host != 0
+            && self.refcounts[(host / self.shape.cluster_len()) as usize] == 1
         {
             self.put(at, &(entry | COPIED).to_be_bytes());
         }

@@ -11,7 +11,8 @@ use nbd_img::nbd::errno::NbdError;
 use nbd_img::nbd::export_info::TransmissionFlags;
 use nbd_img::nbd::reply::{self, Place};
 use nbd_img::nbd::request::{
-    Command, DRAIN_MAX_LEN, Disposition, Parsed, REQUEST_HEADER_LEN, Reject, Request, SessionRules, check, parse,
+    Command, DRAIN_MAX_LEN, Disposition, Parsed, REQUEST_HEADER_LEN, Reject, Request, SessionRules, check,
+    parse,
 };
 
 use super::handshake::pieces;
@@ -101,7 +102,8 @@ fn serve(rules: &SessionRules, pieces: &[&[u8]]) -> Outcome {
 }
 
 fn check_fields(request: &Request, header: &[u8]) {
-    let number = |from: usize, to: usize| header[from..to].iter().fold(0, |n, byte| n << 8 | u64::from(*byte));
+    let number =
+        |from: usize, to: usize| header[from..to].iter().fold(0, |n, byte| n << 8 | u64::from(*byte));
     assert_eq!(number(0, 4), 0x2560_9513);
     assert_eq!(u64::from(request.flags.bits()), number(4, 6));
     assert_eq!(request.command, Command::from_wire(number(6, 8) as u16));
@@ -178,7 +180,8 @@ fn refused(rules: &SessionRules, request: &Request) -> Option<Vec<NbdError>> {
         let beyond = if grows { NbdError::Enospc } else { NbdError::Einval };
         unless(end <= u128::from(rules.size), beyond);
         let unit = u128::from(rules.block_min_len);
-        let aligned = u128::from(request.offset) % unit == 0 && (end % unit == 0 || end == u128::from(rules.size));
+        let aligned =
+            u128::from(request.offset) % unit == 0 && (end % unit == 0 || end == u128::from(rules.size));
         unless(aligned, NbdError::Einval);
         let payload = matches!(request.command, Command::Read | Command::Write);
         unless(!payload || request.len <= rules.payload_max_len, NbdError::Einval);
