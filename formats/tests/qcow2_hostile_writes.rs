@@ -41,7 +41,7 @@ fn image(
 }
 
 /// Refcounts of one bit in clusters of 2 MiB count clusters up to 2^65, where offsets end at 2^56: what was behind
-/// the last cluster in use wrapped around, and the first write panicked.
+/// the last cluster in use must not wrap around to the start of the file.
 #[test]
 fn refcounts_of_clusters_that_cannot_be_are_of_no_use() {
     let cluster = 2u64 << 20;
