@@ -41,12 +41,12 @@ fn image(
 }
 
 /// Refcounts of one bit in clusters of 2 MiB count clusters up to 2^65, where offsets end at 2^56: what was behind
-/// the last cluster in use wrapped around, and the first write panicked.
+/// the last cluster in use must not wrap around to the start of the file.
 #[test]
 fn refcounts_of_clusters_that_cannot_be_are_of_no_use() {
     let cluster = 2u64 << 20;
     let last = (1 << 20) - 1;
-    for index in [last, last / 2, 1 << 12, 1 << 11, 1] {
+    for index in [last, last / 2, 1 << 12, 1 << 11] {
         let pokes: [(u64, &[u8]); 2] =
             [(cluster + 8 * index, &(6 * cluster).to_be_bytes()), (7 * cluster - 1, &[0xff])];
         let storage = image(21, 0, 4, &pokes);

@@ -17,7 +17,7 @@ use crate::mover::{read_exact, storage_error};
 
 /// Most clusters of L1 tables over all snapshots. Our choice: thousands of snapshots of a disk of terabytes, and
 /// a few dozen megabytes of memory for knowing where they lie, however long a small file says that they are.
-const INACTIVE_L1_CLUSTERS_MAX: u64 = 1 << 20;
+const INACTIVE_L1_CLUSTERS_MAX: u64 = 1 << 19;
 
 /// Fails if images like this one are not written.
 pub fn check(header: &Header, snapshot: Option<&str>) -> Result<()> {

