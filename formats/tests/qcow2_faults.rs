@@ -189,7 +189,8 @@ impl<'a> Trial<'a> {
     /// Nothing can be written any more, and what was committed can be read.
     fn after_failed(&mut self, driver: &dyn BlockDriver) {
         let fault = self.fault.unwrap();
-        let sync = fault.class == Some(CallClass::Sync);
+        // A write that is to be durable by itself has a sync in it.
+        let sync = fault.class == Some(CallClass::Sync) || self.failed.iter().any(|(step, _)| step.is_fua());
         assert!(sync, "{}: failed for good by something else than a sync", self.name());
         for outcome in [driver.pwrite(0, &[1; 512], Durability::Later), driver.flush()] {
             let error = outcome.err().unwrap_or_else(|| panic!("{}: a failed image is written", self.name()));
