@@ -34,7 +34,7 @@ const CLASSES: [CallClass; 7] = [
 /// The scripts: some of all sequences of up to three operations; each kind alone, twice with a flush
 /// between; some longer ones.
 fn scripts(seed: u64) -> Vec<Vec<Kind>> {
-    let count = std::env::var("NBD_IMG_FAULT_SEQUENCES").map_or(60, |text| text.parse().unwrap());
+    let count = std::env::var("NBD_IMG_FAULT_SEQUENCES").map_or(40, |text| text.parse().unwrap());
     let sequences = steps::sequences();
     // Neighbours are alike, so they are taken with strides; this one has no divisor in common with 1884.
     let chosen = (0..count).map(|number| (seed.wrapping_add(number).wrapping_mul(1009)) as usize);
