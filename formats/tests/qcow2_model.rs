@@ -97,9 +97,9 @@ struct Setting {
 impl Setting {
     fn make(case: &Case, random: &mut Random) -> Setting {
         let size = match case.cluster {
-            ..=1024 => 160 << 10,
-            ..=8192 => 500 << 10,
-            ..=65536 => 1 << 20,
+            0..=1024 => 160 << 10,
+            1025..=8192 => 500 << 10,
+            8193..=65536 => 1 << 20,
             _ => 7 << 20,
         } + 512;
         let (mut chain, mut below): (Vec<Maker>, Vec<u8>) = (Vec::new(), Vec::new());
