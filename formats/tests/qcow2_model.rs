@@ -39,7 +39,7 @@ struct Case {
     snapshot: bool,
     /// On a device of fixed length with stale content.
     device: bool,
-    /// How many of a thousand operations it gets.
+    /// How many of all operations it gets, in relation to the others.
     share: u64,
 }
 
@@ -49,7 +49,7 @@ impl Case {
     }
 }
 
-const CASES: [Case; 22] = [
+const CASES: [Case; 31] = [
     Case::new("refcount_bits=1", 512, 60),
     Case { snapshot: true, ..Case::new("refcount_bits=2", 512, 40) },
     Case { snapshot: true, compressed: true, ..Case::new("refcount_bits=4", 512, 50) },
@@ -72,6 +72,16 @@ const CASES: [Case; 22] = [
     Case { backing: 2, ..Case::new("refcount_bits=1", 65536, 18) },
     Case::new("refcount_bits=16", 2 << 20, 8),
     Case { backing: 1, snapshot: true, ..Case::new("refcount_bits=64", 2 << 20, 4) },
+    // The other cluster lengths.
+    Case { backing: 1, snapshot: true, compressed: true, ..Case::new("refcount_bits=16", 1024, 20) },
+    Case { backing: 2, ..Case::new("refcount_bits=4", 2048, 20) },
+    Case { backing: 3, snapshot: true, ..Case::new("refcount_bits=8", 8192, 15) },
+    Case { snapshot: true, compressed: true, ..Case::new("refcount_bits=32", 16384, 12) },
+    Case { backing: 1, ..Case::new("compat=v2", 32768, 10) },
+    Case { snapshot: true, ..Case::new("refcount_bits=2", 128 << 10, 6) },
+    Case { backing: 1, compressed: true, ..Case::new("refcount_bits=16", 256 << 10, 4) },
+    Case { device: true, ..Case::new("refcount_bits=16", 512 << 10, 4) },
+    Case { backing: 1, snapshot: true, ..Case::new("refcount_bits=16", 1 << 20, 4) },
 ];
 
 /// A case as files: made once, then in memory.
@@ -87,9 +97,9 @@ struct Setting {
 impl Setting {
     fn make(case: &Case, random: &mut Random) -> Setting {
         let size = match case.cluster {
-            512 => 160 << 10,
-            4096 => 500 << 10,
-            65536 => 1 << 20,
+            0..=1024 => 160 << 10,
+            1025..=8192 => 500 << 10,
+            8193..=65536 => 1 << 20,
             _ => 7 << 20,
         } + 512;
         let (mut chain, mut below): (Vec<Maker>, Vec<u8>) = (Vec::new(), Vec::new());

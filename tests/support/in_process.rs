@@ -19,7 +19,7 @@ use nbd_img_formats::storage::{
     Completed, InPlace, MemoryStorage, Operation, OperationKind, Queue, Run, StorageFacts, TryRead,
 };
 use nbd_img_formats::workers::{Job, Lane};
-use nbd_img_formats::{Durability, Error, Format, HostOffset, HostRange, Provision, Storage};
+use nbd_img_formats::{BlockDriver, Durability, Error, Format, HostOffset, HostRange, Provision, Storage};
 
 /// Memory that behaves like a disk: nothing is there at once, and it fails where it is told to.
 pub struct Disk {
@@ -199,7 +199,10 @@ impl InProcess {
     pub fn serve_with(storage: Arc<dyn Storage>, budget_len: usize, times: Times) -> Self {
         let options =
             RawOptions { exact_size: false, discard: true, format: Format::Raw, refuse_magic: None };
-        let driver = RawDriver::open(storage, options).unwrap();
+        Self::serve_driver(RawDriver::open(storage, options).unwrap(), budget_len, times)
+    }
+
+    pub fn serve_driver(driver: Arc<dyn BlockDriver>, budget_len: usize, times: Times) -> Self {
         let export = Export::of_driver(&ExportSpec::default(), driver).unwrap();
         let budget = Budget::new(budget_len);
         let shards = Shards::new(Arc::clone(&export), Arc::clone(&budget), times);
