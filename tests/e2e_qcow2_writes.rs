@@ -9,6 +9,8 @@ mod support;
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use support::client::{Client, Wishes};
 use support::rng::Rng;
@@ -227,7 +229,14 @@ fn trimmed_room_is_given_back() {
         assert_eq!(client.ask(request, &[]).error, 0);
         client.flush();
     }
-    assert!(used() < LEN / 8, "{} bytes on disk after all of it was given back, {full} before", used());
+    // A flush is answered before; the time is for a machine that is busy with other things.
+    let patience = Instant::now() + Duration::from_secs(60);
+    while used() >= LEN / 8 {
+        assert!(Instant::now() < patience, "{} bytes on disk of {full}: nothing is given back", used());
+        thread::sleep(Duration::from_millis(5));
+    }
+    // What was punched is handed out again a moment later; a flush takes longer.
+    client.flush();
     let file_len = || fs::metadata(folder.join("disk")).unwrap().len();
     let before = file_len();
     let data = Rng::fixed(3).bytes(1 << 20);
