@@ -99,7 +99,7 @@ pub(super) struct Answer {
 }
 
 impl Answer {
-    fn new(operation: Operation, queue: &Arc<Queue>) -> Self {
+    pub(super) fn new(operation: Operation, queue: &Arc<Queue>) -> Self {
         let Operation { kind, at, buf, token } = operation;
         Answer { queue: Some(Arc::clone(queue)), kind, at, token, buf, result: None }
     }

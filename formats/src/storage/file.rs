@@ -29,6 +29,10 @@ use crate::storage::Provision;
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicBool, Ordering};
 
+/// Longest read of the page cache that goes by a ring: reading ahead and copying are done in the time of
+/// the ring's thread. Sequential 256 KiB reads of a cold file gave 0.67 x what threads gave.
+const RING_READ_LEN_MAX: usize = 128 << 10;
+
 /// How to open a file.
 #[derive(Clone, Debug)]
 pub struct FileOptions {
@@ -193,7 +197,7 @@ impl FileStorage {
     ) -> io::Result<Option<Taken>> {
         let mut taken = Taken { file: Arc::clone(self), changes: false, held: None };
         match (kind, &self.direct) {
-            (OperationKind::Read, None) => Ok(Some(taken)),
+            (OperationKind::Read, None) => Ok((buf.len() <= RING_READ_LEN_MAX).then_some(taken)),
             (OperationKind::Read, Some(direct)) => Ok(direct.is_aligned(buf, at.0).then_some(taken)),
             // The page cache takes them one after the other, on one thread of the kernel's.
             (OperationKind::Write(_), None) => Ok(None),

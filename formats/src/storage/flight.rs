@@ -99,3 +99,107 @@ impl Flight {
         engine::hand_to_thread(&file, answer);
     }
 }
+
+#[cfg(all(test, not(shuttle)))]
+#[allow(clippy::unwrap_used)] // Helpers of tests are not told apart from a program's code.
+mod tests {
+    use super::*;
+    use crate::address::HostOffset;
+    use crate::storage::queue::{Aio, Operation, Queue};
+    use crate::storage::{FileOptions, FileStorage, IoBuf, LockMode, Storage};
+    use crate::workers::Workers;
+
+    const LEN: usize = 8192;
+
+    struct Rig {
+        file: Arc<FileStorage>,
+        queue: Arc<Queue>,
+        _folder: tempfile::TempDir,
+    }
+
+    fn rig() -> Rig {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        std::fs::write(&path, vec![1; 4 * LEN]).unwrap();
+        let options = FileOptions { writable: true, direct: false, lock: LockMode::Writer };
+        let queue = Arc::new(Queue::new(Arc::new(Workers::new("test")), Aio::Threads).unwrap());
+        Rig { file: FileStorage::open(&path, &options).unwrap(), queue, _folder: folder }
+    }
+
+    impl Rig {
+        fn flight(&self, kind: OperationKind, len: usize) -> Flight {
+            let operation = Operation { kind, at: HostOffset(0), buf: IoBuf::zeroed(len), token: 7 };
+            let answer = Answer::new(operation, &self.queue);
+            let taken = self.file.take_off(kind, &answer.buf, answer.at).unwrap().unwrap();
+            Flight::new(answer, taken)
+        }
+    }
+
+    fn done(step: Step) -> io::Result<usize> {
+        match step {
+            Step::Ended(Outcome::Done(result)) => result,
+            Step::Ended(Outcome::Elsewhere) => panic!("it should be done"),
+            Step::Again => panic!("it should have ended"),
+        }
+    }
+
+    #[test]
+    fn short_reads_go_on_until_the_end() {
+        let rig = rig();
+        let mut flight = rig.flight(OperationKind::Read, LEN);
+        assert!(matches!(flight.advance(100), Step::Again));
+        assert!(flight.entry().is_some());
+        assert_eq!(done(flight.advance(i32::try_from(LEN).unwrap() - 100)).unwrap(), LEN);
+        let mut flight = rig.flight(OperationKind::Read, LEN);
+        assert!(matches!(flight.advance(100), Step::Again));
+        assert_eq!(done(flight.advance(0)).unwrap(), 100);
+        let completed = flight.complete(Ok(100));
+        assert_eq!((completed.token, completed.buf.len(), completed.result.unwrap()), (7, LEN, 100));
+    }
+
+    #[test]
+    fn what_the_kernel_puts_off_is_done_by_threads() {
+        let rig = rig();
+        for errno in [libc::EINTR, libc::EAGAIN, libc::ECANCELED, libc::EOPNOTSUPP, libc::EINVAL] {
+            let mut flight = rig.flight(OperationKind::Read, LEN);
+            assert!(matches!(flight.advance(-errno), Step::Ended(Outcome::Elsewhere)), "{errno}");
+            flight.hand_to_thread();
+            let mut got = Vec::new();
+            while got.is_empty() {
+                rig.queue.drain(&mut got);
+                std::thread::yield_now();
+            }
+            let completed = got.remove(0);
+            assert_eq!(completed.result.unwrap(), LEN);
+            assert!(completed.buf.iter().all(|byte| *byte == 1));
+        }
+        let mut flight = rig.flight(OperationKind::Read, LEN);
+        assert_eq!(done(flight.advance(-libc::EIO)).unwrap_err().raw_os_error(), Some(libc::EIO));
+    }
+
+    #[test]
+    fn a_failed_sync_is_final_on_a_ring_too() {
+        let rig = rig();
+        let mut flight = rig.flight(OperationKind::Sync, 0);
+        let result = done(flight.advance(-libc::EIO));
+        assert!(!rig.file.is_failed());
+        assert_eq!(flight.complete(result).result.unwrap_err().errno(), libc::EIO);
+        assert!(rig.file.is_failed());
+        assert_eq!(rig.file.sync().unwrap_err().raw_os_error(), Some(libc::EIO));
+    }
+
+    #[test]
+    fn an_operation_under_way_keeps_the_lock_beyond_the_close() {
+        let rig = rig();
+        let mut flight = rig.flight(OperationKind::Sync, 0);
+        rig.file.close().unwrap();
+        let options = FileOptions { writable: true, direct: false, lock: LockMode::Writer };
+        assert!(FileStorage::open(&rig.file.facts().path, &options).is_err());
+        assert_eq!(done(flight.advance(0)).unwrap(), 0);
+        drop(flight);
+        let mut got = Vec::new();
+        rig.queue.drain(&mut got);
+        assert_eq!(got.len(), 1, "answered although nobody said how it ended");
+        assert!(got[0].result.is_err());
+    }
+}
