@@ -8,6 +8,7 @@ use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 use nbd_img_formats::Format;
 
 use super::size;
+use super::tls::{TlsArgs, TlsCommand};
 use crate::export::{CacheMode, DetectZeroes};
 use crate::session::POLL_TIME_DEFAULT;
 use crate::transport::Address;
@@ -32,6 +33,9 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Show what an image is: format, sizes, features, backing chain, snapshots, bitmaps
     Info(InfoArgs),
+    /// Make certificates for TLS
+    #[command(subcommand)]
+    Tls(TlsCommand),
 }
 
 /// `nbd-img serve`.
@@ -49,13 +53,17 @@ pub struct ServeArgs {
     ///
     /// The keys are the long names of the flags for one image: read-only, format=F, description=D,
     /// offset=S, size=S, exact-size, cache=M, discard=M, detect-zeroes=M, load-snapshot=S, backing=P,
-    /// allow-dir=P (several times if need be), force-share. A comma inside of a value is written twice.
+    /// allow-dir=P (several times if need be), force-share; and tls-required: only to be had and seen under TLS. A comma inside of a value is written twice.
     #[arg(long = "export", value_name = "SPEC", help_heading = "Several images")]
     pub exports: Vec<OsString>,
 
     /// Where to listen.
     #[command(flatten)]
     pub listen: ListenArgs,
+
+    /// Who has to encrypt.
+    #[command(flatten)]
+    pub tls: TlsArgs,
 
     /// How to start and end.
     #[command(flatten)]
@@ -122,6 +130,10 @@ pub struct ImageArgs {
     /// Read an image that another program writes; what is read may be inconsistent
     #[arg(long)]
     pub force_share: bool,
+
+    /// Only to be had under TLS; a key of `--export`, since `--tls` says it for an only image.
+    #[arg(skip)]
+    pub tls_required: bool,
 }
 
 /// Flags about sockets and clients.
@@ -132,7 +144,7 @@ pub struct ListenArgs {
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
 
-    /// Listen here: HOST:PORT or unix:PATH; IPv6 addresses go in brackets, port 0 is any free one
+    /// Listen here: HOST:PORT, unix:PATH, or nbds:HOST:PORT for TLS from the first byte; IPv6 addresses go in brackets, port 0 is any free one
     /// (repeatable) [default: 127.0.0.1:10809]
     #[arg(long, value_name = "ADDRESS")]
     pub listen: Vec<Address>,

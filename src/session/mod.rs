@@ -6,6 +6,8 @@
 //! | [`shard`] | one thread: its sessions, and the answers on their way to them |
 //! | [`engine`] | one session's life: receive, work, send, park |
 //! | `read`, `sendfile`, `write`, `status`, `calls` | how each command is served; `layout` frames reads |
+//! | `refuse` | requests that are refused |
+//! | `encrypted` | what TLS adds to sending and receiving |
 //! | [`pending`] | requests that wait for the disk |
 //! | [`buffers`], [`budget`] | their memory |
 //! | [`times`] | how long sessions wait for their clients |
@@ -18,12 +20,14 @@
 pub mod budget;
 pub mod buffers;
 mod calls;
+mod encrypted;
 pub mod end;
 pub mod engine;
 mod layout;
 pub mod pending;
 pub mod poll;
 mod read;
+mod refuse;
 mod registration;
 mod sendfile;
 pub mod shard;

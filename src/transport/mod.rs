@@ -9,6 +9,7 @@
 //! | [`listener`] | a listening socket |
 //! | [`registration`] | both under tokio's event loop |
 //! | [`stream`] | one client's connection |
+//! | [`tls`] | the same under TLS |
 //! | [`unix`] | Unix sockets as files: stale ones, live ones, removal |
 //! | [`activation`] | sockets that the starter has opened for us |
 //! | [`uri`] | what a client is told to connect to |
@@ -18,6 +19,7 @@ pub mod address;
 pub mod listener;
 pub mod registration;
 pub mod stream;
+pub mod tls;
 pub mod unix;
 pub mod uri;
 
