@@ -53,7 +53,8 @@ pub struct ServeArgs {
     ///
     /// The keys are the long names of the flags for one image: read-only, format=F, description=D,
     /// offset=S, size=S, exact-size, cache=M, discard=M, detect-zeroes=M, load-snapshot=S, backing=P,
-    /// allow-dir=P (several times if need be), force-share; and tls-required: only to be had and seen under TLS. A comma inside of a value is written twice.
+    /// allow-dir=P (several times if need be), force-share; and tls-required: only to be had and seen
+    /// under TLS. A comma inside of a value is written twice.
     #[arg(long = "export", value_name = "SPEC", help_heading = "Several images")]
     pub exports: Vec<OsString>,
 
