@@ -84,7 +84,12 @@ pub struct TlsInitArgs {
     pub client: String,
 
     /// Days for which the certificates hold
-    #[arg(long, value_name = "COUNT", default_value_t = 3650, value_parser = clap::value_parser!(u32).range(1..=36_500))]
+    #[arg(
+        long,
+        value_name = "COUNT",
+        default_value_t = 3650,
+        value_parser = clap::value_parser!(u32).range(1..=36_500)
+    )]
     pub days: u32,
 }
 

@@ -5,7 +5,8 @@ use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-/// `nbd://HOST:PORT/NAME`, or `nbds://` for a client that has to turn to TLS. An address that stands for all of the machine's is written `localhost`.
+/// `nbd://HOST:PORT/NAME`, or `nbds://` for a client that has to turn to TLS. An address that stands for
+/// all of the machine's is written `localhost`.
 pub fn tcp(address: SocketAddr, export: &str, tls: bool) -> String {
     let host = match address {
         address if address.ip().is_unspecified() => "localhost".to_owned(),
@@ -16,7 +17,8 @@ pub fn tcp(address: SocketAddr, export: &str, tls: bool) -> String {
     format!("{scheme}://{host}:{}/{}", address.port(), encode(export.as_bytes()))
 }
 
-/// `nbd+unix:///NAME?socket=PATH`, or `nbds+unix://`; `path` should be absolute, since the client has another current folder.
+/// `nbd+unix:///NAME?socket=PATH`, or `nbds+unix://`; `path` should be absolute, since the client has
+/// another current folder.
 pub fn unix(path: &Path, export: &str, tls: bool) -> String {
     let scheme = if tls { "nbds" } else { "nbd" };
     format!("{scheme}+unix:///{}?socket={}", encode(export.as_bytes()), encode(path.as_os_str().as_bytes()))
