@@ -59,7 +59,15 @@ fn contradictions_are_usage_errors() {
         (&["serve", "a.img", "--drain-timeout=-1"], &["--drain-timeout"]),
         (&["serve", "a.img", "--force-share"], &["a.img", "--read-only"]),
         (&["serve", "a.img", "--format", "mmap-raw", "--cache", "none"], &["a.img", "--cache writeback"]),
-        (&["serve", "a.img", "--tls-dir", "x"], &["--tls-dir"]),
+        (&["serve", "a.img", "--no-such-flag", "x"], &["--no-such-flag"]),
+        (&["serve", "a.img", "--tls", "required"], &["--tls-dir", "nbd-img tls init"]),
+        (&["serve", "a.img", "--tls-cert", "x"], &["--tls-key"]),
+        (&["serve", "a.img", "--tls-dir", "x", "--tls-ca", "y"], &["--tls-ca"]),
+        (&["serve", "a.img", "--tls-verify-peer", "on", "--tls-cert", "x", "--tls-key", "y"], &["--tls-ca"]),
+        (
+            &["serve", "--tls-dir", "x", "--tls", "off", "--export", "name=a,file=a,tls-required"],
+            &["tls-required"],
+        ),
         (&["info"], &["IMAGE"]),
         (&["mount", "a.img"], &["mount"]),
     ] {

@@ -321,3 +321,63 @@ fn a_draining_server_tells_those_who_negotiate() {
     drop(deaf);
     assert!(server.wait(Duration::from_secs(20)).success());
 }
+
+/// GO without a word about block sizes, as old clients do; then a read and a write by hand.
+struct Unasked(UnixStream);
+
+impl Unasked {
+    fn connect(server: &Server) -> Self {
+        let mut stream = fixed(server);
+        // A name of no bytes and no information requests.
+        assert_eq!(ask(&mut stream, option::GO, &[0; 6]), option_reply::ACK);
+        Self(stream)
+    }
+
+    fn ask(&mut self, request: Request, payload: &[u8], reply_len: usize) -> Vec<u8> {
+        self.0.write_all(&[request.bytes(9), payload.to_vec()].concat()).unwrap();
+        let mut reply = vec![0; 16 + reply_len];
+        self.0.read_exact(&mut reply).unwrap();
+        assert_eq!(reply[4..8], [0; 4], "{request:?}");
+        reply.split_off(16)
+    }
+}
+
+/// The minimum is what the image needs (1, or a block with O_DIRECT on raw), the rules between the sizes hold, and
+/// whoever did not ask is served whatever the alignment.
+#[test]
+fn block_sizes_are_true_and_bind_only_who_asked() {
+    for (format, cache) in [("raw", "writeback"), ("raw", "none"), ("qcow2", "writeback"), ("qcow2", "none")]
+    {
+        let folder = support::scratch("book-blocks");
+        support::tools::qemu_img(folder.path(), &format!("create -q -f {format} disk 1M"));
+        let server =
+            Serve::image(folder.path().join("disk")).format(format).args(&["--cache", cache]).start();
+        let mut asking = Client::unix(server.socket(), "", Wishes::STRUCTURED);
+        let (minimum, preferred, payload) = asking.block_sizes.unwrap();
+        let what = format!("{format} {cache}: {minimum} {preferred} {payload}");
+        assert!(minimum.is_power_of_two() && minimum <= 65_536, "{what}");
+        assert!(preferred.is_power_of_two() && preferred >= minimum.max(512), "{what}");
+        assert!(payload >= preferred.max(1 << 20), "{what}");
+        assert_eq!(minimum > 1, format == "raw" && cache == "none", "{what}");
+        assert_eq!(asking.size % u64::from(minimum), 0, "{what}");
+        let mut shadow = vec![0; 1 << 20];
+        let mut unasked = Unasked::connect(&server);
+        for (at, len) in [(1, 1), (511, 2), (4095, 4098), (70_001, 12_345), ((1 << 20) - 3, 3)] {
+            let data: Vec<u8> = (0..len).map(|i| (i * 7 + at) as u8 | 1).collect();
+            unasked.ask(Request::new(command::WRITE, at as u64, len), &data, 0);
+            shadow[at..at + len].copy_from_slice(&data);
+            assert_same(&what, &unasked.ask(Request::new(command::READ, at as u64, len), &[], len), &data);
+        }
+        unasked.ask(Request::new(command::WRITE_ZEROES, 70_100, 333), &[], 0);
+        shadow[70_100..70_433].fill(0);
+        unasked.ask(Request::new(command::FLUSH, 0, 0), &[], 0);
+        assert_same(&what, &asking.read_all(), &shadow);
+        if minimum > 1 {
+            let odd = asking.ask(Request::new(command::WRITE, 1, 1), &[0xee]);
+            assert_eq!(odd.error, errno::EINVAL, "{what}: who asked keeps to it");
+            assert_same(&what, &asking.read_all(), &shadow);
+        }
+        asking.disconnect();
+        server.stop();
+    }
+}

@@ -24,7 +24,7 @@ fn tls_forgets_what_was_agreed_in_plain_text() {
         MODERN,
         &[option(8, b""), option(10, &meta_data("disk", &["base:allocation"])), option(5, b""), go("disk")],
     );
-    let mut negotiation = Negotiation::new(NegotiationConfig { tls: TlsMode::Optional });
+    let mut negotiation = Negotiation::new(NegotiationConfig { tls: TlsMode::Optional, tls_up: false });
     let mut out = Vec::new();
     negotiation.greeting(&mut out);
     let step = negotiation.step(&input, &exports, &mut out);
@@ -62,4 +62,50 @@ fn required_tls_lets_nothing_but_starttls_and_abort_through() {
     closed(&run);
     let run = run_pieces(TlsMode::Required, &exports, [&client(MODERN, &[option(5, b""), go("disk")])[..]]);
     agreed(&run);
+}
+
+/// An export that is only to be had under TLS, beside one that is not: each option that names it wants TLS first, and
+/// LIST does not show it.
+#[test]
+fn one_export_may_need_tls() {
+    let mut exports = Exports::new();
+    exports.exports[1].tls_required = true;
+    let ask = || [option(6, &info_data("snap", &[])), option(9, &meta_data("snap", &[])), option(3, b"")];
+    let mut input = client(MODERN, &[option(8, b"")]);
+    input.extend(ask().concat());
+    input.extend(option(10, &meta_data("snap", &["base:allocation"])));
+    input.extend(go("snap"));
+    input.extend(option(5, b""));
+    input.extend(ask().concat());
+    input.extend(go("snap"));
+    let run1 = run_pieces(TlsMode::Optional, &exports, [&input[..]]);
+    let seen = kinds(&run1.out);
+    let before = [
+        (8, ACK),
+        (6, TLS_REQD),
+        (9, TLS_REQD),
+        (3, SERVER),
+        (3, ACK),
+        (10, TLS_REQD),
+        (7, TLS_REQD),
+        (5, ACK),
+    ];
+    assert_eq!(seen[..8], before);
+    assert_eq!(seen.iter().filter(|kind| **kind == (3, SERVER)).count(), 1 + 2, "both are listed under TLS");
+    assert_eq!(agreed(&run1).info.name, "snap");
+    let by_name = client(MODERN, &[option(1, b"snap")]);
+    closed(&run_pieces(TlsMode::Optional, &exports, [&by_name[..]]));
+    agreed(&run_pieces(TlsMode::Optional, &exports, [&client(MODERN, &[go("disk")])[..]]));
+}
+
+/// A listener that speaks TLS from the first byte: nothing is left to turn to.
+#[test]
+fn tls_from_the_first_byte_needs_no_starttls() {
+    let exports = Exports::new();
+    let mut negotiation = Negotiation::new(NegotiationConfig { tls: TlsMode::Required, tls_up: true });
+    let mut out = Vec::new();
+    negotiation.greeting(&mut out);
+    let step = negotiation.step(&client(MODERN, &[option(5, b""), go("disk")]), &exports, &mut out);
+    assert!(matches!(step.next, Next::Transmission(_)));
+    assert_eq!(kinds(&out)[0], (5, INVALID));
 }

@@ -9,6 +9,7 @@ use nbd_img_formats::Format;
 use nbd_img_formats::storage::Aio;
 
 use super::size;
+use super::tls::{TlsArgs, TlsCommand};
 use crate::export::{CacheMode, DetectZeroes};
 use crate::session::POLL_TIME_DEFAULT;
 use crate::transport::Address;
@@ -33,6 +34,9 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Show what an image is: format, sizes, features, backing chain, snapshots, bitmaps
     Info(InfoArgs),
+    /// Make certificates for TLS
+    #[command(subcommand)]
+    Tls(TlsCommand),
 }
 
 /// `nbd-img serve`.
@@ -50,13 +54,18 @@ pub struct ServeArgs {
     ///
     /// The keys are the long names of the flags for one image: read-only, format=F, description=D,
     /// offset=S, size=S, exact-size, cache=M, aio=M, discard=M, detect-zeroes=M, load-snapshot=S, backing=P,
-    /// allow-dir=P (several times if need be), force-share. A comma inside of a value is written twice.
+    /// allow-dir=P (several times if need be), force-share; and tls-required: only to be had and seen
+    /// under TLS. A comma inside of a value is written twice.
     #[arg(long = "export", value_name = "SPEC", help_heading = "Several images")]
     pub exports: Vec<OsString>,
 
     /// Where to listen.
     #[command(flatten)]
     pub listen: ListenArgs,
+
+    /// Who has to encrypt.
+    #[command(flatten)]
+    pub tls: TlsArgs,
 
     /// How to start and end.
     #[command(flatten)]
@@ -128,6 +137,10 @@ pub struct ImageArgs {
     /// Read an image that another program writes; what is read may be inconsistent
     #[arg(long)]
     pub force_share: bool,
+
+    /// Only to be had under TLS; a key of `--export`, since `--tls` says it for an only image.
+    #[arg(skip)]
+    pub tls_required: bool,
 }
 
 /// Flags about sockets and clients.
@@ -138,7 +151,7 @@ pub struct ListenArgs {
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
 
-    /// Listen here: HOST:PORT or unix:PATH; IPv6 addresses go in brackets, port 0 is any free one
+    /// Listen here: HOST:PORT, unix:PATH, or nbds:HOST:PORT for TLS from the first byte; IPv6 addresses go in brackets, port 0 is any free one
     /// (repeatable) [default: 127.0.0.1:10809]
     #[arg(long, value_name = "ADDRESS")]
     pub listen: Vec<Address>,

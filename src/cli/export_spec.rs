@@ -20,7 +20,7 @@ pub struct ParsedExport {
 
 /// The keys, for error texts.
 const KEYS: &str = "name, file, read-only, format, description, offset, size, exact-size, cache, aio, \
-                    discard, detect-zeroes, load-snapshot, backing, allow-dir, force-share";
+                    discard, detect-zeroes, load-snapshot, backing, allow-dir, force-share, tls-required";
 
 /// Parses the argument of one `--export`.
 pub fn parse(text: &OsStr) -> Result<ParsedExport, String> {
@@ -73,6 +73,7 @@ fn set(image: &mut ImageArgs, key: &[u8], value: Option<&OsStr>) -> Result<(), S
         b"read-only" => image.read_only = switch(key, value)?,
         b"exact-size" => image.exact_size = switch(key, value)?,
         b"force-share" => image.force_share = switch(key, value)?,
+        b"tls-required" => image.tls_required = switch(key, value)?,
         b"format" => image.format = Some(one_of(key, value)?),
         b"cache" => image.cache = Some(one_of(key, value)?),
         b"aio" => image.aio = Some(one_of(key, value)?),

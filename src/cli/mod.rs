@@ -10,6 +10,8 @@ mod info;
 mod logging;
 mod options;
 mod size;
+mod tls;
+mod tls_init;
 
 use std::fmt;
 use std::io::{self, Write};
@@ -52,6 +54,10 @@ fn run_command(args: args::Args) -> Result<ExitStatus, Error> {
             info::run(&options::info(info).map_err(Error::Usage)?)?;
             Ok(ExitStatus::Success)
         }
+        args::Command::Tls(tls::TlsCommand::Init(init)) => {
+            tls_init::run(&init).map_err(Error::Certificates)?;
+            Ok(ExitStatus::Success)
+        }
     }
 }
 
@@ -71,6 +77,8 @@ enum Error {
     Image(nbd_img_formats::Error),
     /// The server cannot start or go on.
     Server(server::Error),
+    /// The certificates cannot be made; the text says why.
+    Certificates(String),
     /// The answer cannot be written.
     Output(io::Error),
 }
@@ -79,7 +87,9 @@ impl Error {
     fn status(&self) -> ExitStatus {
         match self {
             Error::Usage(_) => ExitStatus::Usage,
-            Error::Image(_) | Error::Server(_) | Error::Output(_) => ExitStatus::Failed,
+            Error::Image(_) | Error::Server(_) | Error::Certificates(_) | Error::Output(_) => {
+                ExitStatus::Failed
+            }
         }
     }
 }
@@ -87,7 +97,7 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::Usage(text) => f.write_str(text),
+            Error::Usage(text) | Error::Certificates(text) => f.write_str(text),
             Error::Image(error) => error.fmt(f),
             Error::Server(error) => error.fmt(f),
             Error::Output(error) => write!(f, "cannot write the answer: {error}"),

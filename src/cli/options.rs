@@ -7,7 +7,7 @@ use nbd_img_formats::Format;
 use nbd_img_formats::open::{Backing, OpenOptions};
 
 use super::args::{DiscardArg, ImageArgs, InfoArgs, ListenArgs, ServeArgs};
-use super::export_spec;
+use super::{export_spec, tls};
 use crate::export::ExportSpec;
 use crate::server::ServeOptions;
 use crate::session::Times;
@@ -27,11 +27,13 @@ pub struct InfoOptions {
 }
 
 /// Checks the arguments of `nbd-img serve`.
-pub fn serve(args: ServeArgs) -> Result<ServeOptions, String> {
+pub fn serve(mut args: ServeArgs) -> Result<ServeOptions, String> {
     let listen_is_given = args.listen.socket.is_some() || !args.listen.listen.is_empty();
-    Ok(ServeOptions {
+    let tls_args = std::mem::take(&mut args.tls);
+    let options = ServeOptions {
         addresses: addresses(&args.listen),
         listen_is_given,
+        tls: None,
         allow_plaintext: args.listen.allow_plaintext,
         max_connections: args.listen.max_connections,
         handshake_timeout: args.listen.handshake_timeout,
@@ -41,7 +43,9 @@ pub fn serve(args: ServeArgs) -> Result<ServeOptions, String> {
         ready_fd: args.life.ready_fd,
         drain_timeout: args.life.drain_timeout,
         exports: exports(args)?,
-    })
+    };
+    let exports_need_it = options.exports.iter().any(|export| export.tls_required);
+    Ok(ServeOptions { tls: tls::options(tls_args, exports_need_it)?, ..options })
 }
 
 /// Checks the arguments of `nbd-img info`.
@@ -158,6 +162,7 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
         read_only: image.read_only || image.load_snapshot.is_some(),
         offset: image.offset.unwrap_or(0),
         size: image.size,
+        tls_required: image.tls_required,
         cache,
         aio: image.aio.map(Into::into).unwrap_or_default(),
         detect_zeroes: image.detect_zeroes.map(Into::into).unwrap_or_default(),
@@ -248,7 +253,7 @@ mod tests {
     fn a_socket_replaces_the_default_address() {
         let options =
             options(&["a.img", "--socket", "s", "--listen", "unix:s", "--listen", "[::1]:0"]).unwrap();
-        let tcp = Address::Tcp { host: "::1".into(), port: 0 };
+        let tcp = Address::Tcp { host: "::1".into(), port: 0, tls_first: false };
         assert_eq!(options.addresses, [Address::Unix("s".into()), tcp]);
     }
 

@@ -33,6 +33,7 @@ pub struct Export {
     offset: u64,
     size: u64,
     read_only: bool,
+    tls_required: bool,
     write_through: bool,
     detect_zeroes: DetectZeroes,
     aio: Aio,
@@ -74,6 +75,7 @@ impl Export {
             offset,
             size,
             read_only: spec.read_only,
+            tls_required: spec.tls_required,
             write_through: spec.cache.is_write_through(),
             detect_zeroes: spec.detect_zeroes,
             aio: spec.aio,
@@ -110,6 +112,11 @@ impl Export {
     /// Whether writes are refused.
     pub fn read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// Whether it is only to be had, and seen, under TLS.
+    pub fn tls_required(&self) -> bool {
+        self.tls_required
     }
 
     /// How writes look for zeroes.
@@ -169,6 +176,7 @@ impl Export {
             block_preferred_len: facts.block_preferred_len,
             payload_max_len: PAYLOAD_LEN_MAX,
             contexts: vec![wire::BASE_ALLOCATION.to_owned(), wire::ALLOCATION_DEPTH.to_owned()],
+            tls_required: self.tls_required,
         }
     }
 }

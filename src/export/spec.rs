@@ -60,6 +60,8 @@ pub struct ExportSpec {
     pub path: PathBuf,
     /// Refuse writes, down to how the files are opened.
     pub read_only: bool,
+    /// Only to be had, and seen, under TLS.
+    pub tls_required: bool,
     /// Where in the disk the export begins, in bytes.
     pub offset: u64,
     /// Its size in bytes; `None` is up to the end of the disk.

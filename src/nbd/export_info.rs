@@ -56,6 +56,8 @@ pub struct ExportInfo {
     pub payload_max_len: u32,
     /// Names of the metadata contexts that the export can tell, e.g. [`wire::BASE_ALLOCATION`]; no name twice.
     pub contexts: Vec<String>,
+    /// Only to be had, and seen, under TLS.
+    pub tls_required: bool,
 }
 
 impl ExportInfo {
@@ -84,6 +86,8 @@ pub struct ExportSummary {
     pub name: String,
     /// Text for people, or empty.
     pub description: String,
+    /// Only to be seen under TLS.
+    pub tls_required: bool,
 }
 
 /// Why a client does not get an export.
@@ -95,6 +99,8 @@ pub enum Refusal {
     Policy(String),
     /// The server, or this export, is going down.
     Shutdown,
+    /// It is only to be had under TLS.
+    TlsRequired,
 }
 
 /// The server's exports, seen from one connection. Called from within [`super::negotiate::Negotiation::step`], so

@@ -45,6 +45,8 @@ pub enum TlsMode {
 pub struct NegotiationConfig {
     /// Fixed for the connection.
     pub tls: TlsMode,
+    /// The connection began with TLS.
+    pub tls_up: bool,
 }
 
 /// A metadata context that the client selected.
@@ -170,7 +172,7 @@ impl Negotiation {
     pub fn new(config: NegotiationConfig) -> Self {
         let state = State {
             tls: config.tls,
-            tls_up: false,
+            tls_up: config.tls_up,
             fixed_newstyle: false,
             no_zeroes: false,
             form: ReplyForm::Simple,

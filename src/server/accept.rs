@@ -33,7 +33,7 @@ pub fn prepare(listener: Listener, server: Arc<Server>) -> io::Result<impl Futur
             match listener.async_io(Interest::READABLE, Listener::accept).await {
                 Ok((stream, peer)) => {
                     pause = PAUSE_FIRST;
-                    start(&server, stream, peer);
+                    start(&server, stream, peer, listener.get_ref().is_tls_first());
                     burst += 1;
                     if burst == BURST {
                         burst = 0;
@@ -54,10 +54,10 @@ pub fn prepare(listener: Listener, server: Arc<Server>) -> io::Result<impl Futur
     })
 }
 
-fn start(server: &Arc<Server>, stream: Stream, peer: String) {
+fn start(server: &Arc<Server>, stream: Stream, peer: String, tls_first: bool) {
     let handshake = server.clients.begin_handshake();
     let id = handshake.id();
-    let negotiation = negotiate::run(Arc::clone(server), stream, peer, handshake);
+    let negotiation = negotiate::run(Arc::clone(server), stream, peer, tls_first, handshake);
     // It cannot have ended before it is registered: it runs on this thread.
     server.clients.register_handshake(id, tokio::spawn(negotiation).abort_handle());
 }

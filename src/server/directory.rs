@@ -63,6 +63,7 @@ impl ExportDirectory for Directory<'_> {
         let summary = |export: &Arc<Export>| ExportSummary {
             name: export.name().to_owned(),
             description: export.description().to_owned(),
+            tls_required: export.tls_required(),
         };
         self.exports.served.iter().map(|(export, _)| summary(export)).collect()
     }

@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use super::Outcome;
 use super::clients::Clients;
 use super::rare::Rare;
+use super::tls::Tls;
 use crate::session::Shards;
 
 /// The part of the drain time that sessions get, in quarters; the rest is for flushing. Our choice: a
@@ -24,6 +25,7 @@ pub struct Signals {
     interrupt: Signal,
     hang_up: Signal,
     hang_ups: Rare,
+    tls: Option<Arc<Tls>>,
 }
 
 /// Why the server ends.
@@ -55,7 +57,13 @@ impl Signals {
             interrupt: signal(SignalKind::interrupt())?,
             hang_up: signal(SignalKind::hangup())?,
             hang_ups: Rare::default(),
+            tls: None,
         })
+    }
+
+    /// From now on SIGHUP has these certificates read again.
+    pub fn reload_on_hang_up(&mut self, tls: Arc<Tls>) {
+        self.tls = Some(tls);
     }
 
     /// Waits for a signal that asks for the end.
@@ -65,7 +73,9 @@ impl Signals {
                 _ = self.terminate.recv() => return Reason::Terminate,
                 _ = self.interrupt.recv() => return Reason::Interrupt,
                 _ = self.hang_up.recv() => {
-                    if let Some(count) = self.hang_ups.note(std::time::Instant::now()) {
+                    if let Some(tls) = &self.tls {
+                        tls.reload();
+                    } else if let Some(count) = self.hang_ups.note(std::time::Instant::now()) {
                         tracing::info!(count, "SIGHUP ignored: there is nothing to reload");
                     }
                 }

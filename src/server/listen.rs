@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 
 use super::Error;
 use super::options::ServeOptions;
+use crate::nbd::negotiate::TlsMode;
 use crate::transport::address::{is_local, resolve};
 use crate::transport::{Address, Listener, unix};
 
@@ -26,7 +27,14 @@ pub fn all(options: &ServeOptions, inherited: Vec<Listener>) -> Result<Vec<Liste
                 let listener = unix::listen(path).and_then(|(socket, file)| Listener::unix(socket, file));
                 listeners.push(listener.map_err(|error| Error::Listen(format!("{address}: {error}")))?);
             }
-            Address::Tcp { host, port } => listen_tcp(options, address, host, *port, &mut listeners)?,
+            Address::Tcp { host, port, tls_first } => {
+                if *tls_first && options.tls.is_none() {
+                    return Err(Error::Listen(format!(
+                        "{address}: TLS needs certificates: add --tls-dir FOLDER"
+                    )));
+                }
+                listen_tcp(options, address, host, (*port, *tls_first), &mut listeners)?;
+            }
         }
     }
     Ok(listeners)
@@ -37,22 +45,24 @@ fn listen_tcp(
     options: &ServeOptions,
     address: &Address,
     host: &str,
-    port: u16,
+    (port, tls_first): (u16, bool),
     listeners: &mut Vec<Listener>,
 ) -> Result<(), Error> {
     let fail = |text: String| Error::Listen(format!("{address}: {text}"));
     let resolved = resolve(host, port).map_err(|error| fail(error.to_string()))?;
+    let required = options.tls.as_ref().is_some_and(|tls| tls.mode == TlsMode::Required);
+    let encrypted = tls_first || required;
     let mut bound = 0_usize;
     let mut unavailable = None;
     for socket_address in resolved {
-        if !options.allow_plaintext && !is_local(socket_address.ip()) {
+        if !encrypted && !options.allow_plaintext && !is_local(socket_address.ip()) {
             return Err(fail(
-                "other machines can connect there, and nothing is encrypted; add --allow-plaintext if that is \
-                 meant, or listen on 127.0.0.1 or on a Unix socket"
+                "other machines can connect there, and need not encrypt; add --tls-dir FOLDER for TLS, or \
+                 --allow-plaintext if that is meant, or listen on 127.0.0.1 or on a Unix socket"
                     .to_owned(),
             ));
         }
-        match Listener::tcp(socket_address) {
+        match Listener::tcp(socket_address, tls_first) {
             Ok(listener) => {
                 listeners.push(listener);
                 bound += 1;

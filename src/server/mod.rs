@@ -14,6 +14,7 @@
 //! | `clients` | who is connected, and how many may be |
 //! | `ready` | telling the starter that the server listens |
 //! | `end` | signals, draining, flushing, closing |
+//! | [`tls`] | certificates: read, and read again |
 //! | `rare` | log lines that others can cause as often as they like |
 
 mod accept;
@@ -26,6 +27,7 @@ mod negotiate;
 pub mod options;
 mod rare;
 mod ready;
+pub mod tls;
 
 use std::fmt;
 use std::io;
@@ -37,11 +39,13 @@ use tokio::runtime;
 use tokio::task::JoinSet;
 
 use crate::export::Export;
+use crate::nbd::negotiate::TlsMode;
 use crate::session::{BUDGET_LEN_DEFAULT, Budget, Shards};
 use crate::transport::Listener;
 
 use self::clients::Clients;
 use self::directory::Exports;
+use self::tls::Tls;
 
 pub use self::options::{Inherited, ServeOptions};
 
@@ -65,6 +69,8 @@ pub enum Error {
     Listen(String),
     /// What the starter passed down cannot be used.
     Inherited(String),
+    /// The certificates cannot be used.
+    Tls(tls::TlsError),
     /// The pid file cannot be written.
     PidFile(PathBuf, io::Error),
     /// The system refuses what every server needs.
@@ -76,6 +82,7 @@ impl fmt::Display for Error {
         match self {
             Error::Image(error) => error.fmt(f),
             Error::Listen(text) | Error::Inherited(text) => f.write_str(text),
+            Error::Tls(error) => error.fmt(f),
             Error::PidFile(path, error) => {
                 write!(f, "--pid-file {}: {error}", path.to_string_lossy().escape_debug())
             }
@@ -90,6 +97,7 @@ impl std::error::Error for Error {}
 /// returns; images that could not be closed in time are left to their threads, and the process should
 /// exit.
 pub fn run(options: ServeOptions, inherited: Inherited) -> Result<Outcome, Error> {
+    let tls = options.tls.clone().map(Tls::load).transpose().map_err(Error::Tls)?;
     let handshakes_max = limits::raise(options.max_connections, options.exports.len());
     let exports =
         options.exports.iter().map(Export::open).collect::<Result<Vec<_>, _>>().map_err(Error::Image)?;
@@ -100,7 +108,11 @@ pub fn run(options: ServeOptions, inherited: Inherited) -> Result<Outcome, Error
         .build()
         .map_err(|error| Error::System("cannot start the control runtime", error))?;
     let announcement = ready::Announcement {
-        uris: ready::uris(&listeners, &exports),
+        uris: ready::uris(
+            &listeners,
+            &exports,
+            tls.as_ref().is_some_and(|tls| tls.mode() == TlsMode::Required),
+        ),
         // The starter of a captive server has its own use for stdout, and knows where it listens.
         print: !captive,
         ready_fd: inherited.ready_fd,
@@ -114,6 +126,7 @@ pub fn run(options: ServeOptions, inherited: Inherited) -> Result<Outcome, Error
     let server = Arc::new(Server {
         exports: Exports::new(served.collect(), Arc::clone(&clients)),
         clients,
+        tls,
         handshake_timeout: options.handshake_timeout,
         handshake_budget: Budget::new(negotiate::INPUT_BUDGET_LEN),
     });
@@ -124,6 +137,7 @@ pub fn run(options: ServeOptions, inherited: Inherited) -> Result<Outcome, Error
 struct Server {
     exports: Exports,
     clients: Arc<Clients>,
+    tls: Option<Arc<Tls>>,
     handshake_timeout: Duration,
     handshake_budget: Arc<Budget>,
 }
@@ -137,6 +151,10 @@ async fn serve(
     let system = |error| Error::System("cannot watch for signals", error);
     // Before the starter is told: it may send one at once.
     let mut signals = end::Signals::watch().map_err(system)?;
+    if let Some(tls) = &server.tls {
+        signals.reload_on_hang_up(Arc::clone(tls));
+        tokio::spawn(Arc::clone(tls).keep_up());
+    }
     let mut accepting = JoinSet::new();
     for listener in listeners {
         tracing::info!(%listener, "listening");

@@ -1,7 +1,7 @@
 //! One connection from its greeting until a shard has it: the sockets' side of [`crate::nbd::negotiate`].
 
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io;
 use std::sync::Arc;
 
 use tokio::io::Interest;
@@ -10,11 +10,14 @@ use tokio::time::timeout;
 
 use super::Server;
 use super::clients::{Handshake, Permit};
-use crate::nbd::negotiate::{Agreed, CloseReason, INPUT_MAX_LEN, Negotiation, NegotiationConfig, Next};
+use crate::nbd::negotiate::{
+    Agreed, CloseReason, INPUT_MAX_LEN, Negotiation, NegotiationConfig, Next, TlsMode,
+};
 use crate::session::budget::Lease;
 use crate::session::{Budget, Connection};
 use crate::transport::Stream;
 use crate::transport::registration::watch_stream;
+use crate::transport::tls::TlsStream;
 
 /// What a connection may receive at a time without asking for more room: several ordinary options. Our
 /// choice.
@@ -25,13 +28,14 @@ pub const INPUT_BUDGET_LEN: usize = 16 << 20;
 
 /// Negotiates with `peer` and hands the connection to the export that it chose, or closes it. Logs what
 /// came of it. Dropping the future closes the connection.
-pub async fn run(server: Arc<Server>, stream: Stream, peer: String, handshake: Handshake) {
-    let agreement = match timeout(server.handshake_timeout, negotiate(&server, stream, &peer)).await {
-        Ok(Ok(agreement)) => agreement,
-        Ok(Err(End::Full)) => return server.clients.note_refused(&peer),
-        Ok(Err(end)) => return server.clients.note_no_export(&peer, &end.to_string()),
-        Err(_) => return server.clients.note_no_export(&peer, "took longer than --handshake-timeout"),
-    };
+pub async fn run(server: Arc<Server>, stream: Stream, peer: String, tls_first: bool, handshake: Handshake) {
+    let agreement =
+        match timeout(server.handshake_timeout, negotiate(&server, stream, &peer, tls_first)).await {
+            Ok(Ok(agreement)) => agreement,
+            Ok(Err(End::Full)) => return server.clients.note_refused(&peer),
+            Ok(Err(end)) => return server.clients.note_no_export(&peer, &end.to_string()),
+            Err(_) => return server.clients.note_no_export(&peer, "took longer than --handshake-timeout"),
+        };
     drop(handshake);
     let Some(shards) = server.exports.shards_of(&agreement.agreed.info.name) else {
         return tracing::error!(peer, "negotiated for an export that does not exist");
@@ -66,8 +70,8 @@ enum End {
     Full,
     /// Too many long options at a time.
     NoRoom,
-    /// STARTTLS was acknowledged, which this server does not offer.
-    Tls,
+    /// The TLS handshake failed.
+    Tls(io::Error),
 }
 
 impl fmt::Display for End {
@@ -78,7 +82,10 @@ impl fmt::Display for End {
             End::Closed(reason) => reason.fmt(f),
             End::Full => f.write_str("all slots are taken"),
             End::NoRoom => f.write_str("too many long options at a time"),
-            End::Tls => f.write_str("asked for TLS"),
+            End::Tls(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                f.write_str("hung up in the TLS handshake")
+            }
+            End::Tls(error) => write!(f, "the TLS handshake failed: {error}"),
         }
     }
 }
@@ -89,10 +96,14 @@ impl From<io::Error> for End {
     }
 }
 
-async fn negotiate(server: &Server, stream: Stream, peer: &str) -> Result<Agreement, End> {
-    let stream = watch_stream(stream)?;
+async fn negotiate(server: &Server, stream: Stream, peer: &str, tls_first: bool) -> Result<Agreement, End> {
+    let mut stream = watch_stream(stream)?;
     let exports = server.exports.seen_by(peer);
-    let mut negotiation = Negotiation::new(NegotiationConfig::default());
+    let mode = server.tls.as_ref().map_or(TlsMode::Off, |tls| tls.mode());
+    if tls_first {
+        stream = turn_to_tls(server, stream, Vec::new(), peer).await?;
+    }
+    let mut negotiation = Negotiation::new(NegotiationConfig { tls: mode, tls_up: tls_first });
     let mut output = Vec::new();
     let mut input = Input::new(&server.handshake_budget);
     negotiation.greeting(&mut output);
@@ -110,68 +121,117 @@ async fn negotiate(server: &Server, stream: Stream, peer: &str) -> Result<Agreem
                 // Before the client is told that it has the export.
                 let permit = server.clients.admit(peer, &agreed.info.name).ok_or(End::Full)?;
                 send(&stream, &mut output).await?;
-                return Ok(Agreement {
-                    stream: stream.into_inner(),
-                    agreed,
-                    leftover: input.into_bytes(),
-                    permit,
-                });
+                let stream = stream.into_inner();
+                let mut leftover = input.into_bytes();
+                if let Some(tls) = stream.tls() {
+                    // The next event loop can only see what is still in the socket.
+                    leftover.extend(tls.drain()?);
+                }
+                return Ok(Agreement { stream, agreed, leftover, permit });
             }
             Next::Close { reason } => {
                 send(&stream, &mut output).await?;
+                if let Some(tls) = stream.get_ref().tls() {
+                    tls.say_goodbye();
+                }
                 return Err(End::Closed(reason));
             }
-            Next::StartTls => return Err(End::Tls),
+            Next::StartTls => {
+                send(&stream, &mut output).await?;
+                // Plain text behind STARTTLS is the handshake's, which will not take it for one.
+                let received =
+                    std::mem::replace(&mut input, Input::new(&server.handshake_budget)).into_bytes();
+                stream = turn_to_tls(server, stream, received, peer).await?;
+                negotiation.tls_established();
+            }
         }
     }
+}
+
+/// Does the server's side of the TLS handshake, of which `received` are the first bytes.
+async fn turn_to_tls(
+    server: &Server,
+    stream: AsyncFd<Stream>,
+    received: Vec<u8>,
+    peer: &str,
+) -> Result<AsyncFd<Stream>, End> {
+    let config =
+        server.tls.as_ref().ok_or_else(|| End::Tls(io::Error::other("TLS is not configured")))?.config();
+    let tls = TlsStream::new(stream.into_inner(), config, received).map_err(End::Tls)?;
+    let stream = watch_stream(Stream::Tls(Box::new(tls)))?;
+    loop {
+        let tls = stream.get_ref().tls().ok_or(End::Tls(io::ErrorKind::NotConnected.into()))?;
+        if tls.wants_send() {
+            stream.async_io(Interest::WRITABLE, |_| tls.push_out()).await.map_err(End::Tls)?;
+        }
+        if !tls.is_handshaking() {
+            break;
+        }
+        // What came with STARTTLS is there before the socket has anything.
+        match tls.advance_handshake() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                stream.async_io(Interest::READABLE, |_| tls.advance_handshake()).await.map_err(End::Tls)?;
+            }
+            advanced => advanced.map_err(End::Tls)?,
+        }
+    }
+    tracing::debug!(peer, version = stream.get_ref().tls().and_then(TlsStream::version), "TLS is up");
+    Ok(stream)
 }
 
 /// Sends all of `output` and empties it.
 async fn send(stream: &AsyncFd<Stream>, output: &mut Vec<u8>) -> io::Result<()> {
     let mut rest = output.as_slice();
     while !rest.is_empty() {
-        let sent = stream.async_io(Interest::WRITABLE, |mut stream| stream.write(rest)).await?;
+        let sent = stream.async_io(Interest::WRITABLE, |stream| stream.send(rest, false)).await?;
         rest = rest.get(sent..).unwrap_or_default();
     }
     output.clear();
+    if let Some(tls) = stream.get_ref().tls() {
+        while tls.wants_send() {
+            stream.async_io(Interest::WRITABLE, |_| tls.push_out()).await?;
+        }
+    }
     Ok(())
 }
 
 /// What was received and not consumed.
 struct Input<'a> {
     budget: &'a Arc<Budget>,
-    buffer: Vec<u8>,
-    len: usize,
+    bytes: Vec<u8>,
     /// For what the buffer holds beyond its floor.
     lease: Option<Lease>,
 }
 
 impl<'a> Input<'a> {
     fn new(budget: &'a Arc<Budget>) -> Self {
-        Input { budget, buffer: vec![0; INPUT_FLOOR_LEN], len: 0, lease: None }
+        Input { budget, bytes: Vec::with_capacity(INPUT_FLOOR_LEN), lease: None }
     }
 
     fn bytes(&self) -> &[u8] {
-        self.buffer.get(..self.len).unwrap_or_default()
+        &self.bytes
     }
 
     fn consume(&mut self, consumed: usize) {
-        let consumed = consumed.min(self.len);
-        self.buffer.copy_within(consumed..self.len, 0);
-        self.len -= consumed;
+        self.bytes.drain(..consumed.min(self.bytes.len()));
     }
 
     /// Waits for more bytes and appends some; the end of the stream is an error.
     async fn receive(&mut self, stream: &AsyncFd<Stream>) -> Result<(), End> {
-        if self.len == self.buffer.len() {
+        if self.bytes.len() == self.bytes.capacity() {
             self.grow()?;
         }
-        let room = self.buffer.get_mut(self.len..).unwrap_or_default();
-        let received = stream.async_io(Interest::READABLE, |mut stream| stream.read(room)).await?;
+        let bytes = &mut self.bytes;
+        // What TLS has decrypted already does not make the socket readable.
+        let received = match stream.get_ref().receive(bytes) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                stream.async_io(Interest::READABLE, |stream| stream.receive(bytes)).await?
+            }
+            received => received?,
+        };
         if received == 0 {
             return Err(End::Lost(io::ErrorKind::UnexpectedEof.into()));
         }
-        self.len += received;
         Ok(())
     }
 
@@ -181,13 +241,12 @@ impl<'a> Input<'a> {
             return Err(End::NoRoom);
         }
         self.lease = Some(self.budget.try_lease(INPUT_MAX_LEN).ok_or(End::NoRoom)?);
-        self.buffer.resize(INPUT_MAX_LEN, 0);
+        self.bytes.reserve_exact(INPUT_MAX_LEN - self.bytes.len());
         Ok(())
     }
 
     fn into_bytes(mut self) -> Vec<u8> {
-        self.buffer.truncate(self.len);
-        self.buffer.shrink_to_fit();
-        self.buffer
+        self.bytes.shrink_to_fit();
+        self.bytes
     }
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::Error;
+use super::tls::TlsOptions;
 use crate::export::ExportSpec;
 use crate::session::Times;
 use crate::transport::{Address, Listener, activation};
@@ -18,6 +19,8 @@ pub struct ServeOptions {
     pub addresses: Vec<Address>,
     /// Whether the operator asked for `addresses` rather than leaving them to the default.
     pub listen_is_given: bool,
+    /// TLS, if it is configured.
+    pub tls: Option<TlsOptions>,
     /// Whether other machines may connect although nothing is encrypted.
     pub allow_plaintext: bool,
     /// Most clients that have an export at a time.

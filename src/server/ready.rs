@@ -48,11 +48,14 @@ impl Announcement {
     }
 }
 
-/// The URIs of all exports at all listeners that have one.
-pub fn uris(listeners: &[Listener], exports: &[Arc<Export>]) -> Vec<String> {
+/// The URIs of all exports at all listeners that have one; `tls_required` is whether none is to be had without.
+pub fn uris(listeners: &[Listener], exports: &[Arc<Export>], tls_required: bool) -> Vec<String> {
+    let uri = |listener: &Listener, export: &Export| {
+        listener.uri(export.name(), tls_required || export.tls_required())
+    };
     listeners
         .iter()
-        .flat_map(|listener| exports.iter().filter_map(|export| listener.uri(export.name())))
+        .flat_map(|listener| exports.iter().filter_map(move |export| uri(listener, export)))
         .collect()
 }
 

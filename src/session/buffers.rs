@@ -5,13 +5,10 @@
 //! pages. They parse nothing.
 
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use rustix::buffer::spare_capacity;
-use rustix::net::{RecvFlags, SendFlags, recv, send};
-
 use super::budget::{Budget, FLOOR_LEN, Lease};
+use crate::transport::Stream;
 
 /// First size of the receive buffer: holds some 2,000 read requests or a full 32 KiB write with more
 /// behind it. Our choice.
@@ -77,7 +74,7 @@ impl InBuf {
     }
 
     /// Receives what the socket holds, once. `Ok(0)` is the end of the stream.
-    pub fn receive(&mut self, socket: impl AsFd) -> io::Result<usize> {
+    pub fn receive(&mut self, socket: &Stream) -> io::Result<usize> {
         if self.bytes.capacity() - self.bytes.len() < IN_LEN_START / 4 {
             self.move_to_front();
             if self.bytes.capacity() - self.bytes.len() < IN_LEN_START / 4 {
@@ -89,7 +86,7 @@ impl InBuf {
             // A read of no bytes would look like the end of the stream.
             return Err(io::Error::other("the receive buffer is full of an unfinished request"));
         }
-        let (got, _) = recv(socket, spare_capacity(&mut self.bytes), RecvFlags::empty())?;
+        let got = socket.receive(&mut self.bytes)?;
         if got == room && self.bytes.capacity() < IN_LEN_MAX {
             // The socket held more than fits: the session is busy enough for a larger buffer.
             self.grow((self.bytes.capacity() * 4).min(IN_LEN_MAX));
@@ -215,12 +212,11 @@ impl OutBuf {
 
     /// Sends as much as the socket takes, once; returns whether all of it is gone. With `more` the
     /// network may wait for what is sent next.
-    pub fn send(&mut self, socket: impl AsFd, more: bool) -> io::Result<bool> {
-        let flags = if more { SendFlags::NOSIGNAL | SendFlags::MORE } else { SendFlags::NOSIGNAL };
+    pub fn send(&mut self, socket: &Stream, more: bool) -> io::Result<bool> {
         if let Some(bytes) = self.memory.get(self.sent..self.used)
             && !bytes.is_empty()
         {
-            self.sent += send(socket, bytes, flags)?;
+            self.sent += socket.send(bytes, more)?;
         }
         if self.sent < self.used {
             return Ok(false);
@@ -266,6 +262,7 @@ mod tests {
     fn received_bytes_come_out_in_order_whatever_the_pieces() {
         let (mut here, there) = UnixStream::pair().unwrap();
         there.set_nonblocking(true).unwrap();
+        let there = Stream::Unix(there);
         let mut buf = InBuf::new(Budget::new(64 << 20), b"left".to_vec());
         let mut expected = b"left".to_vec();
         let mut got = Vec::new();
@@ -295,6 +292,7 @@ mod tests {
     #[test]
     fn out_buffer_sends_exactly_what_was_pushed() {
         let (mut here, there) = UnixStream::pair().unwrap();
+        let there = Stream::Unix(there);
         let mut out = OutBuf::new(Budget::new(64 << 20));
         assert!(out.make_room_for(10));
         assert!(out.put(b"abc"));

@@ -17,15 +17,14 @@ use super::end::End;
 use super::linger::Linger;
 use super::pending::{PENDING_MAX, Pending, Work};
 use super::poll::Poller;
+use super::refuse::{Refused, shutdown};
 use super::shard::{SessionCell, Shard};
 use super::shards::Connection;
 use crate::export::PAYLOAD_LEN_MAX;
 use crate::nbd::errno::NbdError;
 use crate::nbd::negotiate::AgreedContext;
 use crate::nbd::reply::{self, ReplyTo};
-use crate::nbd::request::{
-    Command, DRAIN_MAX_LEN, Disposition, Parsed, Reject, Request, SessionRules, check, parse,
-};
+use crate::nbd::request::{Command, Parsed, Request, SessionRules, check, parse};
 use crate::transport::Stream;
 use crate::transport::registration::watch_stream;
 
@@ -78,13 +77,6 @@ pub struct Session {
     last_call: bool,
 }
 
-/// A refused request whose payload is being read off.
-pub(super) struct Refused {
-    request: Request,
-    reject: Reject,
-    left: usize,
-}
-
 impl Session {
     /// Serves the connection until it ends.
     pub async fn serve(shard: Rc<Shard>, connection: Connection) {
@@ -124,6 +116,9 @@ impl Session {
         let end = session.run().await;
         session.cell.gone.set(true);
         session.cell.ready.borrow_mut().clear();
+        if let Some(tls) = session.socket.get_ref().tls() {
+            tls.say_goodbye();
+        }
         end.log(session.shard.export.name(), &peer);
         drop(session);
         drop(permit);
@@ -264,33 +259,6 @@ impl Session {
         Ok(true)
     }
 
-    fn refuse(&mut self, request: Request, reject: Reject) -> Result<(), End> {
-        let left = match reject.payload {
-            Disposition::Nothing => 0,
-            Disposition::Drain { len } => len as usize,
-            Disposition::HangUp => return Err(End::Oversize),
-        };
-        self.input.consume(self.rules.form.request_header_len());
-        self.refused = Some(Refused { request, reject, left });
-        Ok(())
-    }
-
-    /// Throws the payload of a refused request away and then answers it. Returns whether that is done.
-    async fn read_off_refused(&mut self) -> Result<bool, End> {
-        let Some(refused) = &mut self.refused else { return Ok(true) };
-        let len = refused.left.min(self.input.len());
-        self.input.consume(len);
-        refused.left -= len;
-        if refused.left > 0 {
-            return Ok(false);
-        }
-        let (request, reject) = (refused.request, refused.reject);
-        self.refused = None;
-        tracing::debug!(?request, text = reject.text, "request refused");
-        self.reply_failure(&request, reject.errno, reject.text).await?;
-        Ok(true)
-    }
-
     /// Writes the replies of all requests that have ended.
     pub(super) async fn answer_ready(&mut self) -> Result<(), End> {
         loop {
@@ -384,7 +352,7 @@ impl Session {
                 Err(error) => return Err(End::Socket(error)),
             }
         }
-        Ok(())
+        self.send_encrypted().await
     }
 
     /// Waits until the socket takes more. A client may stand still for as long as it likes (a stopped
@@ -401,6 +369,9 @@ impl Session {
 
     /// Receives once; 0 means that nothing is there now.
     pub(super) fn receive(&mut self) -> Result<usize, End> {
+        if let Some(received) = self.receive_decrypted() {
+            return received;
+        }
         loop {
             let input = &mut self.input;
             match self.socket.try_io(Interest::READABLE, |socket| input.receive(socket)) {
@@ -437,14 +408,4 @@ impl Session {
         }
         self.answer_ready().await
     }
-}
-
-/// The answer to what comes while the server waits for the last requests before it ends.
-fn shutdown(request: &Request) -> Reject {
-    let payload = match request.payload_len {
-        0 => Disposition::Nothing,
-        len if len <= DRAIN_MAX_LEN => Disposition::Drain { len },
-        _ => Disposition::HangUp,
-    };
-    Reject { errno: NbdError::Eshutdown, text: "the server is going down", payload }
 }

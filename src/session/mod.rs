@@ -6,6 +6,8 @@
 //! | [`shard`] | one thread: its sessions, and the answers on their way to them |
 //! | [`engine`], `park` | one session's life: receive, work, send, park |
 //! | `read`, `sendfile`, `write`, `status`, `calls` | how each command is served; `layout` frames reads |
+//! | `refuse` | requests that are refused |
+//! | `encrypted` | what TLS adds to sending and receiving |
 //! | [`pending`] | requests that wait for the disk |
 //! | `submit` | handing their operations to storages in batches |
 //! | [`buffers`], [`budget`] | their memory |
@@ -20,6 +22,7 @@
 pub mod budget;
 pub mod buffers;
 mod calls;
+mod encrypted;
 pub mod end;
 pub mod engine;
 mod layout;
@@ -28,6 +31,7 @@ mod park;
 pub mod pending;
 pub mod poll;
 mod read;
+mod refuse;
 mod registration;
 mod sendfile;
 pub mod shard;

@@ -31,6 +31,10 @@ impl Session {
         if runs.first().is_none_or(|run| run.len < SEND_LEN_MIN) || !driver.facts().sendable {
             return false;
         }
+        if self.socket.get_ref().tls().is_some() {
+            // What goes out has to be encrypted here.
+            return false;
+        }
         self.read_plan.pieces.iter().zip(runs).all(|(piece, run)| match piece.place {
             Place::Zero { .. } => run.is_hole(framing),
             Place::Slow(_) => false,

@@ -20,13 +20,15 @@ pub enum Address {
         host: String,
         /// The port, or 0.
         port: u16,
+        /// Whether connections begin with TLS instead of turning to it.
+        tls_first: bool,
     },
 }
 
 impl Address {
     /// Where the server listens when nothing is said: the default port on loopback.
     pub fn default_tcp() -> Address {
-        Address::Tcp { host: "127.0.0.1".to_owned(), port: DEFAULT_PORT }
+        Address::Tcp { host: "127.0.0.1".to_owned(), port: DEFAULT_PORT, tls_first: false }
     }
 }
 
@@ -56,8 +58,14 @@ impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Address::Unix(path) => write!(f, "unix:{}", path.to_string_lossy().escape_debug()),
-            Address::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
-            Address::Tcp { host, port } => write!(f, "tcp:{}:{port}", host.escape_debug()),
+            Address::Tcp { host, port, tls_first } => {
+                let scheme = if *tls_first { "nbds" } else { "tcp" };
+                if host.contains(':') {
+                    write!(f, "{scheme}:[{host}]:{port}")
+                } else {
+                    write!(f, "{scheme}:{}:{port}", host.escape_debug())
+                }
+            }
         }
     }
 }
@@ -81,7 +89,10 @@ impl FromStr for Address {
         if let Some(path) = text.strip_prefix("unix:") {
             return parse_unix(path);
         }
-        parse_tcp(text.strip_prefix("tcp:").unwrap_or(text))
+        if let Some(address) = text.strip_prefix("nbds:") {
+            return parse_tcp(address, true);
+        }
+        parse_tcp(text.strip_prefix("tcp:").unwrap_or(text), false)
     }
 }
 
@@ -92,7 +103,7 @@ fn parse_unix(path: &str) -> Result<Address, ParseAddressError> {
     Ok(Address::Unix(PathBuf::from(path)))
 }
 
-fn parse_tcp(text: &str) -> Result<Address, ParseAddressError> {
+fn parse_tcp(text: &str, tls_first: bool) -> Result<Address, ParseAddressError> {
     let (host, port) = split_port(text)?;
     if host.is_empty() {
         return Err(ParseAddressError(format!(
@@ -102,7 +113,7 @@ fn parse_tcp(text: &str) -> Result<Address, ParseAddressError> {
     let port = port.parse::<u16>().map_err(|_| {
         ParseAddressError(format!("{port:?} is not a port (0 to 65535; 0 takes any free one)"))
     })?;
-    Ok(Address::Tcp { host: host.to_owned(), port })
+    Ok(Address::Tcp { host: host.to_owned(), port, tls_first })
 }
 
 /// Splits `[v6]:port` or `host:port`.
@@ -133,7 +144,7 @@ mod tests {
     use super::*;
 
     fn tcp(host: &str, port: u16) -> Address {
-        Address::Tcp { host: host.to_owned(), port }
+        Address::Tcp { host: host.to_owned(), port, tls_first: false }
     }
 
     #[test]
@@ -153,7 +164,13 @@ mod tests {
 
     #[test]
     fn display_can_be_parsed_again() {
-        for text in ["tcp:127.0.0.1:10809", "tcp:[::1]:0", "unix:/run/nbd.sock"] {
+        for text in [
+            "tcp:127.0.0.1:10809",
+            "tcp:[::1]:0",
+            "nbds:localhost:10809",
+            "nbds:[::1]:1",
+            "unix:/run/nbd.sock",
+        ] {
             assert_eq!(text.parse::<Address>().unwrap().to_string(), text);
         }
     }

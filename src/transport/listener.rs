@@ -36,13 +36,15 @@ pub enum Listener {
         socket: TcpListener,
         /// The address it listens on, with the real port.
         address: SocketAddr,
+        /// Whether its connections begin with TLS.
+        tls_first: bool,
     },
 }
 
 impl Listener {
     /// Listens on `address`; port 0 takes any free one. An IPv6 address serves IPv6 only, so that
     /// `0.0.0.0` and `[::]` can be listened on together.
-    pub fn tcp(address: SocketAddr) -> io::Result<Listener> {
+    pub fn tcp(address: SocketAddr, tls_first: bool) -> io::Result<Listener> {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
         if address.is_ipv6() {
             socket.set_only_v6(true)?;
@@ -50,7 +52,7 @@ impl Listener {
         socket.set_reuse_address(true)?;
         socket.bind(&address.into())?;
         socket.listen(BACKLOG)?;
-        Listener::from_tcp(socket.into())
+        Listener::from_tcp(socket.into(), tls_first)
     }
 
     /// Listens at the path of `file`, which has been bound and listens already.
@@ -72,16 +74,16 @@ impl Listener {
             let path = socket.local_addr()?.as_pathname().map(std::path::absolute).transpose()?;
             Ok(Listener::Unix { socket, file: None, path })
         } else if domain == AddressFamily::INET || domain == AddressFamily::INET6 {
-            Listener::from_tcp(fd.into())
+            Listener::from_tcp(fd.into(), false)
         } else {
             Err(io::Error::new(io::ErrorKind::Unsupported, "neither a Unix nor a TCP socket"))
         }
     }
 
-    fn from_tcp(socket: TcpListener) -> io::Result<Listener> {
+    fn from_tcp(socket: TcpListener, tls_first: bool) -> io::Result<Listener> {
         socket.set_nonblocking(true)?;
         let address = socket.local_addr()?;
-        Ok(Listener::Tcp { socket, address })
+        Ok(Listener::Tcp { socket, address, tls_first })
     }
 
     /// Accepts a connection, or fails with `WouldBlock` when none waits. Gives the stream, ready to be
@@ -103,11 +105,21 @@ impl Listener {
         }
     }
 
-    /// The URI of `export` here; absent for a Unix socket without a path.
-    pub fn uri(&self, export: &str) -> Option<String> {
+    /// The URI of `export` here, for a client that has to turn to TLS or not. Absent for a Unix socket without a
+    /// path, and where TLS comes first: URIs know only TLS that is asked for.
+    pub fn uri(&self, export: &str, tls: bool) -> Option<String> {
         match self {
-            Listener::Unix { path, .. } => path.as_deref().map(|path| uri::unix(path, export)),
-            Listener::Tcp { address, .. } => Some(uri::tcp(*address, export)),
+            Listener::Unix { path, .. } => path.as_deref().map(|path| uri::unix(path, export, tls)),
+            Listener::Tcp { tls_first: true, .. } => None,
+            Listener::Tcp { address, tls_first: false, .. } => Some(uri::tcp(*address, export, tls)),
+        }
+    }
+
+    /// Whether its connections begin with TLS.
+    pub fn is_tls_first(&self) -> bool {
+        match self {
+            Listener::Unix { .. } => false,
+            Listener::Tcp { tls_first, .. } => *tls_first,
         }
     }
 }
@@ -134,7 +146,9 @@ impl fmt::Display for Listener {
                 write!(f, "unix:{}", path.to_string_lossy().escape_debug())
             }
             Listener::Unix { path: None, .. } => f.write_str("an unnamed Unix socket"),
-            Listener::Tcp { address, .. } => write!(f, "tcp:{address}"),
+            Listener::Tcp { address, tls_first, .. } => {
+                write!(f, "{}:{address}", if *tls_first { "nbds" } else { "tcp" })
+            }
         }
     }
 }

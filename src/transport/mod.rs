@@ -10,6 +10,7 @@
 //! | [`registration`] | both under tokio's event loop |
 //! | [`stream`] | one client's connection |
 //! | [`unread`] | how far a client has come with what was sent to it |
+//! | [`tls`] | the same under TLS |
 //! | [`unix`] | Unix sockets as files: stale ones, live ones, removal |
 //! | [`activation`] | sockets that the starter has opened for us |
 //! | [`uri`] | what a client is told to connect to |
@@ -19,6 +20,7 @@ pub mod address;
 pub mod listener;
 pub mod registration;
 pub mod stream;
+pub mod tls;
 pub mod unix;
 pub mod unread;
 pub mod uri;

@@ -5,19 +5,23 @@ use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-/// `nbd://HOST:PORT/NAME`. An address that stands for all of the machine's is written `localhost`.
-pub fn tcp(address: SocketAddr, export: &str) -> String {
+/// `nbd://HOST:PORT/NAME`, or `nbds://` for a client that has to turn to TLS. An address that stands for
+/// all of the machine's is written `localhost`.
+pub fn tcp(address: SocketAddr, export: &str, tls: bool) -> String {
     let host = match address {
         address if address.ip().is_unspecified() => "localhost".to_owned(),
         SocketAddr::V4(v4) => v4.ip().to_string(),
         SocketAddr::V6(v6) => format!("[{}]", v6.ip()),
     };
-    format!("nbd://{host}:{}/{}", address.port(), encode(export.as_bytes()))
+    let scheme = if tls { "nbds" } else { "nbd" };
+    format!("{scheme}://{host}:{}/{}", address.port(), encode(export.as_bytes()))
 }
 
-/// `nbd+unix:///NAME?socket=PATH`; `path` should be absolute, since the client has another current folder.
-pub fn unix(path: &Path, export: &str) -> String {
-    format!("nbd+unix:///{}?socket={}", encode(export.as_bytes()), encode(path.as_os_str().as_bytes()))
+/// `nbd+unix:///NAME?socket=PATH`, or `nbds+unix://`; `path` should be absolute, since the client has
+/// another current folder.
+pub fn unix(path: &Path, export: &str, tls: bool) -> String {
+    let scheme = if tls { "nbds" } else { "nbd" };
+    format!("{scheme}+unix:///{}?socket={}", encode(export.as_bytes()), encode(path.as_os_str().as_bytes()))
 }
 
 /// Percent-encodes everything but RFC 3986's unreserved characters and `/`, which both places allow.
@@ -50,7 +54,9 @@ mod tests {
             ("0.0.0.0:7", "x/y", "nbd://localhost:7/x/y"),
             ("[::]:7", "\u{e9}", "nbd://localhost:7/%C3%A9"),
         ] {
-            assert_eq!(tcp(address.parse().unwrap(), name), want);
+            assert_eq!(tcp(address.parse().unwrap(), name, false), want);
+            let secure = tcp(address.parse().unwrap(), name, true);
+            assert_eq!(secure.strip_prefix("nbds"), want.strip_prefix("nbd"));
         }
     }
 
@@ -60,7 +66,9 @@ mod tests {
             ("/run/nbd.sock", "", "nbd+unix:///?socket=/run/nbd.sock"),
             ("/tmp/a b&c", "disk", "nbd+unix:///disk?socket=/tmp/a%20b%26c"),
         ] {
-            assert_eq!(unix(Path::new(path), name), want);
+            assert_eq!(unix(Path::new(path), name, false), want);
+            let secure = unix(Path::new(path), name, true);
+            assert_eq!(secure.strip_prefix("nbds"), want.strip_prefix("nbd"));
         }
     }
 }

@@ -58,13 +58,17 @@ pub fn export(name: &str, size: u64) -> ExportInfo {
         block_preferred_len: 4096,
         payload_max_len: 32 << 20,
         contexts: vec!["base:allocation".into()],
+        tls_required: false,
     }
 }
 
 impl ExportDirectory for Exports {
     fn list(&self) -> Vec<ExportSummary> {
-        let summary =
-            |e: &ExportInfo| ExportSummary { name: e.name.clone(), description: e.description.clone() };
+        let summary = |e: &ExportInfo| ExportSummary {
+            name: e.name.clone(),
+            description: e.description.clone(),
+            tls_required: e.tls_required,
+        };
         self.exports.iter().map(summary).collect()
     }
 
@@ -140,7 +144,7 @@ pub struct Run {
 
 /// Feeds `pieces` as they would come from a socket; TLS, when it is agreed, is up at once.
 pub fn run_pieces<'a>(tls: TlsMode, exports: &Exports, pieces: impl IntoIterator<Item = &'a [u8]>) -> Run {
-    let mut negotiation = Negotiation::new(NegotiationConfig { tls });
+    let mut negotiation = Negotiation::new(NegotiationConfig { tls, tls_up: false });
     let mut out = Vec::new();
     negotiation.greeting(&mut out);
     let mut held = Vec::new();

@@ -200,6 +200,11 @@ impl Client {
         read_greeting(&mut stream);
         let flags = u32::from(wire::FLAG_FIXED_NEWSTYLE | wire::FLAG_NO_ZEROES);
         stream.write_all(&flags.to_be_bytes()).unwrap();
+        Self::ask_for(stream, export, wishes)
+    }
+
+    /// Goes on behind the client flags, as on a connection that has turned to TLS.
+    pub fn ask_for(stream: Box<dyn Transport>, export: &str, wishes: Wishes) -> Self {
         let mut client = Self {
             stream,
             structured: wishes.structured || wishes.extended,

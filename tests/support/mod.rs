@@ -2,6 +2,7 @@
 //! an NBD client of our own that may misbehave, and random numbers with a printed seed. Nothing in here knows the code
 //! of nbd-img: it is seen from outside, as its users see it.
 
+pub mod certificates;
 pub mod client;
 pub mod fuse;
 pub mod images;
@@ -13,6 +14,7 @@ pub mod qcow2;
 pub mod qmp;
 pub mod rng;
 pub mod server;
+pub mod tls;
 pub mod tools;
 pub mod wire;
 pub mod writers;

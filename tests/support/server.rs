@@ -342,7 +342,7 @@ impl Server {
                 return Err(Refusal { status, stderr: self.stderr() });
             }
             let ready = match self.peer {
-                Peer::NbdImg => self.stdout().lines().any(|line| line.contains("nbd+unix:")),
+                Peer::NbdImg => self.stdout().lines().any(|line| line.contains("+unix:")),
                 Peer::QemuNbd => UnixStream::connect(&self.socket).is_ok(),
             };
             if ready {

@@ -15,7 +15,7 @@ pub(super) fn answer(state: &State, data: &[u8], context: &mut Context<'_>) -> O
         let text = "extended headers were agreed, and only GO starts them".to_owned();
         return Outcome::Close(CloseReason::ExportNameRefused(text));
     }
-    let info = match context.exports.find(name) {
+    let info = match context.find(state, name) {
         Ok(info) => info,
         Err(refusal) => {
             return Outcome::Close(CloseReason::ExportNameRefused(refusal_text(name, &refusal)));

@@ -27,7 +27,7 @@ pub(super) fn answer_go(state: &State, data: &[u8], context: &mut Context<'_>) -
 fn tell(state: &State, data: &[u8], context: &mut Context<'_>) -> Result<Box<Agreed>, Outcome> {
     let question = Question::parse(data).map_err(|text| context.invalid(text))?;
     let info =
-        context.exports.find(question.name).map_err(|refusal| context.refused(question.name, &refusal))?;
+        context.find(state, question.name).map_err(|refusal| context.refused(question.name, &refusal))?;
     let agreed = state.agree(question.name, info, question.block_size_asked);
     let info = &agreed.info;
     tell_export(info, context);

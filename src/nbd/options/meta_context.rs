@@ -5,12 +5,12 @@ use crate::nbd::negotiate::{AgreedContext, Selection, State};
 use crate::nbd::wire;
 
 /// LIST: a query that ends with a colon stands for all names that start so; no query stands for all.
-pub(super) fn answer_list(data: &[u8], context: &mut Context<'_>) -> Outcome {
+pub(super) fn answer_list(state: &State, data: &[u8], context: &mut Context<'_>) -> Outcome {
     let question = match Question::parse(data) {
         Ok(question) => question,
         Err(text) => return context.invalid(text),
     };
-    let info = match context.exports.find(question.export) {
+    let info = match context.find(state, question.export) {
         Ok(info) => info,
         Err(refusal) => return context.refused(question.export, &refusal),
     };
@@ -35,7 +35,7 @@ pub(super) fn answer_set(state: &mut State, data: &[u8], context: &mut Context<'
         Ok(question) => question,
         Err(text) => return context.invalid(text),
     };
-    let info = match context.exports.find(question.export) {
+    let info = match context.find(state, question.export) {
         Ok(info) => info,
         Err(refusal) => return context.refused(question.export, &refusal),
     };

@@ -15,7 +15,7 @@ mod structured_reply;
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
-use super::export_info::{ExportDirectory, Refusal};
+use super::export_info::{ExportDirectory, ExportInfo, Refusal};
 use super::negotiate::{Agreed, CloseReason, State, TlsMode};
 use super::text::{protocol_text, quoted};
 use super::wire;
@@ -37,12 +37,12 @@ pub(super) fn answer(state: &mut State, data: &[u8], context: &mut Context<'_>) 
     match context.option {
         wire::OPT_EXPORT_NAME => export_name::answer(state, data, context),
         wire::OPT_ABORT => abort::answer(context),
-        wire::OPT_LIST => list::answer(data, context),
+        wire::OPT_LIST => list::answer(state, data, context),
         wire::OPT_STARTTLS => starttls::answer(state, data, context),
         wire::OPT_INFO => info_go::answer_info(state, data, context),
         wire::OPT_GO => info_go::answer_go(state, data, context),
         wire::OPT_STRUCTURED_REPLY => structured_reply::answer(state, data, context),
-        wire::OPT_LIST_META_CONTEXT => meta_context::answer_list(data, context),
+        wire::OPT_LIST_META_CONTEXT => meta_context::answer_list(state, data, context),
         wire::OPT_SET_META_CONTEXT => meta_context::answer_set(state, data, context),
         wire::OPT_EXTENDED_HEADERS => extended_headers::answer(state, data, context),
         unknown => {
@@ -84,6 +84,12 @@ impl<'a> Context<'a> {
         Self { option, exports, out }
     }
 
+    /// The export of this name, if this connection may have it.
+    fn find(&self, state: &State, name: &str) -> Result<ExportInfo, Refusal> {
+        let info = self.exports.find(name)?;
+        if info.tls_required && !state.tls_up { Err(Refusal::TlsRequired) } else { Ok(info) }
+    }
+
     /// Appends a reply whose data is these parts, one behind the other.
     fn reply(&mut self, reply_type: u32, parts: &[&[u8]]) {
         let data_len: usize = parts.iter().map(|part| part.len()).sum();
@@ -119,6 +125,7 @@ impl<'a> Context<'a> {
             Refusal::Unknown => wire::REP_ERR_UNKNOWN,
             Refusal::Policy(_) => wire::REP_ERR_POLICY,
             Refusal::Shutdown => wire::REP_ERR_SHUTDOWN,
+            Refusal::TlsRequired => wire::REP_ERR_TLS_REQD,
         };
         self.error(reply_type, &refusal_text(export, refusal))
     }
@@ -130,6 +137,7 @@ fn refusal_text(export: &str, refusal: &Refusal) -> String {
         Refusal::Unknown => format!("this server has no export {}", quoted(export)),
         Refusal::Policy(text) => text.clone(),
         Refusal::Shutdown => SHUTDOWN_TEXT.to_owned(),
+        Refusal::TlsRequired => format!("the export {} is only to be had under TLS", quoted(export)),
     }
 }
 

@@ -1,0 +1,505 @@
+//! TLS on a running server: who is let in and who is not, what survives STARTTLS (nothing), certificates that change,
+//! and the clients of others: libnbd, QEMU, OpenSSL.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[allow(dead_code)]
+mod support;
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use rustls::version::{TLS12, TLS13};
+use support::assert_same;
+use support::certificates::{Authority, CLIENT, SERVER, Says, Usage, client_folder, server_folder};
+use support::client::{Client, Request, Wishes, go_data, greet, option_bytes, read_option_reply};
+use support::rng::Rng;
+use support::server::{Serve, Server};
+use support::tls;
+use support::tools::{run, tool};
+use support::wire::{command, option, option_reply};
+
+const DISK_LEN: usize = 16 << 20;
+
+struct Rig {
+    folder: tempfile::TempDir,
+    authority: Authority,
+    content: Vec<u8>,
+}
+
+impl Rig {
+    /// A disk, a CA, and the folders `server` and `client`.
+    fn new(test: &str) -> Self {
+        let folder = support::scratch(test);
+        let authority = Authority::new("the CA of the tests");
+        let content = Rng::fixed(31).bytes(DISK_LEN);
+        fs::write(folder.path().join("disk"), &content).unwrap();
+        server_folder(&folder.path().join("server"), &authority, SERVER);
+        client_folder(&folder.path().join("client"), &authority, CLIENT, &authority.cert);
+        Self { folder, authority, content }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn serve(&self, args: &[&str]) -> Server {
+        let folder = self.path("server");
+        let all = [&["--tls-dir", folder.to_str().unwrap()], args].concat();
+        Serve::image(self.path("disk")).format("raw").args(&all).start()
+    }
+
+    /// A client's folder with a certificate like this.
+    fn client(&self, name: &str, authority: &Authority, says: Says) -> PathBuf {
+        let folder = self.path(name);
+        client_folder(&folder, authority, says, &self.authority.cert);
+        folder
+    }
+}
+
+#[test]
+fn reads_and_writes_under_both_versions() {
+    let rig = Rig::new("tls-versions");
+    let server = rig.serve(&[]);
+    let mut shadow = rig.content.clone();
+    let mut rng = Rng::new("tls-versions");
+    for version in [&TLS12, &TLS13] {
+        for wishes in [Wishes::SIMPLE, Wishes::ALLOCATION, Wishes::EXTENDED] {
+            let mut client = tls::client(server.socket(), &rig.path("client"), &[version], wishes);
+            assert_same("the disk", &client.read_all(), &shadow);
+            for _ in 0..20 {
+                let len = usize::try_from(rng.in_range(1..5000) * 512).unwrap();
+                let at = usize::try_from(rng.below((DISK_LEN - len) as u64 / 512)).unwrap() * 512;
+                let data = rng.bytes(len);
+                client.write(at as u64, &data);
+                shadow[at..at + len].copy_from_slice(&data);
+                assert_same("what was written", &client.read(at as u64, len), &data);
+            }
+            // Many requests at once, whose replies are more than any buffer on the way holds.
+            for at in 0..12 {
+                client.send(Request::new(command::READ, at << 20, 4 << 20), &[]).unwrap();
+            }
+            while client.in_flight() > 0 {
+                assert_eq!(client.reply().unwrap().error, 0);
+            }
+            assert_same("the disk", &client.read_all(), &shadow);
+            client.flush();
+            client.disconnect();
+        }
+    }
+    server.stop();
+    assert_same("the file", &fs::read(rig.path("disk")).unwrap(), &shadow);
+}
+
+#[test]
+fn only_clients_with_a_good_certificate_are_let_in() {
+    let rig = Rig::new("tls-clients");
+    let stranger = Authority::new("another CA");
+    let revoked = Says { serial: 77, ..CLIENT };
+    fs::write(rig.path("server/ca-crl.pem"), rig.authority.revoke(&[77], 30)).unwrap();
+    let server = rig.serve(&[]);
+    let good = rig.path("client");
+    assert_eq!(tls::try_options(server.socket(), &good).unwrap(), option_reply::ACK);
+    let nobody = rig.path("nobody");
+    fs::create_dir(&nobody).unwrap();
+    fs::write(nobody.join("ca-cert.pem"), &rig.authority.cert).unwrap();
+    let bad = [
+        ("of another CA", rig.client("stranger", &stranger, CLIENT), "UnknownIssuer"),
+        ("expired", rig.client("expired", &rig.authority, Says { ends_in_days: -1, ..CLIENT }), "expired"),
+        ("revoked", rig.client("revoked", &rig.authority, revoked), "Revoked"),
+        (
+            "a server's",
+            rig.client("usage", &rig.authority, Says { usage: Usage::Server, ..CLIENT }),
+            "extended key usage",
+        ),
+        ("none", nobody, "no certificates"),
+    ];
+    for (what, folder, _) in &bad {
+        let error = tls::try_options(server.socket(), folder).unwrap_err();
+        assert!(!error.to_string().is_empty(), "{what}");
+    }
+    assert_eq!(tls::try_options(server.socket(), &good).unwrap(), option_reply::ACK);
+    server.stop();
+    let mut server = rig.serve(&["-v"]);
+    for (what, folder, why) in &bad {
+        tls::try_options(server.socket(), folder).unwrap_err();
+        let begin = Instant::now();
+        while !server.stderr().contains(why) {
+            assert!(begin.elapsed() < Duration::from_secs(10), "{what}: {why} is not in {}", server.stderr());
+            sleep(Duration::from_millis(20));
+        }
+    }
+    server.assert_alive();
+    server.stop();
+}
+
+#[test]
+fn a_server_without_client_ca_asks_for_no_certificate() {
+    let rig = Rig::new("tls-any");
+    fs::remove_file(rig.path("client/client-cert.pem")).unwrap();
+    let (cert, key) = (rig.path("server/server-cert.pem"), rig.path("server/server-key.pem"));
+    let pair = ["--tls-cert", cert.to_str().unwrap(), "--tls-key", key.to_str().unwrap()];
+    let alone = Serve::image(rig.path("disk")).format("raw").args(&pair).start();
+    assert_eq!(tls::try_options(alone.socket(), &rig.path("client")).unwrap(), option_reply::ACK);
+    alone.stop();
+    let unasked = rig.serve(&["--tls-verify-peer", "off"]);
+    assert_eq!(tls::try_options(unasked.socket(), &rig.path("client")).unwrap(), option_reply::ACK);
+    unasked.stop();
+}
+
+/// What the last option was answered with.
+fn ask(stream: &mut (impl Read + Write), option: u32, data: &[u8]) -> u32 {
+    stream.write_all(&option_bytes(option, data)).unwrap();
+    stream.flush().unwrap();
+    loop {
+        let (kind, _) = read_option_reply(stream, option).unwrap();
+        if !matches!(kind, option_reply::SERVER | option_reply::INFO | option_reply::META_CONTEXT) {
+            return kind;
+        }
+    }
+}
+
+#[test]
+fn required_optional_and_per_export() {
+    let rig = Rig::new("tls-modes");
+    let plain = |server: &Server| {
+        let mut stream = greet(server.socket());
+        stream.write_all(&3_u32.to_be_bytes()).unwrap();
+        stream
+    };
+    let server = rig.serve(&[]);
+    let mut stream = plain(&server);
+    for option in [option::LIST, option::GO, option::STRUCTURED_REPLY, 99] {
+        assert_eq!(ask(&mut stream, option, &go_data("")), option_reply::ERR_TLS_REQD);
+    }
+    assert_eq!(ask(&mut stream, option::ABORT, &[]), option_reply::ACK);
+    assert!(server.stdout().contains("nbds+unix://"), "{}", server.stdout());
+    server.stop();
+
+    let server = rig.serve(&["--tls", "optional"]);
+    Client::unix(server.socket(), "", Wishes::STRUCTURED).disconnect();
+    tls::client(server.socket(), &rig.path("client"), rustls::ALL_VERSIONS, Wishes::STRUCTURED).disconnect();
+    assert!(server.stdout().contains("nbd+unix://"), "{}", server.stdout());
+    server.stop();
+
+    fs::write(rig.path("other"), &rig.content[..4096]).unwrap();
+    let secret = format!("name=secret,file={},format=raw,tls-required", rig.path("other").display());
+    let args = ["--tls", "optional", "--export", &secret, "--tls-dir"];
+    let folder = rig.path("server");
+    let mut open = Command::new(env!("CARGO_BIN_EXE_nbd-img"));
+    let socket = rig.path("s");
+    open.args(["serve", "--socket", socket.to_str().unwrap()]).args(args).arg(&folder);
+    open.arg("--export").arg(format!("name=open,file={},format=raw", rig.path("disk").display()));
+    let mut open = open.stdout(Stdio::piped()).spawn().unwrap();
+    open.stdout.as_mut().unwrap().read_exact(&mut [0; 1]).unwrap();
+    let mut stream = greet(&socket);
+    stream.write_all(&3_u32.to_be_bytes()).unwrap();
+    assert_eq!(ask(&mut stream, option::INFO, &go_data("secret")), option_reply::ERR_TLS_REQD);
+    assert_eq!(ask(&mut stream, option::INFO, &go_data("open")), option_reply::ACK);
+    stream.write_all(&option_bytes(option::LIST, &[])).unwrap();
+    let listed = read_option_reply(&mut stream, option::LIST).unwrap();
+    assert_eq!((listed.0, &listed.1[4..]), (option_reply::SERVER, &b"open"[..]));
+    assert_eq!(read_option_reply(&mut stream, option::LIST).unwrap().0, option_reply::ACK);
+    let config = tls::config(&rig.path("client"), rustls::ALL_VERSIONS);
+    let mut stream = tls::handshake(tls::starttls(&socket), config).unwrap();
+    assert_eq!(ask(&mut stream, option::GO, &go_data("secret")), option_reply::ACK);
+    open.kill().unwrap();
+    open.wait().unwrap();
+}
+
+/// CVE-2021-3716: a man in the middle puts options behind the client's STARTTLS.
+#[test]
+fn plain_text_behind_starttls_ends_the_connection() {
+    let rig = Rig::new("tls-inject");
+    let mut server = rig.serve(&["--tls", "optional"]);
+    let injected =
+        [option_bytes(option::STRUCTURED_REPLY, &[]), option_bytes(option::GO, &go_data(""))].concat();
+    for pieces in [1, 2] {
+        let mut stream = greet(server.socket());
+        stream.write_all(&3_u32.to_be_bytes()).unwrap();
+        let starttls = option_bytes(option::STARTTLS, &[]);
+        if pieces == 1 {
+            stream.write_all(&[starttls, injected.clone()].concat()).unwrap();
+        } else {
+            stream.write_all(&starttls).unwrap();
+            sleep(Duration::from_millis(100));
+            stream.write_all(&injected).unwrap();
+        }
+        assert_eq!(read_option_reply(&mut stream, option::STARTTLS).unwrap().0, option_reply::ACK);
+        let rest = tls::rest(&mut stream);
+        // At most an alert, which is a record of type 21.
+        assert!(rest.is_empty() || rest[0] == 21, "{rest:?}");
+        assert!(!rest.windows(8).any(|bytes| bytes == 0x0003_e889_0455_65a9_u64.to_be_bytes()));
+    }
+    server.assert_alive();
+    // What was agreed before is forgotten.
+    let mut stream = greet(server.socket());
+    stream.write_all(&3_u32.to_be_bytes()).unwrap();
+    assert_eq!(ask(&mut stream, option::STRUCTURED_REPLY, &[]), option_reply::ACK);
+    assert_eq!(ask(&mut stream, option::STARTTLS, &[]), option_reply::ACK);
+    let config = tls::config(&rig.path("client"), rustls::ALL_VERSIONS);
+    let mut stream = tls::handshake(stream, config).unwrap();
+    assert_eq!(ask(&mut stream, option::STRUCTURED_REPLY, &[]), option_reply::ACK, "not agreed already");
+    assert_eq!(ask(&mut stream, option::STARTTLS, &[]), option_reply::ERR_INVALID, "TLS is up");
+    server.stop();
+}
+
+/// The handshake and the first requests in one piece, cut anywhere, and torn down anywhere.
+#[test]
+fn a_tls_connection_may_end_anywhere() {
+    let rig = Rig::new("tls-ends");
+    let mut server = rig.serve(&[]);
+    for cut in (0..600).step_by(7) {
+        let mut stream = tls::starttls(server.socket());
+        let config = tls::config(&rig.path("client"), rustls::ALL_VERSIONS);
+        let mut hello = Vec::new();
+        let mut connection = rustls::ClientConnection::new(config, "localhost".try_into().unwrap()).unwrap();
+        connection.write_tls(&mut hello).unwrap();
+        let _ = stream.write_all(&hello[..cut.min(hello.len())]);
+    }
+    for round in 0..20 {
+        let mut client = tls::client(server.socket(), &rig.path("client"), &[&TLS13], Wishes::SIMPLE);
+        for at in 0..round % 5 {
+            client.send(Request::new(command::READ, at << 20, 1 << 20), &[]).unwrap();
+        }
+        client.stream().write_all(&[0x17, 3, 3][..(round as usize) % 4]).unwrap();
+    }
+    server.assert_alive();
+    tls::client(server.socket(), &rig.path("client"), rustls::ALL_VERSIONS, Wishes::STRUCTURED).disconnect();
+    server.stop();
+}
+
+/// A client that shakes hands and asks in one breath: its requests come with the last record of the handshake.
+#[test]
+fn requests_behind_the_handshake_are_answered() {
+    let rig = Rig::new("tls-breath");
+    let server = rig.serve(&[]);
+    for _ in 0..20 {
+        let config = tls::config(&rig.path("client"), &[&TLS13]);
+        let mut stream = tls::handshake(tls::starttls(server.socket()), config).unwrap();
+        let read = Request::new(command::READ, 4096, 4096).bytes(5);
+        let all = [option_bytes(option::GO, &go_data("")), read, Request::new(command::DISC, 0, 0).bytes(6)];
+        stream.write_all(&all.concat()).unwrap();
+        stream.flush().unwrap();
+        while read_option_reply(&mut stream, option::GO).unwrap().0 != option_reply::ACK {}
+        let mut rest = Vec::new();
+        // With a goodbye of TLS, else this is an error.
+        stream.read_to_end(&mut rest).unwrap();
+        assert_same("the read", &rest[16..], &rig.content[4096..8192]);
+    }
+    server.stop();
+}
+
+#[test]
+fn files_that_cannot_be_used_are_named() {
+    let rig = Rig::new("tls-files");
+    let other = Authority::new("another CA");
+    let expired = rig.authority.issue(Says { ends_in_days: -3, ..SERVER });
+    let foreign_key = other.issue(SERVER).1;
+    let cases: [(&str, &str, Option<&str>, &str); 7] = [
+        ("no certificate", "server-cert.pem", None, "No such file"),
+        ("no key", "server-key.pem", None, "No such file"),
+        ("no CA", "ca-cert.pem", None, "No such file"),
+        ("nonsense", "server-cert.pem", Some("nonsense"), "no certificate"),
+        ("expired", "server-cert.pem", Some(&expired.0), "ended on"),
+        ("another's key", "server-key.pem", Some(&foreign_key), "cannot be used with"),
+        ("an empty list", "ca-crl.pem", Some(""), "revocation list"),
+    ];
+    for (what, file, content, why) in cases {
+        let folder = rig.path(&format!("bad {what}"));
+        server_folder(&folder, &rig.authority, SERVER);
+        match content {
+            Some(content) => fs::write(folder.join(file), content).unwrap(),
+            None => fs::remove_file(folder.join(file)).unwrap(),
+        }
+        let refusal = Serve::image(rig.path("disk"))
+            .format("raw")
+            .args(&["--tls-dir", folder.to_str().unwrap()])
+            .start_refused();
+        assert!(refusal.stderr.contains(file) && refusal.stderr.contains(why), "{what}: {}", refusal.stderr);
+    }
+    for (args, why) in [
+        (&["--tls", "required"][..], "--tls-dir"),
+        (&["--listen", "nbds:127.0.0.1:0"], "--tls-dir"),
+        (&["--tls-cert", "x"], "--tls-key"),
+    ] {
+        let refusal = Serve::image(rig.path("disk")).format("raw").args(args).start_refused();
+        assert!(refusal.stderr.contains(why), "{args:?}: {}", refusal.stderr);
+    }
+}
+
+#[track_caller]
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !is_so() {
+        assert!(begin.elapsed() < Duration::from_secs(30), "{what}: not in time");
+        sleep(Duration::from_millis(100));
+    }
+}
+
+#[test]
+fn certificates_are_taken_anew() {
+    let rig = Rig::new("tls-reload");
+    let server = rig.serve(&[]);
+    let good = rig.path("client");
+    let mut early = tls::client(server.socket(), &good, rustls::ALL_VERSIONS, Wishes::STRUCTURED);
+    // When a file changes: the client is revoked.
+    fs::write(rig.path("server/ca-crl.pem"), rig.authority.revoke(&[CLIENT.serial], 30)).unwrap();
+    wait_until("the revocation", || tls::try_options(server.socket(), &good).is_err());
+    assert_same("who was in stays in", &early.read(0, 4096), &rig.content[..4096]);
+    // What cannot be used changes nothing.
+    fs::write(rig.path("server/server-key.pem"), "nonsense").unwrap();
+    wait_until("the complaint", || server.stderr().contains("stay in force"));
+    assert!(server.stderr().contains("server-key.pem"));
+    let other = rig.client("other", &rig.authority, Says { serial: 99, ..CLIENT });
+    assert_eq!(tls::try_options(server.socket(), &other).unwrap(), option_reply::ACK);
+    // On SIGHUP: another CA altogether.
+    let next = Authority::new("the next CA");
+    fs::remove_file(rig.path("server/ca-crl.pem")).unwrap();
+    server_folder(&rig.path("server"), &next, SERVER);
+    let next_client = rig.path("next");
+    client_folder(&next_client, &next, CLIENT, &next.cert);
+    server.signal(rustix::process::Signal::HUP);
+    wait_until("the next CA", || tls::try_options(server.socket(), &next_client).is_ok());
+    assert!(tls::try_options(server.socket(), &other).is_err());
+    assert_same("who was in stays in", &early.read(4096, 4096), &rig.content[4096..8192]);
+    early.disconnect();
+    server.stop();
+}
+
+#[test]
+fn a_revocation_list_that_is_out_of_date_lets_nobody_in() {
+    let rig = Rig::new("tls-old-list");
+    fs::write(rig.path("server/ca-crl.pem"), rig.authority.revoke(&[], -1)).unwrap();
+    let server = rig.serve(&[]);
+    tls::try_options(server.socket(), &rig.path("client")).unwrap_err();
+    server.stop();
+}
+
+fn tcp_port(server: &Server) -> u16 {
+    // The listener of TLS from the first byte has no URI, but is in the log.
+    let log = server.stderr();
+    let at = log.find("nbds:127.0.0.1:").expect(&log) + "nbds:127.0.0.1:".len();
+    log[at..].chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap()
+}
+
+#[test]
+fn tls_from_the_first_byte_and_openssl() {
+    let rig = Rig::new("tls-first");
+    let server = rig.serve(&["-v", "--listen", "nbds:127.0.0.1:0"]);
+    wait_until("the listener", || server.stderr().contains("nbds:127.0.0.1:"));
+    let port = tcp_port(&server);
+    let mut plain = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    plain.write_all(b"no TLS at all, and long enough to be seen as such").unwrap();
+    assert!(!tls::rest(&mut plain).starts_with(b"NBDMAGIC"), "no greeting in plain text");
+    let client = rig.path("client");
+    let s_client = |version: &str| -> Vec<u8> {
+        let mut command = tool("openssl");
+        command
+            .args([
+                "s_client",
+                "-quiet",
+                "-connect",
+                &format!("127.0.0.1:{port}"),
+                version,
+                "-cipher",
+                "ALL:@SECLEVEL=0",
+            ])
+            .args(["-verify_return_error", "-verify_hostname", "localhost", "-CAfile"])
+            .arg(client.join("ca-cert.pem"))
+            .arg("-cert")
+            .arg(client.join("client-cert.pem"))
+            .arg("-key")
+            .arg(client.join("client-key.pem"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
+        let mut child = command.spawn().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        let _ = stdin.write_all(&[&3_u32.to_be_bytes()[..], &option_bytes(option::ABORT, &[])].concat());
+        let mut out = Vec::new();
+        child.stdout.take().unwrap().read_to_end(&mut out).unwrap();
+        drop(stdin);
+        child.wait().unwrap();
+        out
+    };
+    for version in ["-tls1_2", "-tls1_3"] {
+        let out = s_client(version);
+        assert!(out.starts_with(b"NBDMAGICIHAVEOPT"), "{version}: {out:?}");
+        assert_eq!(out.len(), 18 + 20, "{version}: the greeting and the answer to ABORT");
+    }
+    for version in ["-tls1_1", "-tls1"] {
+        assert!(s_client(version).is_empty(), "{version} is too old");
+    }
+    server.stop();
+}
+
+fn tls_uri(server: &Server, certificates: &Path) -> String {
+    format!("nbds+unix:///?socket={}&tls-certificates={}", server.socket().display(), certificates.display())
+}
+
+fn qemu_img(folder: &Path, certificates: &Path, server: &Server, before: &[&str], after: &[&str]) -> Vec<u8> {
+    let (verb, rest) = before.split_first().unwrap();
+    run(tool("qemu-img")
+        .current_dir(folder)
+        .arg(verb)
+        .arg("--object")
+        .arg(format!("tls-creds-x509,id=tls0,endpoint=client,dir={}", certificates.display()))
+        .args(rest)
+        .arg("--image-opts")
+        .arg(format!(
+            "driver=nbd,server.type=unix,server.path={},tls-creds=tls0,tls-hostname=localhost",
+            server.socket().display()
+        ))
+        .args(after))
+}
+
+/// With a folder that `nbd-img tls init` made, which serves both sides.
+#[test]
+fn libnbd_and_qemu_work_with_what_tls_init_makes() {
+    let rig = Rig::new("tls-peers");
+    let folder = rig.path("made");
+    let init = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nbd-img"));
+        command.args(["tls", "init", "--host", "disks.example", "--days", "30"]).arg(&folder);
+        command.output().unwrap()
+    };
+    let made = init();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    for (file, mode) in [("ca-key.pem", 0o600), ("server-key.pem", 0o600), ("client-cert.pem", 0o644)] {
+        assert_eq!(folder.join(file).metadata().unwrap().permissions().mode() & 0o777, mode, "{file}");
+    }
+    let before = fs::read(folder.join("server-key.pem")).unwrap();
+    assert!(!init().status.success(), "nothing is overwritten");
+    assert_eq!(fs::read(folder.join("server-key.pem")).unwrap(), before);
+
+    let server =
+        Serve::image(rig.path("disk")).format("raw").args(&["--tls-dir", folder.to_str().unwrap()]).start();
+    let uri = tls_uri(&server, &folder);
+    let info = run(tool("nbdinfo").args(["--json", &uri]));
+    let info: serde_json::Value = serde_json::from_slice(&info).unwrap();
+    assert_eq!(info["TLS"], true, "{info}");
+    let copy = rig.path("copy");
+    run(tool("nbdcopy").arg(&uri).arg(&copy));
+    assert_same("by libnbd", &fs::read(&copy).unwrap(), &rig.content);
+    let mut other = rig.content.clone();
+    other.reverse();
+    fs::write(&copy, &other).unwrap();
+    run(tool("nbdcopy").arg(&copy).arg(&uri));
+    assert_same("to us by libnbd", &fs::read(rig.path("disk")).unwrap(), &other);
+    File::create(rig.path("copy2")).unwrap();
+    qemu_img(rig.folder.path(), &folder, &server, &["convert", "-O", "raw"], &["copy2"]);
+    assert_same("by QEMU", &fs::read(rig.path("copy2")).unwrap(), &other);
+    let stranger = rig.client("stranger", &Authority::new("another CA"), CLIENT);
+    fs::copy(folder.join("ca-cert.pem"), stranger.join("ca-cert.pem")).unwrap();
+    for certificates in [&rig.path("client"), &stranger] {
+        let refused = tool("nbdinfo").args(["--size", &tls_uri(&server, certificates)]).output().unwrap();
+        assert!(!refused.status.success(), "{}", certificates.display());
+    }
+    server.stop();
+}
