@@ -21,7 +21,7 @@ pub fn has_unread(stream: &Stream) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::{Read, Write};
+    use std::io::Read;
     use std::os::unix::net::UnixStream;
 
     #[test]
@@ -29,7 +29,7 @@ mod tests {
         let (here, mut there) = UnixStream::pair().unwrap();
         let stream = Stream::Unix(here);
         assert!(!has_unread(&stream).unwrap());
-        (&stream).write_all(&[1; 100]).unwrap();
+        assert_eq!(stream.send(&[1; 100], false).unwrap(), 100);
         assert!(has_unread(&stream).unwrap());
         there.read_exact(&mut [0; 60]).unwrap();
         assert!(has_unread(&stream).unwrap());
