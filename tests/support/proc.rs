@@ -12,6 +12,11 @@ pub fn resident_len(pid: u32) -> u64 {
     status_field(pid, "VmRSS:") * 1024
 }
 
+/// The most resident memory that `pid` has had, in bytes.
+pub fn peak_len(pid: u32) -> u64 {
+    status_field(pid, "VmHWM:") * 1024
+}
+
 /// The number of threads of `pid`.
 pub fn threads(pid: u32) -> u64 {
     status_field(pid, "Threads:")
