@@ -8,6 +8,7 @@ use super::map::{self, LayerRuns};
 use super::snapshots::{self, Snapshot};
 use super::tables::{ImageNumber, L1Table, TableCache, TableSlice};
 use super::types::{DataFile, Geometry, GuestCluster};
+pub use super::write::options::WriteOptions;
 use super::write::{Writer, begin, commit, prepare, reclaim, slow, zero};
 use super::{bitmaps, header};
 use crate::address::{GuestRange, HostOffset, HostRange};
@@ -26,9 +27,6 @@ const BLOCK_PREFERRED_LEN: std::ops::RangeInclusive<u64> = 4096..=65536;
 /// Most bytes of L1 tables, over a chain of images: four of the largest ones that QEMU opens. Our
 /// choice: a hostile chain of small sparse files cannot take more.
 const CHAIN_L1_LEN_MAX: u64 = 4 * header::L1_LEN_MAX;
-/// Most bytes of changed metadata in memory before a commit starts. Our choice: the tables of 8 GiB of new
-/// clusters of 64 KiB; writing them takes milliseconds.
-const DIRTY_LEN_MAX: u64 = 8 << 20;
 /// The storage of the image file.
 const IMAGE_STORAGE: StorageId = StorageId(0);
 /// The storage of an external data file.
@@ -87,22 +85,6 @@ pub struct Parts {
     pub snapshot: Option<String>,
     /// How to write; `None` opens read-only, and then nothing is ever written.
     pub write: Option<WriteOptions>,
-}
-
-/// How an image is written.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct WriteOptions {
-    /// Whether a discard gives room back; else it does nothing.
-    pub discard: bool,
-    /// So many bytes of changed metadata in memory start a commit. What is changed while one is under
-    /// way comes on top.
-    pub dirty_len_max: u64,
-}
-
-impl Default for WriteOptions {
-    fn default() -> Self {
-        WriteOptions { discard: true, dirty_len_max: DIRTY_LEN_MAX }
-    }
 }
 
 /// A qcow2 image.
@@ -390,10 +372,7 @@ impl BlockDriver for Qcow2Driver {
 
     fn make_durable(&self) -> Result<()> {
         self.check_open()?;
-        match &self.writer {
-            Some(writer) => commit::commit(self, writer),
-            None => Ok(()),
-        }
+        self.writer.as_ref().map_or(Ok(()), |writer| commit::commit(self, writer))
     }
 
     fn tidy(&self) {

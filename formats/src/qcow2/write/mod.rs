@@ -9,6 +9,7 @@
 //! | `slow` | writes that must wait: new tables, copy-on-write |
 //! | `zero`, `provide` | zeroing and discarding; zeroes with room |
 //! | `commit`, `reclaim` | making changes durable in an order that a crash cannot hurt; letting clusters go |
+//! | `options` | what is chosen at open |
 //! | `begin`, `repair` | what happens to an image that is opened for writing |
 //!
 //! The invariants, and why they hold, are in the README of this crate.
@@ -18,6 +19,7 @@ pub mod begin;
 pub mod commit;
 pub mod meta;
 pub mod metadata_map;
+pub mod options;
 pub mod pins;
 pub mod prepare;
 mod provide;
@@ -30,7 +32,7 @@ pub mod zero;
 
 use std::ops::{Deref, DerefMut};
 
-use super::driver::{Qcow2Driver, WriteOptions};
+use super::driver::Qcow2Driver;
 use super::header::{Header, Incompatible};
 use super::tables::TableSlice;
 use super::types::Geometry;
@@ -43,6 +45,7 @@ use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, thread};
 use allocator::Need;
 use meta::Meta;
+use options::WriteOptions;
 use pins::Pins;
 
 /// Where the incompatible features stand in the header (specification).

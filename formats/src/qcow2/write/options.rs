@@ -1,0 +1,21 @@
+//! [`WriteOptions`]: what whoever opens an image for writing decides.
+
+/// Most bytes of changed metadata in memory before a commit starts. Our choice: the tables of 8 GiB of new
+/// clusters of 64 KiB; writing them takes milliseconds.
+const DIRTY_LEN_MAX: u64 = 8 << 20;
+
+/// How an image is written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct WriteOptions {
+    /// Whether a discard gives room back; else it does nothing.
+    pub discard: bool,
+    /// So many bytes of changed metadata in memory start a commit. What is changed while one is under
+    /// way comes on top.
+    pub dirty_len_max: u64,
+}
+
+impl Default for WriteOptions {
+    fn default() -> Self {
+        WriteOptions { discard: true, dirty_len_max: DIRTY_LEN_MAX }
+    }
+}
