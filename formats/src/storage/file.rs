@@ -29,8 +29,9 @@ use crate::storage::Provision;
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicBool, Ordering};
 
-/// Longest read of the page cache that goes by a ring: reading ahead and copying are done in the time of
-/// the ring's thread. Sequential 256 KiB reads of a cold file gave 0.67 x what threads gave.
+/// Longest read of the page cache that goes by a ring. Sequential 256 KiB reads of a cold file gave 0.67 x
+/// what an export on threads alone gave (3 rounds, one virtual disk). Why was not profiled, and handing the
+/// long ones to threads has won back a part at most: to be measured again.
 const RING_READ_LEN_MAX: usize = 128 << 10;
 
 /// How to open a file.
