@@ -68,10 +68,12 @@ fn a_stalled_disk_delays_nobody_else() {
         }
         thread::sleep(Duration::from_millis(500)); // the reads are under way now
         quick_reads_are_quick(&server, &content);
-        assert!(
-            answered.load(Ordering::Relaxed) > 0,
-            "no slow read was answered: the slow file did not answer at all"
-        );
+        // The kernel has only some requests under way with FUSE's daemon, so the first answer may take several delays.
+        let begin = Instant::now();
+        while answered.load(Ordering::Relaxed) == 0 {
+            assert!(begin.elapsed() < READ_DELAY * 15, "no slow read was answered: it was no test");
+            thread::sleep(Duration::from_millis(10));
+        }
         drop(stop_slow_clients);
         let begin = Instant::now();
         server.signal(Signal::TERM);
