@@ -20,6 +20,7 @@ pub struct Monitor {
     commands: UnixStream,
     answers: BufReader<UnixStream>,
     events: Vec<Value>,
+    commands_sent: u64,
 }
 
 impl Monitor {
@@ -44,7 +45,7 @@ impl Monitor {
         let commands = connect(&socket, &mut child);
         commands.set_read_timeout(Some(PATIENCE)).unwrap();
         let answers = BufReader::new(commands.try_clone().unwrap());
-        let mut monitor = Self { child, commands, answers, events: Vec::new() };
+        let mut monitor = Self { child, commands, answers, events: Vec::new(), commands_sent: 0 };
         assert!(monitor.line().get("QMP").is_some());
         monitor.execute("qmp_capabilities", &json!({}));
         monitor
@@ -61,7 +62,9 @@ impl Monitor {
     /// Runs a command and gives what it returns; a failure fails the test.
     #[track_caller]
     pub fn execute(&mut self, command: &str, arguments: &Value) -> Value {
-        let text = json!({ "execute": command, "arguments": arguments }).to_string();
+        self.commands_sent += 1;
+        let id = self.commands_sent;
+        let text = json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
         self.commands.write_all(text.as_bytes()).unwrap();
         loop {
             let line = self.line();
@@ -69,6 +72,11 @@ impl Monitor {
                 self.events.push(line);
                 continue;
             }
+            // Whoever connects while the daemon sets its monitor up is greeted twice.
+            if line.get("QMP").is_some() {
+                continue;
+            }
+            assert_eq!(line["id"], id, "{command}: {line}");
             assert!(line.get("error").is_none(), "{command} {arguments}: {line}");
             return line["return"].clone();
         }
