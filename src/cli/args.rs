@@ -11,6 +11,7 @@ use nbd_img_formats::storage::Aio;
 use super::size;
 use super::tls::{TlsArgs, TlsCommand};
 use crate::export::{CacheMode, DetectZeroes};
+use crate::server::access::Rule;
 use crate::session::POLL_TIME_DEFAULT;
 use crate::transport::Address;
 
@@ -54,14 +55,25 @@ pub struct ServeArgs {
     ///
     /// The keys are the long names of the flags for one image: read-only, format=F, description=D,
     /// offset=S, size=S, exact-size, cache=M, aio=M, discard=M, detect-zeroes=M, load-snapshot=S, backing=P,
-    /// allow-dir=P (several times if need be), force-share; and tls-required: only to be had and seen
-    /// under TLS. A comma inside of a value is written twice.
+    /// allow-dir=P (several times if need be), force-share; tls-required: only to be had and seen
+    /// under TLS; and access=RULE (several times if need be): who may use it. A comma inside of a value
+    /// is written twice.
     #[arg(long = "export", value_name = "SPEC", help_heading = "Several images")]
     pub exports: Vec<OsString>,
 
     /// Where to listen.
     #[command(flatten)]
     pub listen: ListenArgs,
+
+    /// Let these clients in, and no others: read:WHO, or write:WHO which includes reading (repeatable)
+    ///
+    /// Once there is a rule, a client that none fits sees no export. WHO is anyone; uid=N or gid=N of a process at a
+    /// Unix socket; cidr=NETWORK of a TCP connection; cid=N of a virtual machine; psk=IDENTITY; or, of the client's
+    /// certificate, tls-subject=DN, tls-dns=NAME, tls-ip=ADDRESS, tls-uri=URI or tls-email=ADDRESS. A DN is written as
+    /// QEMU's tls-authz and certtool write it: CN=backup,O=Example. An `--export` with rules of its own
+    /// (access=RULE) keeps to those alone.
+    #[arg(long, value_name = "RULE", help_heading = "Clients")]
+    pub access: Vec<Rule>,
 
     /// Who has to encrypt.
     #[command(flatten)]
@@ -137,6 +149,10 @@ pub struct ImageArgs {
     /// Read an image that another program writes; what is read may be inconsistent
     #[arg(long)]
     pub force_share: bool,
+
+    /// Rules of this export; a key of `--export`, since `--access` has those of an only image.
+    #[arg(skip)]
+    pub access: Vec<Rule>,
 
     /// Only to be had under TLS; a key of `--export`, since `--tls` says it for an only image.
     #[arg(skip)]

@@ -10,6 +10,7 @@ use super::args::{DiscardArg, ImageArgs, InfoArgs, ListenArgs, ServeArgs};
 use super::{export_spec, tls};
 use crate::export::ExportSpec;
 use crate::server::ServeOptions;
+use crate::server::access::AccessRules;
 use crate::session::Times;
 use crate::transport::Address;
 
@@ -30,6 +31,8 @@ pub struct InfoOptions {
 pub fn serve(mut args: ServeArgs) -> Result<ServeOptions, String> {
     let listen_is_given = args.listen.socket.is_some() || !args.listen.listen.is_empty();
     let tls_args = std::mem::take(&mut args.tls);
+    let general = std::mem::take(&mut args.access);
+    let mut access = AccessRules { general, ..AccessRules::default() };
     let options = ServeOptions {
         addresses: addresses(&args.listen),
         listen_is_given,
@@ -42,10 +45,13 @@ pub fn serve(mut args: ServeArgs) -> Result<ServeOptions, String> {
         pid_file: args.life.pid_file.clone(),
         ready_fd: args.life.ready_fd,
         drain_timeout: args.life.drain_timeout,
-        exports: exports(args)?,
+        exports: exports(args, &mut access)?,
+        access: AccessRules::default(),
     };
     let exports_need_it = options.exports.iter().any(|export| export.tls_required);
-    Ok(ServeOptions { tls: tls::options(tls_args, exports_need_it)?, ..options })
+    let tls = tls::options(tls_args, exports_need_it)?;
+    tls::check_access(&access, tls.as_ref())?;
+    Ok(ServeOptions { tls, access, ..options })
 }
 
 /// Checks the arguments of `nbd-img info`.
@@ -76,7 +82,8 @@ fn addresses(args: &ListenArgs) -> Vec<Address> {
 }
 
 /// The exports: the one IMAGE with its flags, or all `--export`, or both if the IMAGE has no flags.
-fn exports(args: ServeArgs) -> Result<Vec<ExportSpec>, String> {
+/// Puts the rules of each into `access`.
+fn exports(args: ServeArgs, access: &mut AccessRules) -> Result<Vec<ExportSpec>, String> {
     let mut exports = Vec::new();
     match (args.images.as_slice(), args.exports.is_empty()) {
         ([], true) => {
@@ -97,8 +104,13 @@ fn exports(args: ServeArgs) -> Result<Vec<ExportSpec>, String> {
         }
     }
     for spec in &args.exports {
-        let parsed = export_spec::parse(spec)?;
-        exports.push(export(parsed.path, parsed.image)?);
+        let mut parsed = export_spec::parse(spec)?;
+        let own = std::mem::take(&mut parsed.image.access);
+        let export = export(parsed.path, parsed.image)?;
+        if !own.is_empty() {
+            access.own.insert(export.name.clone(), own);
+        }
+        exports.push(export);
     }
     let mut names = HashSet::new();
     match exports.iter().find(|export| !names.insert(export.name.as_str())) {
@@ -250,6 +262,26 @@ mod tests {
     }
 
     #[test]
+    fn an_export_keeps_to_its_own_rules() {
+        let options = options(&[
+            "a.img",
+            "--access",
+            "read:uid=1",
+            "--access",
+            "write:cidr=10.0.0.0/8",
+            "--export",
+            "name=b,file=b.img,access=read:anyone",
+            "--export",
+            "name=c,file=c.img",
+        ])
+        .unwrap();
+        let rules = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<_>>();
+        assert_eq!(options.access.general, rules(&["read:uid=1", "write:cidr=10.0.0.0/8"]));
+        assert_eq!(options.access.own.len(), 1);
+        assert_eq!(options.access.own["b"], rules(&["read:anyone"]));
+    }
+
+    #[test]
     fn a_socket_replaces_the_default_address() {
         let options =
             options(&["a.img", "--socket", "s", "--listen", "unix:s", "--listen", "[::1]:0"]).unwrap();
@@ -275,6 +307,7 @@ mod tests {
             (vec!["a", "--force-share"], "add --read-only"),
             (vec!["a", "--format", "mmap-raw", "--cache", "none"], "page cache"),
             (vec!["a", "-x", &long], "4096 bytes"),
+            (vec!["a", "--access", "read:tls-dns=a"], "no client is asked for a certificate"),
         ] {
             let error = options(&line).err().unwrap_or_default();
             assert!(error.contains(hint), "{line:?}: {error}");

@@ -11,7 +11,7 @@ use tokio::time::sleep;
 use super::rare::Rare;
 use super::{Server, negotiate};
 use crate::transport::registration::watch_listener;
-use crate::transport::{Listener, Stream};
+use crate::transport::{Listener, Peer, Stream};
 
 /// Pauses when descriptors or memory are out: they do not come back at once, and accept would fail
 /// again in the same microsecond. Our choice.
@@ -57,6 +57,7 @@ pub fn prepare(listener: Listener, server: Arc<Server>) -> io::Result<impl Futur
 fn start(server: &Arc<Server>, stream: Stream, peer: String, tls_first: bool) {
     let handshake = server.clients.begin_handshake();
     let id = handshake.id();
+    let peer = Peer::of(&stream, peer);
     let negotiation = negotiate::run(Arc::clone(server), stream, peer, tls_first, handshake);
     // It cannot have ended before it is registered: it runs on this thread.
     server.clients.register_handshake(id, tokio::spawn(negotiation).abort_handle());

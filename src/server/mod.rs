@@ -5,6 +5,7 @@
 //!
 //! | module | what is in it |
 //! |---|---|
+//! | [`access`] | who may do what |
 //! | [`options`] | what the operator wants, and what the starter passed down |
 //! | `limits` | open files |
 //! | `listen` | from addresses to listening sockets |
@@ -18,6 +19,7 @@
 //! | `rare` | log lines that others can cause as often as they like |
 
 mod accept;
+pub mod access;
 mod clients;
 mod directory;
 mod end;
@@ -124,7 +126,7 @@ pub fn run(options: ServeOptions, inherited: Inherited) -> Result<Outcome, Error
         .map(|export| (Arc::clone(&export), Shards::new(export, Arc::clone(&budget), options.times)));
     let clients = Clients::new(options.max_connections, handshakes_max);
     let server = Arc::new(Server {
-        exports: Exports::new(served.collect(), Arc::clone(&clients)),
+        exports: Exports::new(served.collect(), options.access.clone(), Arc::clone(&clients)),
         clients,
         tls,
         handshake_timeout: options.handshake_timeout,

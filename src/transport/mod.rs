@@ -10,6 +10,9 @@
 //! | [`registration`] | both under tokio's event loop |
 //! | [`stream`] | one client's connection |
 //! | [`unread`] | how far a client has come with what was sent to it |
+//! | [`peer`] | who is at the other end |
+//! | [`certificate`] | whom a certificate names |
+//! | [`distinguished_name`] | its subject in words |
 //! | [`tls`] | the same under TLS |
 //! | [`unix`] | Unix sockets as files: stale ones, live ones, removal |
 //! | [`activation`] | sockets that the starter has opened for us |
@@ -17,7 +20,10 @@
 
 pub mod activation;
 pub mod address;
+pub mod certificate;
+pub mod distinguished_name;
 pub mod listener;
+pub mod peer;
 pub mod registration;
 pub mod stream;
 pub mod tls;
@@ -27,4 +33,5 @@ pub mod uri;
 
 pub use address::Address;
 pub use listener::Listener;
+pub use peer::Peer;
 pub use stream::Stream;
