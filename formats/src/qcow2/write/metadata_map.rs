@@ -73,11 +73,6 @@ impl MetadataMap {
         self.kinds.get(&index).copied()
     }
 
-    /// All clusters of metadata, and whether a cluster of that kind has one pointer only.
-    pub fn clusters(&self) -> impl Iterator<Item = (HostIndex, bool)> {
-        self.kinds.iter().map(|(index, kind)| (*index, !kind.may_repeat()))
-    }
-
     /// Forgets a cluster whose refcount has become 0.
     pub fn remove(&mut self, index: HostIndex) {
         self.kinds.remove(&index);
