@@ -72,6 +72,7 @@ pub fn mend(mut subject: Subject<'_>, survey: &Survey, what: Mend, window_len: u
     for window in subject.windows(window_len).collect::<Vec<_>>() {
         mender.window(&subject, window)?;
     }
+    mender.behind(&subject)?;
     mender.leave_tables(subject.table_stays)?;
     let table = mender.write_out()?;
     let snapshots = subject.snapshots;
@@ -164,6 +165,21 @@ impl Mender<'_> {
                 self.write_blocks()?;
             }
             from = to;
+        }
+        Ok(())
+    }
+
+    /// Frees what is counted behind the end of the file: nothing is there.
+    fn behind(&mut self, subject: &Subject<'_>) -> Result<()> {
+        let nothing = Counts::new(Window { first: 0, end: 0 });
+        let (entries, end) = (subject.block_entries(), subject.file_clusters() + 1);
+        for number in
+            (end / entries..subject.table.len() as u64).filter(|number| subject.block(*number).is_some())
+        {
+            self.stretch((number * entries).max(end), (number + 1) * entries, &nothing)?;
+            if self.allocator.refcounts.dirty_len() > DIRTY_LEN_MAX {
+                self.write_blocks()?;
+            }
         }
         Ok(())
     }
