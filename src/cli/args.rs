@@ -8,6 +8,7 @@ use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 use nbd_img_formats::Format;
 use nbd_img_formats::storage::Aio;
 
+use super::check::CheckArgs;
 use super::size;
 use super::tls::{TlsArgs, TlsCommand};
 use crate::export::{CacheMode, DetectZeroes};
@@ -35,6 +36,8 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Show what an image is: format, sizes, features, backing chain, snapshots, bitmaps
     Info(InfoArgs),
+    /// Look for damage in a qcow2 image, and repair it if told to
+    Check(CheckArgs),
     /// Make certificates for TLS
     #[command(subcommand)]
     Tls(TlsCommand),

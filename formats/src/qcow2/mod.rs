@@ -11,12 +11,14 @@
 //! | `compressed` | compressed clusters and their cache |
 //! | `flight` | making a thing once for all who need it at the same time |
 //! | `write` | everything that changes an image |
+//! | `check` | checking and repairing |
 //! | `driver` | [`Qcow2Driver`], which joins them |
 //!
 //! The specification is `docs/interop/qcow2` of QEMU. Nothing here opens a file: the files that an
 //! image names come from [`open`](crate::open), behind its policy.
 
 mod bitmaps;
+mod check;
 mod compressed;
 mod driver;
 mod extensions;
@@ -29,6 +31,7 @@ mod tables;
 mod types;
 mod write;
 
+pub use check::{CheckOptions, CheckReport, Repair, check};
 pub use driver::{Caches, Parts, Qcow2Driver, WriteOptions};
 pub use extensions::Extensions;
 pub use header::{Autoclear, Compatible, Compression, Header, Incompatible, TableLocation};

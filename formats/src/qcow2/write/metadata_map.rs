@@ -90,11 +90,6 @@ impl MetadataMap {
         self.kinds.get(&index).copied()
     }
 
-    /// All clusters of metadata, and whether a cluster of that kind has one pointer only.
-    pub fn clusters(&self) -> impl Iterator<Item = (HostIndex, bool)> {
-        self.kinds.iter().map(|(index, kind)| (*index, !kind.may_repeat()))
-    }
-
     /// Forgets a cluster whose refcount has become 0. Its bit of the sieve stays, for others may have set it, too.
     pub fn remove(&mut self, index: HostIndex) {
         self.kinds.remove(&index);
@@ -148,6 +143,5 @@ mod tests {
         map.remove(HostIndex(7));
         assert_eq!(map.kind(HostIndex(7)), None);
         assert_eq!(map.kind(HostIndex(7 + 2 * SIEVE_BITS)), Some(Kind::L2));
-        assert_eq!(map.clusters().count(), 2);
     }
 }
