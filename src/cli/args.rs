@@ -57,8 +57,8 @@ pub struct ServeArgs {
     /// One of several images: name=N,file=PATH and further keys, separated by commas (repeatable)
     ///
     /// The keys are the long names of the flags for one image: read-only, format=F, description=D,
-    /// offset=S, size=S, exact-size, cache=M, aio=M, discard=M, detect-zeroes=M, load-snapshot=S, backing=P,
-    /// allow-dir=P (several times if need be), force-share; tls-required: only to be had and seen
+    /// offset=S, size=S, exact-size, cache=M, aio=M, discard=M, detect-zeroes=M, load-snapshot=S, bitmap=N and
+    /// allow-dir=P (both several times if need be), backing=P, force-share; tls-required: only to be had and seen
     /// under TLS; and access=RULE (several times if need be): who may use it. A comma inside of a value
     /// is written twice.
     #[arg(long = "export", value_name = "SPEC", help_heading = "Several images")]
@@ -140,6 +140,10 @@ pub struct ImageArgs {
     /// Serve this internal snapshot, read-only
     #[arg(long, value_name = "NAME|ID")]
     pub load_snapshot: Option<String>,
+
+    /// Tell clients what this dirty bitmap says, as metadata context qemu:dirty-bitmap:NAME (repeatable)
+    #[arg(long, value_name = "NAME")]
+    pub bitmap: Vec<String>,
 
     /// Use this backing file, or none, whatever the image says
     #[arg(long, value_name = "PATH|none")]

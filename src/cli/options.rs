@@ -17,6 +17,9 @@ use crate::transport::Address;
 /// Longest string of the protocol in bytes (NBD protocol, "Values").
 const PROTOCOL_STRING_MAX_LEN: usize = 4096;
 
+/// Longest name of a dirty bitmap in bytes (QEMU's limit).
+const BITMAP_NAME_MAX_LEN: usize = 1023;
+
 /// What `nbd-img info` is asked.
 pub struct InfoOptions {
     /// The image.
@@ -134,6 +137,7 @@ fn refuse_flags(image: &ImageArgs) -> Result<(), String> {
         ("--discard", image.discard.is_some()),
         ("--detect-zeroes", image.detect_zeroes.is_some()),
         ("--load-snapshot", image.load_snapshot.is_some()),
+        ("--bitmap", !image.bitmap.is_empty()),
         ("--backing", image.backing.is_some()),
         ("--allow-dir", !image.allow_dir.is_empty()),
         ("--force-share", image.force_share),
@@ -177,6 +181,7 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
         tls_required: image.tls_required,
         cache,
         aio: image.aio.map(Into::into).unwrap_or_default(),
+        bitmaps: bitmaps(image.bitmap).map_err(|text| about(&text))?,
         detect_zeroes: image.detect_zeroes.map(Into::into).unwrap_or_default(),
         open: OpenOptions {
             format,
@@ -194,6 +199,16 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
         return Err(about("mmap-raw reads through the page cache; use --cache writeback or writethrough"));
     }
     Ok(spec)
+}
+
+/// Every bitmap once; its context's name must be a string of the protocol.
+fn bitmaps(names: Vec<String>) -> Result<Vec<String>, String> {
+    let mut seen = HashSet::new();
+    let wrong = |name: &&String| name.is_empty() || name.len() > BITMAP_NAME_MAX_LEN || name.contains('\0');
+    match names.iter().find(wrong) {
+        Some(name) => Err(format!("--bitmap {name:?} cannot be the name of a bitmap")),
+        None => Ok(names.into_iter().filter(|name| seen.insert(name.clone())).collect()),
+    }
 }
 
 fn backing(arg: Option<PathBuf>) -> Backing {
