@@ -15,9 +15,9 @@ use crate::nbd::negotiate::{
 };
 use crate::session::budget::Lease;
 use crate::session::{Budget, Connection};
-use crate::transport::Stream;
 use crate::transport::registration::watch_stream;
 use crate::transport::tls::TlsStream;
+use crate::transport::{Arrival, Stream};
 
 /// What a connection may receive at a time without asking for more room: several ordinary options. Our
 /// choice.
@@ -28,7 +28,8 @@ pub const INPUT_BUDGET_LEN: usize = 16 << 20;
 
 /// Negotiates with `peer` and hands the connection to the export that it chose, or closes it. Logs what
 /// came of it. Dropping the future closes the connection.
-pub async fn run(server: Arc<Server>, stream: Stream, peer: String, tls_first: bool, handshake: Handshake) {
+pub async fn run(server: Arc<Server>, arrival: Arrival, handshake: Handshake) {
+    let Arrival { stream, peer, tls_first } = arrival;
     let agreement =
         match timeout(server.handshake_timeout, negotiate(&server, stream, &peer, tls_first)).await {
             Ok(Ok(agreement)) => agreement,
@@ -103,7 +104,8 @@ async fn negotiate(server: &Server, stream: Stream, peer: &str, tls_first: bool)
     if tls_first {
         stream = turn_to_tls(server, stream, Vec::new(), peer).await?;
     }
-    let mut negotiation = Negotiation::new(NegotiationConfig { tls: mode, tls_up: tls_first });
+    let mut negotiation =
+        Negotiation::new(NegotiationConfig { tls: mode, tls_up: tls_first, oldstyle: server.oldstyle });
     let mut output = Vec::new();
     let mut input = Input::new(&server.handshake_budget);
     negotiation.greeting(&mut output);
