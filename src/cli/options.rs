@@ -12,7 +12,8 @@ use crate::export::ExportSpec;
 use crate::server::ServeOptions;
 use crate::server::access::AccessRules;
 use crate::session::Times;
-use crate::transport::Address;
+use crate::transport::unix::FileAccess;
+use crate::transport::{Address, Place};
 
 /// Longest string of the protocol in bytes (NBD protocol, "Values").
 const PROTOCOL_STRING_MAX_LEN: usize = 4096;
@@ -39,10 +40,13 @@ pub fn serve(mut args: ServeArgs) -> Result<ServeOptions, String> {
     let options = ServeOptions {
         addresses: addresses(&args.listen),
         listen_is_given,
+        socket_access: socket_access(&args.listen)?,
+        oldstyle: args.listen.oldstyle,
         tls: None,
         allow_plaintext: args.listen.allow_plaintext,
         max_connections: args.listen.max_connections,
         handshake_timeout: args.listen.handshake_timeout,
+        peer_timeout: args.listen.peer_timeout,
         times: Times { poll: args.listen.poll, ..Times::default() },
         exit_last: args.life.exit_last,
         pid_file: args.life.pid_file.clone(),
@@ -54,7 +58,9 @@ pub fn serve(mut args: ServeArgs) -> Result<ServeOptions, String> {
     let exports_need_it = options.exports.iter().any(|export| export.tls_required);
     let tls = tls::options(tls_args, exports_need_it)?;
     tls::check_access(&access, tls.as_ref())?;
-    Ok(ServeOptions { tls, access, ..options })
+    let options = ServeOptions { tls, access, ..options };
+    check_oldstyle(&options)?;
+    Ok(options)
 }
 
 /// Checks the arguments of `nbd-img info`.
@@ -71,7 +77,7 @@ pub fn info(args: InfoArgs) -> Result<InfoOptions, String> {
 
 /// Where to listen when the starter has passed no sockets.
 fn addresses(args: &ListenArgs) -> Vec<Address> {
-    let unix = args.socket.iter().cloned().map(Address::Unix);
+    let unix = args.socket.iter().cloned().map(|path| Place::Unix(path).into());
     let mut all: Vec<Address> = Vec::new();
     for address in unix.chain(args.listen.iter().cloned()) {
         if !all.contains(&address) {
@@ -82,6 +88,41 @@ fn addresses(args: &ListenArgs) -> Vec<Address> {
         all.push(Address::default_tcp());
     }
     all
+}
+
+/// Mode and owner of Unix sockets, of which there has to be one.
+fn socket_access(args: &ListenArgs) -> Result<FileAccess, String> {
+    let flag = match (args.socket_mode, args.socket_owner) {
+        (Some(_), _) => "--socket-mode",
+        (None, Some(_)) => "--socket-owner",
+        (None, None) => return Ok(FileAccess::default()),
+    };
+    let has_file = |address: &Address| matches!(address.place, Place::Unix(_));
+    if !addresses(args).iter().any(has_file) {
+        return Err(format!(
+            "{flag} is for the files of Unix sockets: add --socket PATH or --listen unix:PATH"
+        ));
+    }
+    Ok(FileAccess { mode: args.socket_mode, owner: args.socket_owner })
+}
+
+/// The oldstyle negotiation has neither names nor a way to ask for TLS.
+fn check_oldstyle(options: &ServeOptions) -> Result<(), String> {
+    if !options.oldstyle {
+        return Ok(());
+    }
+    if options.exports.len() > 1 {
+        return Err(format!(
+            "--oldstyle has no names by which clients could choose among {} exports: serve one",
+            options.exports.len()
+        ));
+    }
+    if options.tls.is_some() {
+        return Err("--oldstyle and --tls cannot be used together: clients have no way to ask for TLS; add --tls off, \
+                    or leave out --oldstyle"
+            .to_owned());
+    }
+    Ok(())
 }
 
 /// The exports: the one IMAGE with its flags, or all `--export`, or both if the IMAGE has no flags.
@@ -300,8 +341,8 @@ mod tests {
     fn a_socket_replaces_the_default_address() {
         let options =
             options(&["a.img", "--socket", "s", "--listen", "unix:s", "--listen", "[::1]:0"]).unwrap();
-        let tcp = Address::Tcp { host: "::1".into(), port: 0, tls_first: false };
-        assert_eq!(options.addresses, [Address::Unix("s".into()), tcp]);
+        let tcp = Place::Tcp { host: "::1".into(), port: 0 };
+        assert_eq!(options.addresses, [Place::Unix("s".into()).into(), tcp.into()]);
     }
 
     #[test]
@@ -323,6 +364,11 @@ mod tests {
             (vec!["a", "--format", "mmap-raw", "--cache", "none"], "page cache"),
             (vec!["a", "-x", &long], "4096 bytes"),
             (vec!["a", "--access", "read:tls-dns=a"], "no client is asked for a certificate"),
+            (vec!["a", "--socket-mode", "600"], "--socket-mode is for"),
+            (vec!["a", "--socket-owner", "0", "--listen", "unix:@s"], "--socket-owner is for"),
+            (vec!["a", "--export", "name=b,file=b", "--oldstyle"], "--oldstyle has no names"),
+            (vec!["a", "--oldstyle", "--tls-dir", "d"], "--oldstyle and --tls cannot"),
+            (vec!["a", "--oldstyle", "--tls", "optional", "--tls-dir", "d"], "--oldstyle and --tls cannot"),
         ] {
             let error = options(&line).err().unwrap_or_default();
             assert!(error.contains(hint), "{line:?}: {error}");

@@ -17,7 +17,7 @@ use crate::session::budget::Lease;
 use crate::session::{Budget, Connection};
 use crate::transport::registration::watch_stream;
 use crate::transport::tls::TlsStream;
-use crate::transport::{Peer, Stream};
+use crate::transport::{Arrival, Peer, Stream};
 
 /// What a connection may receive at a time without asking for more room: several ordinary options. Our
 /// choice.
@@ -28,7 +28,9 @@ pub const INPUT_BUDGET_LEN: usize = 16 << 20;
 
 /// Negotiates with `peer` and hands the connection to the export that it chose, or closes it. Logs what
 /// came of it. Dropping the future closes the connection.
-pub async fn run(server: Arc<Server>, stream: Stream, mut peer: Peer, tls_first: bool, handshake: Handshake) {
+pub async fn run(server: Arc<Server>, arrival: Arrival, handshake: Handshake) {
+    let Arrival { stream, peer, tls_first } = arrival;
+    let mut peer = Peer::of(&stream, peer);
     let negotiated =
         timeout(server.handshake_timeout, negotiate(&server, stream, &mut peer, tls_first)).await;
     let peer = peer.to_string();
@@ -110,7 +112,8 @@ async fn negotiate(
         stream = turn_to_tls(server, stream, Vec::new(), peer).await?;
     }
     let mut exports = server.exports.seen_by(peer);
-    let mut negotiation = Negotiation::new(NegotiationConfig { tls: mode, tls_up: tls_first });
+    let mut negotiation =
+        Negotiation::new(NegotiationConfig { tls: mode, tls_up: tls_first, oldstyle: server.oldstyle });
     let mut output = Vec::new();
     let mut input = Input::new(&server.handshake_budget);
     negotiation.greeting(&mut output);
