@@ -85,7 +85,7 @@ mod tests {
         assert!(found(one).starts_with("connected: unix pid"));
         assert_eq!(found(UdpSocket::bind("127.0.0.1:0").unwrap()), "error: it is not a stream socket");
         assert_eq!(found(File::open("/dev/null").unwrap()), "error: it is not a socket");
-        let fresh = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
+        let fresh = Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
         assert!(found(fresh).contains("neither listens nor"));
     }
 
