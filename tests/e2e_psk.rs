@@ -379,6 +379,32 @@ fn what_cannot_work_is_refused_at_the_start() {
     }
 }
 
+/// OpenSSL is loaded only for this flag, and whoever lacks it is told what to install.
+#[test]
+fn without_openssl_only_keys_are_missing() {
+    let rig = Rig::new("psk-library");
+    // Found first, and of no use.
+    fs::write(
+        rig.path("libssl.so.3"),
+        "not a library, but long enough to be looked at by whoever loads libraries",
+    )
+    .unwrap();
+    let serve = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nbd-img"));
+        command.env("LD_LIBRARY_PATH", rig.folder.path()).args(["serve", "--format", "raw", "--exit-last"]);
+        command.arg(rig.path("disk")).arg("--socket").arg(rig.path("s")).args(args);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let keys = rig.path("keys.psk");
+    let refused = serve(&["--tls-psk", keys.to_str().unwrap()]).wait_with_output().unwrap();
+    let why = String::from_utf8(refused.stderr).unwrap();
+    assert!(!refused.status.success() && why.contains("install libssl.so.3"), "{why}");
+    let mut plain = serve(&[]);
+    plain.stdout.as_mut().unwrap().read_exact(&mut [0; 1]).unwrap();
+    run(tool("nbdinfo").args(["--size", &format!("nbd+unix:///?socket={}", rig.path("s").display())]));
+    assert!(plain.wait().unwrap().success());
+}
+
 /// CVE-2021-3716: a man in the middle puts options behind the client's STARTTLS.
 #[test]
 fn plain_text_behind_starttls_ends_the_connection() {
