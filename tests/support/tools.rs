@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// Program and Debian package.
-const PACKAGES: [(&str, &str); 23] = [
+const PACKAGES: [(&str, &str); 25] = [
     ("qemu-img", "qemu-utils"),
     ("qemu-io", "qemu-utils"),
     ("qemu-nbd", "qemu-utils"),
@@ -28,6 +28,8 @@ const PACKAGES: [(&str, &str); 23] = [
     ("debugfs", "e2fsprogs"),
     ("openssl", "openssl"),
     ("certtool", "gnutls-bin"),
+    ("gnutls-cli", "gnutls-bin"),
+    ("psktool", "gnutls-bin"),
     ("setpriv", "util-linux"),
     ("/usr/bin/python3", "python3"),
 ];
