@@ -108,6 +108,7 @@ fn count_tables(driver: &Qcow2Driver, l1: TableLocation, counts: &mut Counts) ->
             let cluster = super::super::types::GuestCluster(number as u64);
             match geometry.decode_l2(raw, 0, cluster).map_err(bad)? {
                 L2Entry::Unallocated | L2Entry::Zero { host: None } => {}
+                L2Entry::Zero { .. } | L2Entry::Data { .. } if geometry.is_external() => {}
                 L2Entry::Zero { host: Some(host) } | L2Entry::Data { host, .. } => {
                     counts.add(host.start(), geometry.cluster_len());
                 }
@@ -224,6 +225,9 @@ fn wrong_flags(
         let right: u64 = check(HostOffset(header.l1.at.0 + index as u64 * 8), raw)?;
         driver.l1().set(index, right);
         let Some(table) = geometry.decode_l1(raw).map_err(bad)? else { continue };
+        if geometry.is_external() {
+            continue;
+        }
         for (index, raw) in read_words(driver, table.start(), geometry.cluster_len())?.into_iter().enumerate()
         {
             check(table.at(index as u64 * 8), raw)?;
