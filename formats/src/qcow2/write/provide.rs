@@ -155,7 +155,9 @@ struct Run {
 impl Run {
     fn make_room(&self, driver: &Qcow2Driver) -> Result<()> {
         let storage = driver.data_storage();
-        let range = HostRange::new(self.at, self.len).unwrap_or_default();
+        // In a data file both offsets are the same.
+        let len = slow::part_on_disk(driver, self.at.0, self.len);
+        let range = HostRange::new(self.at, len).unwrap_or_default();
         let fail = |e| storage_error(storage, "cannot make room for zeroes", self.at, e);
         if self.zeroed && storage.reserve(range).map_err(fail)? {
             return Ok(());

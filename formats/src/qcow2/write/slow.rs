@@ -173,8 +173,15 @@ fn copy(driver: &Qcow2Driver, claim: ClaimGuard, old: L2Entry, offset: u64, buf:
     let there = driver.disk_end().saturating_sub(tail_at).min(tail.len() as u64);
     let there = usize::try_from(there).unwrap_or(0);
     read_old(driver, old, tail_at, tail.get_mut(..there).unwrap_or_default())?;
-    write_data(driver, host.start(), &bytes)?;
+    let end = part_on_disk(driver, start, geometry.cluster_len());
+    write_data(driver, host.start(), bytes.get(..usize::try_from(end).unwrap_or(0)).unwrap_or_default())?;
     claim.publish(driver)
+}
+
+/// How many of the `len` bytes of clusters from the guest's `start` on have a place in the file: a data file
+/// ends with the disk, which may end inside of its last cluster.
+pub fn part_on_disk(driver: &Qcow2Driver, start: u64, len: u64) -> u64 {
+    if driver.geometry().is_external() { len.min(driver.disk_end().saturating_sub(start)) } else { len }
 }
 
 /// Whether the cluster reads as zeroes where a write of `len` bytes at `offset` does not reach.
