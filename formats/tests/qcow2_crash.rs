@@ -130,7 +130,12 @@ fn a_clean_flush_is_one_sync() {
         };
         driver.pwrite(40 * CLUSTER, &[1; 512], Durability::Later).unwrap();
         let entries_stay = Image::parse(&scene.image).unwrap().has_raw_data_file();
-        assert_eq!(syncs_of_flush(), if entries_stay { clean } else { changed }, "{}: allocation", scene.name);
+        assert_eq!(
+            syncs_of_flush(),
+            if entries_stay { clean } else { changed },
+            "{}: allocation",
+            scene.name
+        );
         assert_eq!(syncs_of_flush(), clean, "{}: nothing", scene.name);
         driver.pwrite(40 * CLUSTER + 100, &[2; 100], Durability::Later).unwrap();
         assert_eq!(syncs_of_flush(), clean, "{}: an overwrite in place", scene.name);

@@ -230,7 +230,8 @@ impl<'a> Trial<'a> {
         assert!(report.is_sound(), "{}: closed {closed}\n{report}", self.name());
         let content = self.scene.read_files(&&*memory, &&*data);
         let content = content.unwrap_or_else(|what| panic!("{}: {what}", self.name()));
-        let raw = self.scene.read_raw(&&*memory, &&*data).unwrap_or_else(|what| panic!("{}: {what}", self.name()));
+        let raw =
+            self.scene.read_raw(&&*memory, &&*data).unwrap_or_else(|what| panic!("{}: {what}", self.name()));
         let journal = if state == State::Live && closed { &self.live } else { &self.disk };
         journal
             .check(&content, usize::MAX)
@@ -246,7 +247,8 @@ impl<'a> Trial<'a> {
         if self.fault.is_none() {
             assert!(report.is_clean(), "{}: {report}", self.name());
         }
-        let again = self.memory.data.clone().map(|data| -> Arc<dyn Storage> { Wrapped::new(data, NeverClosed) });
+        let again =
+            self.memory.data.clone().map(|data| -> Arc<dyn Storage> { Wrapped::new(data, NeverClosed) });
         let driver = self.scene.open_files(Wrapped::new(memory.clone(), NeverClosed), again).unwrap();
         driver.pwrite(130 * CLUSTER, &painted(130 * CLUSTER, 2 * CLUSTER, 600), Durability::Fua).unwrap();
         driver.pwrite(64, &painted(64, 64, 600), Durability::Later).unwrap();

@@ -203,7 +203,8 @@ fn data_files() {
         Case { backing: Some(len), ..Case::new(name, options, MIB) }.run();
     }
     Case { discard: false, ..Case::new("data file, no discard", options, MIB) }.run();
-    Case { table_cache_len: 0, ..Case::new("data file, tiny cache", "cluster_size=512,data_file=DATA", MIB) }.run();
+    Case { table_cache_len: 0, ..Case::new("data file, tiny cache", "cluster_size=512,data_file=DATA", MIB) }
+        .run();
 }
 
 #[test]

@@ -18,8 +18,8 @@ use nbd_img_formats::storage::{MemoryOptions, MemoryStorage, Storage};
 use nbd_img_formats::sync::Arc;
 use nbd_img_formats::{BlockDriver, Durability, HostOffset, Result};
 
-use super::maker::{self, Maker};
 use super::image::{Bytes, Image};
+use super::maker::{self, Maker};
 use super::reader::{self, Disk};
 use super::units::{Writer, painted};
 

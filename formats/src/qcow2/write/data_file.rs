@@ -89,7 +89,12 @@ impl Places {
 
 /// Whether the place of the cluster, which the caller has claimed, is a hole of the data file. Others in
 /// the same hole, and in the same slice, are noted to read as zeroes, too.
-pub fn is_hole(driver: &Qcow2Driver, writer: &Writer, slice: &TableSlice, cluster: GuestCluster) -> Result<bool> {
+pub fn is_hole(
+    driver: &Qcow2Driver,
+    writer: &Writer,
+    slice: &TableSlice,
+    cluster: GuestCluster,
+) -> Result<bool> {
     let geometry = driver.geometry();
     let storage = driver.data_storage();
     let stale = writer.lock().places.stale;
@@ -121,10 +126,18 @@ pub fn is_hole(driver: &Qcow2Driver, writer: &Writer, slice: &TableSlice, cluste
 }
 
 /// Notes that the places behind `cluster` read as zeroes, as far as no entry of the slice leads to them.
-fn note_zeroes(driver: &Qcow2Driver, meta: &mut Meta, slice: &TableSlice, cluster: GuestCluster, end: GuestCluster) {
+fn note_zeroes(
+    driver: &Qcow2Driver,
+    meta: &mut Meta,
+    slice: &TableSlice,
+    cluster: GuestCluster,
+    end: GuestCluster,
+) {
     let geometry = driver.geometry();
     let number = geometry.slice_of(geometry.start_of(cluster));
-    for next in (cluster.0 + 1..end.0).take(usize::try_from(BATCH_CLUSTERS_MAX).unwrap_or(0)).map(GuestCluster) {
+    for next in
+        (cluster.0 + 1..end.0).take(usize::try_from(BATCH_CLUSTERS_MAX).unwrap_or(0)).map(GuestCluster)
+    {
         let start = geometry.start_of(next);
         if geometry.slice_of(start) != number || start >= driver.disk_end() {
             return;

@@ -286,9 +286,7 @@ impl<'a> Changing<'a> {
         raw: u64,
     ) -> Option<HostCluster> {
         let (host, allocated, zeroed) = match entry {
-            L2Entry::Zero { host: Some(host) } if self.driver.geometry().is_sole(raw) => {
-                (host, false, false)
-            }
+            L2Entry::Zero { host: Some(host) } if self.driver.geometry().is_sole(raw) => (host, false, false),
             L2Entry::Split { .. } => return None,
             L2Entry::Unallocated | L2Entry::Zero { .. } | L2Entry::Data { .. } | L2Entry::Compressed(_) => {
                 self.meta.check_entry(self.driver, entry).ok()?;
