@@ -101,7 +101,7 @@ pub fn discard(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) ->
     }
     begin_changes(driver, writer)?;
     if zeroes_data_file(driver) {
-        return discard_data_file(driver, range);
+        return discard_data_file(driver, whole_clusters(driver, range));
     }
     change_clusters(driver, writer, whole_clusters(driver, range), Goal::Discard)
 }
