@@ -171,11 +171,6 @@ impl Qcow2Driver {
         Ok(Some(now.saturating_sub(at.0).min(len)))
     }
 
-    /// Whether a sync of the image file or of its data file has failed for good.
-    pub(super) fn has_failed_storage(&self) -> bool {
-        self.image().is_failed() || self.data_storage().is_failed()
-    }
-
     pub(super) fn backing(&self) -> Option<&Arc<dyn BlockDriver>> {
         self.backing.as_ref()
     }
@@ -247,7 +242,7 @@ impl BlockDriver for Qcow2Driver {
             return State::Closed;
         }
         match &self.writer {
-            Some(writer) if writer.is_failed() || self.has_failed_storage() => State::Failed,
+            Some(writer) if writer.is_failed() || commit::is_sync_failed(self) => State::Failed,
             Some(_) | None => State::Live,
         }
     }

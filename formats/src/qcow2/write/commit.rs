@@ -60,6 +60,11 @@ pub fn commit(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     Committing { writer }.run(driver)
 }
 
+/// Whether a sync of the image file or of its data file has failed for good.
+pub fn is_sync_failed(driver: &Qcow2Driver) -> bool {
+    driver.image().is_failed() || driver.data_storage().is_failed()
+}
+
 /// Commits if too much is changed.
 pub fn relieve(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     let full = writer.lock().dirty_len() >= writer.options.dirty_len_max;
@@ -114,7 +119,7 @@ impl Committing<'_> {
         let writer = self.writer;
         let mut frozen = freeze(driver, writer);
         let outcome = write_all(driver, &mut frozen);
-        if outcome.is_err() && (frozen.sync_failed || driver.has_failed_storage()) {
+        if outcome.is_err() && (frozen.sync_failed || is_sync_failed(driver)) {
             writer.fail("a sync has failed, so nobody knows what is durable");
             return outcome;
         }
