@@ -100,9 +100,10 @@ impl Session {
         drop(self.shard.export.workers().spawn(Lane::Read, job));
     }
 
-    /// As [`read_ahead`](Self::read_ahead), when the read has to wait for its bytes.
+    /// As [`read_ahead`](Self::read_ahead), when the read has to wait for its bytes to come into the page
+    /// cache.
     pub(super) fn read_ahead_of_miss(&mut self) {
-        if self.shard.export.in_place().reads != InPlace::Always {
+        if self.shard.export.in_place().reads == InPlace::Ask {
             self.ahead.note_miss();
             self.read_ahead();
         }
