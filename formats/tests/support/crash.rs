@@ -170,6 +170,24 @@ impl Run<'_> {
         assert!(report.is_clean(), "{}: after a close:\n{report}", self.name());
         let content = self.scene.read(&bytes).unwrap();
         assert!(content == self.journal.now(), "{}: the closed image has another content", self.name());
+        self.check_bitmaps_at_end(&Image::parse(&bytes).unwrap());
+    }
+
+    /// After a close the enabled bitmap has what it had, what was written, and nothing else.
+    fn check_bitmaps_at_end(&self, image: &Image<'_>) {
+        let before = Image::parse(&self.scene.image).unwrap();
+        for (old, bitmap) in before.bitmaps.iter().zip(&image.bitmaps) {
+            let mut expected = before.dirty_granules(old);
+            if old.flags == 2 {
+                let changes = self.steps.iter().filter(|step| step.action != Action::Flush && step.len > 0);
+                for step in changes {
+                    let granule = |at: u64| (at >> old.granularity_bits) as usize;
+                    expected[granule(step.at)..=granule(step.at + step.len - 1)].fill(true);
+                }
+            }
+            assert_eq!(bitmap.flags, old.flags, "{}: flags of {}", self.name(), old.name);
+            assert!(image.dirty_granules(bitmap) == expected, "{}: bits of {}", self.name(), old.name);
+        }
     }
 
     /// Something of the image as it is in the end.
@@ -235,6 +253,7 @@ impl Run<'_> {
         }
         let content = self.scene.read(bytes)?;
         self.journal.check(&content, cut)?;
+        self.scene.check_bitmaps(bytes, &content)?;
         if random.below(QEMU_ONE_IN) == 0 {
             let maker = Maker::of(&content_of(bytes));
             let (code, said) = maker.check();
@@ -296,6 +315,7 @@ impl Run<'_> {
         driver.flush().map_err(|e| format!("writing on: {e}"))?;
         let disk: &dyn Storage = &*storage;
         let content = self.scene.read(&disk)?;
+        self.scene.check_bitmaps(&disk, &content)?;
         if content != journal.now() {
             return Err("what was written after the crash is not there".to_owned());
         }

@@ -10,6 +10,7 @@ use super::super::header::{Header, Incompatible, TableLocation};
 use super::super::snapshots::Snapshot;
 use super::super::types::{Geometry, HostIndex, L2Entry};
 use super::allocator::{Allocator, Need, Space};
+use super::bitmaps::Places;
 use super::refcounts::BlockIndex;
 use super::{INCOMPATIBLE_AT, begin, commit};
 use crate::address::HostOffset;
@@ -22,13 +23,15 @@ pub fn rebuild(
     driver: &Qcow2Driver,
     header: &Header,
     snapshots: (&[Snapshot], u64),
+    placed: &Places,
 ) -> Result<TableLocation> {
     let refcounts = begin::load_table(driver, header, header.refcount_table)?;
-    let map = begin::map_metadata(driver, header, &refcounts, snapshots)?;
+    let map = begin::map_metadata(driver, header, &refcounts, snapshots, placed)?;
     if let Some(conflict) = map.conflict() {
         return Err(beyond_repair(driver, conflict));
     }
     let mut counts = count_all(driver, header, snapshots)?;
+    placed.iter().for_each(|(at, len, _)| counts.add(*at, *len));
     let geometry = header.geometry;
     let image = driver.image();
     let len = image.len().map_err(|e| fail(driver, "cannot tell the file's length", e))?;

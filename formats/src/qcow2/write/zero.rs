@@ -48,6 +48,7 @@ pub fn write_zeroes(
         let what = "zeroing this range takes writing zeroes";
         return Err(Error::new(ErrorKind::WouldBeSlow, what).with_path(&driver.image().facts().path));
     }
+    writer.record(range)?;
     let (head, tail) = ends(range, whole);
     for part in [head, tail] {
         zero_part(driver, writer, part, request.provision)?;
@@ -76,6 +77,10 @@ pub fn try_write_zeroes(
     if !driver.geometry().zero_flag() || whole.len() != range.len() {
         return Ok(false);
     }
+    if !writer.is_begun() {
+        return Ok(false);
+    }
+    writer.record(range)?;
     try_change_clusters(driver, writer, whole, goal)
 }
 
@@ -84,6 +89,10 @@ pub fn try_discard(driver: &Qcow2Driver, writer: &Writer, range: GuestRange) -> 
     if !writer.options.discard {
         return Ok(true);
     }
+    if !writer.is_begun() {
+        return Ok(false);
+    }
+    writer.record(range)?;
     try_change_clusters(driver, writer, whole_clusters(driver, range), Goal::Discard)
 }
 
@@ -93,6 +102,8 @@ pub fn discard(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) ->
         return Ok(());
     }
     begin_changes(driver, writer)?;
+    // As QEMU does: also what is too short to be given back.
+    writer.record(range)?;
     change_clusters(driver, writer, whole_clusters(driver, range), Goal::Discard)
 }
 
@@ -213,9 +224,6 @@ fn change_clusters(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange
 
 /// As [`change_clusters`], as far as memory goes. Returns whether all was done.
 fn try_change_clusters(driver: &Qcow2Driver, writer: &Writer, range: GuestRange, goal: Goal) -> Result<bool> {
-    if !writer.is_begun() {
-        return Ok(false);
-    }
     let geometry = driver.geometry();
     let mut rest = range;
     let mut cost = 0;
