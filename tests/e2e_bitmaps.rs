@@ -269,7 +269,7 @@ fn what_cannot_be_told_is_refused_by_name() {
     let name = bytes.windows(3).rposition(|three| three == b"two").unwrap();
     bytes[name - 24 + 15] |= 1;
     fs::write(path.join("disk"), bytes).unwrap();
-    refused("disk", &["--bitmap", "two"], &["'two'", "bitmap --remove", "full backup"]);
+    refused("disk", &["--bitmap", "two"], &["'two'", "bitmap remove", "full backup"]);
     let server = serve(&path.join("disk"), &["one".to_owned()], Peer::NbdImg, &[]);
     server.stop();
 }

@@ -149,13 +149,19 @@ impl Scene {
     pub fn with_bitmaps(mut self) -> Scene {
         let maker = Maker::of(&self.image);
         let path = maker.path();
-        for (name, granularity) in [("off", "512"), ("on", "1024"), ("stale", "4096")] {
+        let add = |name: &str, granularity: &str| {
             maker::run("qemu-img", &["bitmap", "--add", "-g", granularity, maker::text(&path), name]);
-        }
-        for at in [3 * CLUSTER, 64 * CLUSTER] {
+        };
+        let write = |at: u64| {
             let same = &self.content[at as usize..(at + CLUSTER) as usize];
             maker.write(at, same, false);
-        }
+        };
+        add("off", "512");
+        write(9 * CLUSTER);
+        add("on", "1024");
+        add("stale", "4096");
+        write(3 * CLUSTER);
+        write(64 * CLUSTER);
         maker::run("qemu-img", &["bitmap", "--disable", maker::text(&path), "off"]);
         self.image = maker.bytes();
         // As whoever was killed leaves it.

@@ -208,8 +208,8 @@ impl Entry {
                 self.granularity_bits
             ));
         }
-        if self.name.len() > NAME_LEN_MAX {
-            return Err(format!("its name has {} bytes ({NAME_LEN_MAX} are the most)", self.name.len()));
+        if self.name.is_empty() || self.name.len() > NAME_LEN_MAX {
+            return Err(format!("its name has {} bytes (1 to {NAME_LEN_MAX} are possible)", self.name.len()));
         }
         let data_len = u64::from(self.table_entries) * geometry.cluster_len();
         if self.table_entries == 0 || data_len > DATA_LEN_MAX {

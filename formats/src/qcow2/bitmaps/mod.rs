@@ -116,7 +116,7 @@ impl Bitmaps {
             let name = entry.shown_name();
             let text = format!(
                 "the bitmap '{name}' does not tell what is dirty: whoever used the image last has not stored it \
-                 (after a crash), or uses it now; remove it (qemu-img bitmap --remove) and begin with a full backup"
+                 (after a crash), or uses it now; remove it (nbd-img bitmap remove) and begin with a full backup"
             );
             return Err(Error::new(ErrorKind::Corrupt, text).with_path(path));
         }

@@ -181,8 +181,7 @@ impl StoredBitmap {
 /// The error for a bitmap that contradicts itself.
 pub fn damaged(storage: &Arc<dyn Storage>, entry: &Entry, what: String) -> Error {
     let name = entry.shown_name();
-    let text =
-        format!("the bitmap '{name}' is damaged: {what}; it can only be removed (qemu-img bitmap --remove)");
+    let text = format!("the bitmap '{name}' is damaged: {what}");
     Error::new(ErrorKind::Corrupt, text).with_path(&storage.facts().path)
 }
 

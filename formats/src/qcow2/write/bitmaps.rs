@@ -54,7 +54,7 @@ impl Recorder {
             let text = format!(
                 "its enabled dirty bitmaps have {len} bytes of bits, and all of them stay in memory while the \
                  image is written ({LIVE_LEN_MAX} bytes are the most); use --read-only, or disable or remove \
-                 some (qemu-img bitmap --disable)"
+                 some (nbd-img bitmap disable)"
             );
             return Err(Error::new(ErrorKind::Unsupported, text).with_path(&driver.image().facts().path));
         }
