@@ -117,7 +117,7 @@ pub fn run(command: BitmapCommand) -> Result<(), Error> {
 fn run_merge(merge: &MergeArgs) -> Result<(), Error> {
     let BitmapArgs { image, name } = &merge.bitmap;
     let format = merge.source_format.map(Format::from);
-    let from = merge.source_file.as_deref().map(|file| open_alone(file, format, false)).transpose()?;
+    let from = merge.source_file.as_deref().map(|file| open_image(file, format, false)).transpose()?;
     for source in &merge.sources {
         let change = match &from {
             Some(from) => BitmapChange::MergeFrom(&**from, source),
@@ -129,7 +129,7 @@ fn run_merge(merge: &MergeArgs) -> Result<(), Error> {
 }
 
 /// The image without what is below it: bitmaps need none of that.
-fn open_alone(
+fn open_image(
     image: &Path,
     format: Option<Format>,
     force_share: bool,
@@ -139,7 +139,7 @@ fn open_alone(
 }
 
 fn print(list: &ListArgs) -> Result<(), Error> {
-    let driver = open_alone(&list.image, None, list.force_share)?;
+    let driver = open_image(&list.image, None, list.force_share)?;
     let bitmaps = driver.info().map_err(Error::Image)?.bitmaps;
     driver.close().map_err(Error::Image)?;
     let text = if list.json {

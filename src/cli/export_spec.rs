@@ -20,10 +20,11 @@ pub struct ParsedExport {
 
 /// The keys, for error texts.
 const KEYS: &str = "name, file, read-only, format, description, offset, size, exact-size, cache, aio, \
-                    discard, detect-zeroes, load-snapshot, bitmap, backing, allow-dir, force-share, tls-required";
+                    discard, detect-zeroes, load-snapshot, bitmap, backing, allow-dir, force-share, tls-required, \
+                    access";
 
 /// Keys that may come more than once.
-const REPEATABLE: [&[u8]; 2] = [b"allow-dir", b"bitmap"];
+const REPEATABLE: [&[u8]; 3] = [b"allow-dir", b"bitmap", b"access"];
 
 /// Parses the argument of one `--export`.
 pub fn parse(text: &OsStr) -> Result<ParsedExport, String> {
@@ -88,6 +89,10 @@ fn set(image: &mut ImageArgs, key: &[u8], value: Option<&OsStr>) -> Result<(), S
         b"backing" => image.backing = Some(needed(key, value)?.into()),
         b"bitmap" => image.bitmap.push(needed_text(key, value)?),
         b"allow-dir" => image.allow_dir.push(needed(key, value)?.into()),
+        b"access" => {
+            let rule = needed_text(key, value)?;
+            image.access.push(rule.parse().map_err(|why| format!("access={}: {why}", rule.escape_debug()))?);
+        }
         b"" => return Err("a field is empty; a comma inside of a value is written twice".to_owned()),
         unknown => return Err(format!("{} is not a key; the keys are {KEYS}", lossy(unknown))),
     }
@@ -140,7 +145,7 @@ mod tests {
         let got = parsed(
             "name=a,file=/x/y,read-only,format=qcow2,description=two words,offset=1K,size=2M,exact-size=off,\
              cache=directsync,aio=io_uring,discard=ignore,detect-zeroes=unmap,load-snapshot=s,backing=none,allow-dir=/a,\
-             allow-dir=/b,force-share=on,bitmap=x,bitmap=y",
+             allow-dir=/b,force-share=on,bitmap=x,bitmap=y,access=read:uid=1,access=write:tls-subject=CN=a,,O=b",
         );
         assert_eq!(got.path, PathBuf::from("/x/y"));
         let image = got.image;
@@ -156,6 +161,8 @@ mod tests {
         assert_eq!(image.backing, Some(PathBuf::from("none")));
         assert_eq!(image.allow_dir, [PathBuf::from("/a"), PathBuf::from("/b")]);
         assert_eq!(image.bitmap, ["x", "y"]);
+        let rules = ["read:uid=1", "write:tls-subject=CN=a,O=b"].map(|rule| rule.parse().unwrap());
+        assert_eq!(image.access, rules);
     }
 
     #[test]
@@ -184,6 +191,7 @@ mod tests {
             ("name=a,file=x,read-only=yes", "on or off"),
             ("name=a,file=x,format=vmdk", "format=vmdk is not one of raw, qcow2, mmap-raw"),
             ("name=a,file=x,size=big", "is not a size"),
+            ("name=a,file=x,access=uid=1", "access=uid=1: a rule begins with"),
             ("name=a,file=x,", "a field is empty"),
             ("", "a field is empty"),
         ] {

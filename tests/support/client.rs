@@ -12,7 +12,7 @@ use std::time::Duration;
 use super::wire::{self, chunk, command, command_flag, info, option, option_reply};
 
 /// A reply that takes longer hangs.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What a connection runs on.
 pub trait Transport: Read + Write + Send {
@@ -149,7 +149,7 @@ pub fn greet(socket: &Path) -> UnixStream {
     stream
 }
 
-fn read_greeting(stream: &mut (impl Read + ?Sized)) {
+pub fn read_greeting(stream: &mut (impl Read + ?Sized)) {
     assert_eq!(read_u64(stream).unwrap(), wire::MAGIC);
     assert_eq!(read_u64(stream).unwrap(), wire::OPTION_MAGIC);
     let flags = read_u16(stream).unwrap();
@@ -193,6 +193,11 @@ impl Client {
     pub fn tcp(stream: TcpStream, export: &str, wishes: Wishes) -> Self {
         stream.set_nodelay(true).unwrap();
         Self::negotiate(Box::new(stream), export, wishes)
+    }
+
+    /// Over a connection that nothing was received on yet.
+    pub fn over(stream: Box<dyn Transport>, export: &str, wishes: Wishes) -> Self {
+        Self::negotiate(stream, export, wishes)
     }
 
     fn negotiate(mut stream: Box<dyn Transport>, export: &str, wishes: Wishes) -> Self {

@@ -12,6 +12,7 @@
 //! | `compressed` | compressed clusters and their cache |
 //! | `flight` | making a thing once for all who need it at the same time |
 //! | `write` | everything that changes an image |
+//! | `check` | checking and repairing |
 //! | `parts` | what a driver is made of |
 //! | `driver` | [`Qcow2Driver`], which joins them |
 //!
@@ -19,6 +20,7 @@
 //! image names come from [`open`](crate::open), behind its policy.
 
 mod bitmaps;
+mod check;
 mod compressed;
 mod driver;
 mod extensions;
@@ -32,6 +34,7 @@ mod tables;
 mod types;
 mod write;
 
+pub use check::{CheckOptions, CheckReport, Repair, check};
 pub use driver::Qcow2Driver;
 pub use extensions::Extensions;
 pub use header::{Autoclear, Compatible, Compression, Header, Incompatible, TableLocation};

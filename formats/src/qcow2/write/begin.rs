@@ -64,7 +64,7 @@ pub fn begin(
     let tables = bitmaps::load_tables(driver, header)?;
     let placed = bitmaps::places(&tables, header.geometry);
     if dirty {
-        table = repair::rebuild(driver, header, snapshots, &placed)?;
+        table = repair::rebuild(driver, header, snapshots)?;
     } else if header.compatible.contains(Compatible::LAZY_REFCOUNTS) {
         tracing::debug!("the image asks for lazy refcounts; they are kept up to date all the same");
     }
