@@ -84,7 +84,7 @@ fn in_two_sectors() -> Scene {
     // Its data is to begin 8 bytes before the end of a sector.
     let wanted = (at + 16).next_multiple_of(512) - 16;
     let filler = wanted - at;
-    assert!(filler >= 8 && filler % 8 == 0);
+    assert!(filler >= 8 && filler.is_multiple_of(8));
     bytes[at..at + 4].copy_from_slice(&0x1122_3344u32.to_be_bytes());
     bytes[at + 4..at + 8].copy_from_slice(&u32::try_from(filler - 8).unwrap().to_be_bytes());
     bytes[at + 8..wanted].fill(0x55);

@@ -226,7 +226,7 @@ impl Rig {
             content = qcow2_support::read_all(&*driver);
             driver.close().unwrap();
             self.check_file(&dirty.lock());
-            if content.len() as u64 % UNIT == 0 {
+            if (content.len() as u64).is_multiple_of(UNIT) {
                 self.qemu_writes(&mut dirty.lock(), &mut content, &mut random);
                 self.check_file(&dirty.lock());
             }
