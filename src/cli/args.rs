@@ -8,6 +8,7 @@ use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 use nbd_img_formats::Format;
 use nbd_img_formats::storage::Aio;
 
+use super::bitmap::BitmapCommand;
 use super::check::CheckArgs;
 use super::size;
 use super::tls::{TlsArgs, TlsCommand};
@@ -37,6 +38,9 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Show what an image is: format, sizes, features, backing chain, snapshots, bitmaps
     Info(InfoArgs),
+    /// Change or list the persistent dirty bitmaps of a qcow2 image that nobody serves or uses
+    #[command(subcommand)]
+    Bitmap(BitmapCommand),
     /// Look for damage in a qcow2 image, and repair it if told to
     Check(CheckArgs),
     /// Make certificates for TLS

@@ -4,6 +4,7 @@
 //! printed in one place, here, and end the process with one of [`ExitStatus`].
 
 mod args;
+mod bitmap;
 mod check;
 mod exit;
 mod export_spec;
@@ -55,6 +56,11 @@ fn run_command(args: args::Args) -> Result<ExitStatus, Error> {
         args::Command::Info(info) => {
             logging::start(verbose, true);
             info::run(&options::info(info).map_err(Error::Usage)?)?;
+            Ok(ExitStatus::Success)
+        }
+        args::Command::Bitmap(command) => {
+            logging::start(verbose, true);
+            bitmap::run(command)?;
             Ok(ExitStatus::Success)
         }
         args::Command::Check(check) => {

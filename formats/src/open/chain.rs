@@ -11,7 +11,7 @@ use super::probe::{magic_name, probe};
 use super::{Backing, OpenOptions};
 use crate::driver::{BlockDriver, Format};
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::{Caches, Header, ImageNumber, Parts, Qcow2Driver, WriteOptions};
+use crate::qcow2::{BitmapChange, Caches, Header, ImageNumber, Parts, Qcow2Driver, WriteOptions};
 use crate::raw::{RawDriver, RawOptions};
 use crate::storage::{FileOptions, FileStorage, LockMode, MappedStorage, Storage};
 use crate::sync::Arc;
@@ -243,4 +243,25 @@ fn check_raw_options(path: &Path, options: &OpenOptions) -> Result<()> {
         _ => return Ok(()),
     };
     Err(Error::new(ErrorKind::InvalidInput, what).with_path(path))
+}
+
+/// Changes a dirty bitmap of the qcow2 image at `path`, which nobody else may have open meanwhile.
+pub fn change_bitmap(path: &Path, name: &str, change: BitmapChange<'_>) -> Result<()> {
+    let file_options = FileOptions { writable: true, direct: false, lock: LockMode::Writer };
+    let image: Arc<dyn Storage> = FileStorage::open(path, &file_options)?;
+    let header = Header::load(&image)?;
+    let caches = Caches::new(0, [&header])?;
+    let driver = Qcow2Driver::open(Parts {
+        image,
+        header,
+        data_file: None,
+        // What the disk holds does not matter.
+        backing: None,
+        number: ImageNumber(0),
+        caches,
+        snapshot: None,
+        write: Some(WriteOptions::default()),
+    })?;
+    let changed = driver.change_bitmap(name, change);
+    changed.and(driver.close())
 }

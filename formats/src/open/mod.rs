@@ -15,7 +15,7 @@ mod probe;
 use std::path::{Path, PathBuf};
 
 pub use alone::{Access, open_alone};
-pub use chain::CHAIN_MAX;
+pub use chain::{CHAIN_MAX, change_bitmap};
 
 use crate::driver::{BlockDriver, Format};
 use crate::error::Result;
