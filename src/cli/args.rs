@@ -8,9 +8,11 @@ use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 use nbd_img_formats::Format;
 use nbd_img_formats::storage::Aio;
 
+use super::check::CheckArgs;
 use super::size;
 use super::tls::{TlsArgs, TlsCommand};
 use crate::export::{CacheMode, DetectZeroes};
+use crate::server::access::Rule;
 use crate::session::POLL_TIME_DEFAULT;
 use crate::transport::Address;
 use crate::transport::owner::Owner;
@@ -35,6 +37,8 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Show what an image is: format, sizes, features, backing chain, snapshots, bitmaps
     Info(InfoArgs),
+    /// Look for damage in a qcow2 image, and repair it if told to
+    Check(CheckArgs),
     /// Make certificates for TLS
     #[command(subcommand)]
     Tls(TlsCommand),
@@ -54,15 +58,26 @@ pub struct ServeArgs {
     /// One of several images: name=N,file=PATH and further keys, separated by commas (repeatable)
     ///
     /// The keys are the long names of the flags for one image: read-only, format=F, description=D,
-    /// offset=S, size=S, exact-size, cache=M, aio=M, discard=M, detect-zeroes=M, load-snapshot=S, backing=P,
-    /// allow-dir=P (several times if need be), force-share; and tls-required: only to be had and seen
-    /// under TLS. A comma inside of a value is written twice.
+    /// offset=S, size=S, exact-size, cache=M, aio=M, discard=M, detect-zeroes=M, load-snapshot=S, bitmap=N and
+    /// allow-dir=P (both several times if need be), backing=P, force-share; tls-required: only to be had and seen
+    /// under TLS; and access=RULE (several times if need be): who may use it. A comma inside of a value
+    /// is written twice.
     #[arg(long = "export", value_name = "SPEC", help_heading = "Several images")]
     pub exports: Vec<OsString>,
 
     /// Where to listen.
     #[command(flatten)]
     pub listen: ListenArgs,
+
+    /// Let these clients in, and no others: read:WHO, or write:WHO which includes reading (repeatable)
+    ///
+    /// Once there is a rule, a client that none fits sees no export. WHO is anyone; uid=N or gid=N of a process at a
+    /// Unix socket; cidr=NETWORK of a TCP connection; cid=N of a virtual machine; psk=IDENTITY; or, of the client's
+    /// certificate, tls-subject=DN, tls-dns=NAME, tls-ip=ADDRESS, tls-uri=URI or tls-email=ADDRESS. A DN is written as
+    /// QEMU's tls-authz and certtool write it: CN=backup,O=Example. An `--export` with rules of its own
+    /// (access=RULE) keeps to those alone.
+    #[arg(long, value_name = "RULE", help_heading = "Clients")]
+    pub access: Vec<Rule>,
 
     /// Who has to encrypt.
     #[command(flatten)]
@@ -127,6 +142,10 @@ pub struct ImageArgs {
     #[arg(long, value_name = "NAME|ID")]
     pub load_snapshot: Option<String>,
 
+    /// Tell clients what this dirty bitmap says, as metadata context qemu:dirty-bitmap:NAME (repeatable)
+    #[arg(long, value_name = "NAME")]
+    pub bitmap: Vec<String>,
+
     /// Use this backing file, or none, whatever the image says
     #[arg(long, value_name = "PATH|none")]
     pub backing: Option<PathBuf>,
@@ -138,6 +157,10 @@ pub struct ImageArgs {
     /// Read an image that another program writes; what is read may be inconsistent
     #[arg(long)]
     pub force_share: bool,
+
+    /// Rules of this export; a key of `--export`, since `--access` has those of an only image.
+    #[arg(skip)]
+    pub access: Vec<Rule>,
 
     /// Only to be had under TLS; a key of `--export`, since `--tls` says it for an only image.
     #[arg(skip)]

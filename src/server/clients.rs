@@ -35,6 +35,7 @@ struct State {
 #[derive(Default)]
 struct RareEvents {
     refused: Rare,
+    denied: Rare,
     evicted: Rare,
     no_export: Rare,
 }
@@ -158,6 +159,15 @@ impl Clients {
                 max = self.sessions_max,
                 "clients refused; raise --max-connections to let more in"
             );
+        }
+    }
+
+    /// Counts a question for an export that is there, but not for this client.
+    pub fn note_denied(&self, peer: &str, export: &str) {
+        let export = export.escape_debug();
+        tracing::debug!(%peer, %export, "no --access rule lets it see this export");
+        if let Some(count) = self.rare.denied.note(Instant::now()) {
+            tracing::warn!(count, %peer, %export, "clients asked for exports that no --access rule lets them see");
         }
     }
 

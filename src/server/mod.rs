@@ -5,6 +5,7 @@
 //!
 //! | module | what is in it |
 //! |---|---|
+//! | [`access`] | who may do what |
 //! | [`options`] | what the operator wants, and what the starter passed down |
 //! | `limits` | open files |
 //! | `listen` | from addresses to listening sockets |
@@ -14,10 +15,12 @@
 //! | `clients` | who is connected, and how many may be |
 //! | `ready` | telling the starter that the server listens |
 //! | `end` | signals, draining, flushing, closing |
-//! | [`tls`] | certificates: read, and read again |
+//! | [`tls`] | certificates and keys: read, and read again |
+//! | `psk_file` | the keys of `--tls-psk` |
 //! | `rare` | log lines that others can cause as often as they like |
 
 mod accept;
+pub mod access;
 mod clients;
 mod directory;
 mod end;
@@ -25,6 +28,7 @@ mod limits;
 mod listen;
 mod negotiate;
 pub mod options;
+mod psk_file;
 mod rare;
 mod ready;
 pub mod tls;
@@ -125,7 +129,7 @@ pub fn run(options: ServeOptions, mut inherited: Inherited) -> Result<Outcome, E
         .map(|export| (Arc::clone(&export), Shards::new(export, Arc::clone(&budget), options.times)));
     let clients = Clients::new(options.max_connections, handshakes_max);
     let server = Arc::new(Server {
-        exports: Exports::new(served.collect(), Arc::clone(&clients)),
+        exports: Exports::new(served.collect(), options.access.clone(), Arc::clone(&clients)),
         clients,
         tls,
         oldstyle: options.oldstyle,

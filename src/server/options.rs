@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::Error;
+use super::access::AccessRules;
 use super::tls::TlsOptions;
 use crate::export::ExportSpec;
 use crate::session::Times;
@@ -17,6 +18,8 @@ use crate::transport::{Address, Arrival, InheritedSocket, Listener, Place, activ
 pub struct ServeOptions {
     /// What is served; never empty, no name twice.
     pub exports: Vec<ExportSpec>,
+    /// Who may do what with it.
+    pub access: AccessRules,
     /// Where to listen; never empty. Not used when the starter passed sockets.
     pub addresses: Vec<Address>,
     /// Whether the operator asked for `addresses` rather than leaving them to the default.

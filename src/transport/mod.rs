@@ -13,6 +13,9 @@
 //! | [`registration`] | both under tokio's event loop |
 //! | [`stream`] | one client's connection |
 //! | [`unread`] | how far a client has come with what was sent to it |
+//! | [`peer`] | who is at the other end |
+//! | [`certificate`] | whom a certificate names |
+//! | [`distinguished_name`] | its subject in words |
 //! | [`tcp`] | what TCP connections are told to do |
 //! | [`tls`] | the same under TLS |
 //! | [`unix`] | Unix sockets as files: stale ones, live ones, mode and owner, removal |
@@ -22,9 +25,12 @@
 
 pub mod activation;
 pub mod address;
+pub mod certificate;
+pub mod distinguished_name;
 pub mod inherited;
 pub mod listener;
 pub mod owner;
+pub mod peer;
 pub mod registration;
 pub mod stdio;
 pub mod stream;
@@ -38,4 +44,5 @@ pub mod vsock;
 pub use address::{Address, Place};
 pub use inherited::{Arrival, InheritedSocket};
 pub use listener::Listener;
+pub use peer::Peer;
 pub use stream::Stream;

@@ -248,12 +248,15 @@ impl Client {
             data.extend(context.as_bytes());
         }
         self.stream.write_all(&option_bytes(option::SET_META_CONTEXT, &data)).unwrap();
-        for context in contexts {
+        // The order of the answers is the server's.
+        let mut granted = HashMap::new();
+        for _ in contexts {
             let (kind, data) = read_option_reply(&mut self.stream, option::SET_META_CONTEXT).unwrap();
-            assert_eq!(kind, option_reply::META_CONTEXT, "{context} was not granted");
-            assert_eq!(&data[4..], context.as_bytes());
-            self.context_ids.push(u32::from_be_bytes(data[..4].try_into().unwrap()));
+            assert_eq!(kind, option_reply::META_CONTEXT, "only {granted:?} of {contexts:?} were granted");
+            let id = u32::from_be_bytes(data[..4].try_into().unwrap());
+            granted.insert(String::from_utf8(data[4..].to_vec()).unwrap(), id);
         }
+        self.context_ids = contexts.iter().map(|context| granted[*context]).collect();
         let (kind, _) = read_option_reply(&mut self.stream, option::SET_META_CONTEXT).unwrap();
         assert_eq!(kind, option_reply::ACK);
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// Program and Debian package.
-const PACKAGES: [(&str, &str); 21] = [
+const PACKAGES: [(&str, &str); 25] = [
     ("qemu-img", "qemu-utils"),
     ("qemu-io", "qemu-utils"),
     ("qemu-nbd", "qemu-utils"),
@@ -27,6 +27,10 @@ const PACKAGES: [(&str, &str); 21] = [
     ("mke2fs", "e2fsprogs"),
     ("debugfs", "e2fsprogs"),
     ("openssl", "openssl"),
+    ("certtool", "gnutls-bin"),
+    ("gnutls-cli", "gnutls-bin"),
+    ("psktool", "gnutls-bin"),
+    ("setpriv", "util-linux"),
     ("/usr/bin/python3", "python3"),
 ];
 
