@@ -4,7 +4,7 @@ use std::thread;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Most connections in negotiation. Our choice: they cost a descriptor and some KiB each (20 KiB in the midst of TLS),
+/// Most connections in negotiation. Our choice: they cost a descriptor and some KiB each, tens of KiB in the midst of TLS,
 /// and thousands of strangers that come at once must not push out a good client that takes milliseconds.
 const HANDSHAKES_MAX: usize = 4096;
 
