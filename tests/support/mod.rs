@@ -38,6 +38,14 @@ pub fn is_nbd_img() -> bool {
     server::Peer::of_this_run() == server::Peer::NbdImg
 }
 
+/// More descriptors for this process than most shells give: tests that hold a crowd have both its ends in mind.
+pub fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let current = maximum.map_or(Some(8192), |max| Some(max.min(8192)));
+    setrlimit(Resource::Nofile, Rlimit { current, maximum }).unwrap();
+}
+
 /// How often a test repeats something: `default` in CI, or what the environment variable `name` says.
 pub fn count(name: &str, default: usize) -> usize {
     std::env::var(name).map_or(default, |n| n.parse().unwrap_or_else(|_| panic!("{name} is no number: {n}")))
