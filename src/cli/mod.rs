@@ -9,6 +9,7 @@ mod export_spec;
 mod info;
 mod logging;
 mod options;
+mod qemu_nbd;
 mod size;
 mod tls;
 mod tls_init;
@@ -26,7 +27,13 @@ pub use exit::ExitStatus;
 ///
 /// To be called first thing in `main`: it takes over descriptors that the starter passed by number.
 pub fn run() -> ExitStatus {
-    let args = match args::Args::try_parse() {
+    let arguments: Vec<_> = std::env::args_os().collect();
+    match arguments.as_slice() {
+        [name, rest @ ..] if qemu_nbd::is_called(name) => return qemu_nbd::run(name, rest),
+        [_, command, rest @ ..] if command == qemu_nbd::NAME => return qemu_nbd::run(command, rest),
+        [..] => {}
+    }
+    let args = match args::Args::try_parse_from(arguments) {
         Ok(args) => args,
         Err(error) => return refuse_usage(&error),
     };
@@ -54,6 +61,7 @@ fn run_command(args: args::Args) -> Result<ExitStatus, Error> {
             info::run(&options::info(info).map_err(Error::Usage)?)?;
             Ok(ExitStatus::Success)
         }
+        args::Command::QemuNbd { args } => Ok(qemu_nbd::run(qemu_nbd::NAME.as_ref(), &args)),
         args::Command::Tls(tls::TlsCommand::Init(init)) => {
             tls_init::run(&init).map_err(Error::Certificates)?;
             Ok(ExitStatus::Success)

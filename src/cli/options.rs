@@ -9,7 +9,7 @@ use nbd_img_formats::open::{Backing, OpenOptions};
 use super::args::{DiscardArg, ImageArgs, InfoArgs, ListenArgs, ServeArgs};
 use super::{export_spec, tls};
 use crate::export::ExportSpec;
-use crate::server::ServeOptions;
+use crate::server::{Manners, ServeOptions};
 use crate::session::Times;
 use crate::transport::Address;
 
@@ -42,6 +42,7 @@ pub fn serve(mut args: ServeArgs) -> Result<ServeOptions, String> {
         pid_file: args.life.pid_file.clone(),
         ready_fd: args.life.ready_fd,
         drain_timeout: args.life.drain_timeout,
+        manners: Manners::default(),
         exports: exports(args)?,
     };
     let exports_need_it = options.exports.iter().any(|export| export.tls_required);
@@ -163,6 +164,9 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
         offset: image.offset.unwrap_or(0),
         size: image.size,
         tls_required: image.tls_required,
+        exact_window: false,
+        single_client: false,
+        hide_depth: false,
         cache,
         aio: image.aio.map(Into::into).unwrap_or_default(),
         detect_zeroes: image.detect_zeroes.map(Into::into).unwrap_or_default(),
