@@ -24,6 +24,9 @@ pub const SECTOR_LEN: u64 = 512;
 /// "Block size constraints").
 pub const PAYLOAD_LEN_MAX: u32 = 32 << 20;
 
+/// Most bitmaps that an error names. Our choice: a line that can be read.
+const NAMED_MAX: usize = 16;
+
 /// One image, ready to be served. Shared by all connections.
 pub struct Export {
     name: String,
@@ -37,6 +40,7 @@ pub struct Export {
     single_client: bool,
     hide_depth: bool,
     write_through: bool,
+    bitmaps: Vec<String>,
     detect_zeroes: DetectZeroes,
     aio: Aio,
     in_place: InPlaceFacts,
@@ -69,6 +73,9 @@ impl Export {
     /// An export of an image that is open already.
     pub fn of_driver(spec: &ExportSpec, driver: Arc<dyn BlockDriver>) -> Result<Arc<Export>> {
         let (offset, size) = window(spec, driver.size())?;
+        for name in &spec.bitmaps {
+            offer_bitmap(&driver, name).map_err(|error| error.with_path(&spec.path))?;
+        }
         let in_place = in_place_facts(driver.storages());
         Ok(Arc::new(Export {
             name: spec.name.clone(),
@@ -81,6 +88,7 @@ impl Export {
             single_client: spec.single_client,
             hide_depth: spec.hide_depth,
             write_through: spec.cache.is_write_through(),
+            bitmaps: spec.bitmaps.clone(),
             detect_zeroes: spec.detect_zeroes,
             aio: spec.aio,
             in_place,
@@ -158,7 +166,9 @@ impl Export {
     /// Names of the metadata contexts that clients may select.
     fn contexts(&self) -> Vec<String> {
         let depth = (!self.hide_depth).then_some(wire::ALLOCATION_DEPTH);
-        [Some(wire::BASE_ALLOCATION), depth].into_iter().flatten().map(str::to_owned).collect()
+        let fixed = [Some(wire::BASE_ALLOCATION), depth].into_iter().flatten().map(str::to_owned);
+        let bitmaps = self.bitmaps.iter().map(|name| format!("{}{name}", wire::DIRTY_BITMAP_PREFIX));
+        fixed.chain(bitmaps).collect()
     }
 
     /// What the protocol tells clients. Cheap, and touches no file.
@@ -189,6 +199,20 @@ impl Export {
             tls_required: self.tls_required,
         }
     }
+}
+
+/// Makes the bitmap ready, or says which ones there are.
+fn offer_bitmap(driver: &Arc<dyn BlockDriver>, name: &str) -> Result<()> {
+    if driver.offer_bitmap(name)? {
+        return Ok(());
+    }
+    let info = driver.info()?;
+    let layers = std::iter::once(&info).chain(&info.chain);
+    let names = layers.flat_map(|layer| &layer.bitmaps).map(|bitmap| &bitmap.name);
+    let names: Vec<String> = names.take(NAMED_MAX).map(|name| format!("'{}'", name.escape_debug())).collect();
+    let there = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+    let text = format!("there is no dirty bitmap '{}' (--bitmap); there are: {there}", name.escape_debug());
+    Err(Error::new(ErrorKind::InvalidInput, text))
 }
 
 /// How the room of a zeroed range is treated: a client that allows holes gets them.

@@ -27,6 +27,8 @@ pub struct Clients {
 #[derive(Default)]
 struct State {
     sessions: usize,
+    /// There has been one.
+    had_session: bool,
     handshakes: BTreeMap<u64, AbortHandle>,
     next_id: u64,
 }
@@ -35,6 +37,7 @@ struct State {
 #[derive(Default)]
 struct RareEvents {
     refused: Rare,
+    denied: Rare,
     evicted: Rare,
     no_export: Rare,
 }
@@ -120,6 +123,7 @@ impl Clients {
                 return None;
             }
             state.sessions += 1;
+            state.had_session = true;
         }
         tracing::info!(%peer, export = %export.escape_debug(), "connection opened");
         Some(Permit(Arc::clone(self)))
@@ -130,7 +134,8 @@ impl Clients {
         loop {
             self.gone.notified().await;
             let state = self.state.lock();
-            if state.sessions == 0 && (!self.full_waits || state.handshakes.is_empty()) {
+            let negotiating = self.full_waits && !state.handshakes.is_empty();
+            if state.sessions == 0 && state.had_session && !negotiating {
                 return;
             }
         }
@@ -149,6 +154,20 @@ impl Clients {
         state.sessions + state.handshakes.len()
     }
 
+    /// Waits until nobody is connected: neither in a session nor in negotiation. One task may wait, by this or by
+    /// [`last_gone`](Self::last_gone).
+    pub async fn all_gone(&self) {
+        loop {
+            {
+                let state = self.state.lock();
+                if state.sessions == 0 && state.handshakes.is_empty() {
+                    return;
+                }
+            }
+            self.gone.notified().await;
+        }
+    }
+
     /// Counts a client that was refused because all slots are taken.
     pub fn note_refused(&self, peer: &str) {
         tracing::debug!(%peer, "refused: all slots are taken");
@@ -158,6 +177,15 @@ impl Clients {
                 max = self.sessions_max,
                 "clients refused; raise --max-connections to let more in"
             );
+        }
+    }
+
+    /// Counts a question for an export that is there, but not for this client.
+    pub fn note_denied(&self, peer: &str, export: &str) {
+        let export = export.escape_debug();
+        tracing::debug!(%peer, %export, "no --access rule lets it see this export");
+        if let Some(count) = self.rare.denied.note(Instant::now()) {
+            tracing::warn!(count, %peer, %export, "clients asked for exports that no --access rule lets them see");
         }
     }
 
@@ -188,6 +216,7 @@ impl Drop for Handshake {
     fn drop(&mut self) {
         self.clients.state.lock().handshakes.remove(&self.id);
         self.clients.room.notify_one();
+        self.clients.gone.notify_one();
     }
 }
 
@@ -274,5 +303,27 @@ mod tests {
         assert!(!waiting.is_finished());
         drop(permit);
         waiting.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn who_negotiates_is_there_but_not_the_last_to_go() {
+        for all in [true, false] {
+            let clients = Clients::new(2, 2, false);
+            let handshake = clients.begin_handshake();
+            clients.register_handshake(handshake.id(), tokio::spawn(async {}).abort_handle());
+            let waiting = tokio::spawn({
+                let clients = Arc::clone(&clients);
+                async move { if all { clients.all_gone().await } else { clients.last_gone().await } }
+            });
+            tokio::task::yield_now().await;
+            assert!(!waiting.is_finished());
+            drop(handshake);
+            if !all {
+                tokio::task::yield_now().await;
+                assert!(!waiting.is_finished(), "nobody had a session");
+                drop(clients.admit("a", ""));
+            }
+            waiting.await.unwrap();
+        }
     }
 }

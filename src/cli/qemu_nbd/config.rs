@@ -18,11 +18,13 @@ use super::objects::{Endpoint, Kind, Object};
 use super::tree;
 use crate::export::{CacheMode, DetectZeroes, ExportSpec};
 use crate::nbd::negotiate::TlsMode;
+use crate::server::access::AccessRules;
 use crate::server::tls::{TlsFiles, TlsOptions};
 use crate::server::{Background, Manners, ServeOptions};
 use crate::session::Times;
-use crate::transport::Address;
 use crate::transport::address::DEFAULT_PORT;
+use crate::transport::unix::FileAccess;
+use crate::transport::{Address, Place};
 
 /// Where qemu-nbd listens when nothing is said.
 const DEFAULT_BIND: &str = "0.0.0.0";
@@ -202,10 +204,7 @@ fn credentials(line: &Line) -> Result<Option<Object>, String> {
 
 fn listing(line: &Line, tls: Option<Object>) -> Result<Listing, String> {
     let address = address(line)?;
-    let host = match &address {
-        Address::Tcp { host, .. } => Some(host.clone()),
-        Address::Unix(_) => None,
-    };
+    let host = if let Place::Tcp { host, .. } = &address.place { Some(host.clone()) } else { None };
     let tls = match tls.map(|object| object.kind) {
         None => None,
         Some(Kind::X509 { dir, verify_peer: true, .. }) => Some(dir),
@@ -222,7 +221,7 @@ fn listing(line: &Line, tls: Option<Object>) -> Result<Listing, String> {
 fn service(line: Line, operand: &OsStr, tls: Option<Object>) -> Result<Service, String> {
     let background = line.fork || (line.connect.is_some() && !line.verbose);
     let addresses = match (&line.connect, &line.socket) {
-        (Some(device), None) => vec![Address::Unix(device_socket(device))],
+        (Some(device), None) => vec![Place::Unix(device_socket(device)).into()],
         _ => vec![address(&line)?],
     };
     let handshake_timeout = match line.handshake_limit {
@@ -232,6 +231,10 @@ fn service(line: Line, operand: &OsStr, tls: Option<Object>) -> Result<Service, 
     let options = ServeOptions {
         addresses,
         listen_is_given: false,
+        access: AccessRules::default(),
+        socket_access: FileAccess::default(),
+        oldstyle: false,
+        peer_timeout: Duration::ZERO,
         tls: tls.map(|object| server_tls(object.kind)).transpose()?,
         // As with qemu-nbd, who names no address is heard everywhere.
         allow_plaintext: true,
@@ -264,7 +267,6 @@ fn service(line: Line, operand: &OsStr, tls: Option<Object>) -> Result<Service, 
 fn refuse_missing(line: &Line, image: &Image) -> Result<(), String> {
     let missing = [
         ("--snapshot", "temporary overlays", line.temporary),
-        ("--bitmap", "persistent bitmaps", !line.bitmaps.is_empty()),
         ("--tls-authz", "authorization by name", line.tls_authz.is_some()),
         ("driver=compress", "writing compressed clusters", image.compress && !line.read_only),
         ("file.offset, file.size", "an image inside of another file", image.file_window != Window::default()),
@@ -280,7 +282,7 @@ fn refuse_missing(line: &Line, image: &Image) -> Result<(), String> {
 fn address(line: &Line) -> Result<Address, String> {
     if let Some(path) = &line.socket {
         return if path.is_absolute() {
-            Ok(Address::Unix(path.clone()))
+            Ok(Place::Unix(path.clone()).into())
         } else {
             Err("socket path must be absolute".to_owned())
         };
@@ -292,7 +294,7 @@ fn address(line: &Line) -> Result<Address, String> {
             port(text).ok_or_else(|| format!("address resolution failed for {host}:{text}: not a port"))?
         }
     };
-    Ok(Address::Tcp { host, port, tls_first: false })
+    Ok(Place::Tcp { host, port }.into())
 }
 
 /// A port's number. A blank in front comes from callers that write option and value as one argument.
@@ -373,6 +375,7 @@ fn export(line: &Line, operand: &OsStr) -> Result<ExportSpec, String> {
         single_client: line.shared == 1,
         hide_depth: !line.allocation_depth,
         cache,
+        bitmaps: line.bitmaps.clone(),
         aio: match aio {
             // Linux's older interface has io_uring in its place.
             None | Some(Aio::Native) => storage::Aio::Auto,

@@ -14,7 +14,7 @@ use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
 use super::client::{Dialogue, ExportDetails, Next, Purpose};
 use super::config::Listing;
-use crate::transport::Address;
+use crate::transport::{Address, Place};
 
 /// Received at a time. Our choice.
 const RECEIVE_LEN: usize = 16 * 1024;
@@ -62,14 +62,17 @@ fn exchange(stream: &mut dyn Stream, input: &mut Vec<u8>) -> io::Result<usize> {
 
 fn connect(address: &Address) -> Result<Box<dyn Stream>, String> {
     let failed = |whom: &str, error: io::Error| format!("Failed to connect to '{whom}': {error}");
-    match address {
-        Address::Unix(path) => {
+    match &address.place {
+        Place::Unix(path) => {
             let stream = UnixStream::connect(path);
             Ok(Box::new(stream.map_err(|error| failed(&path.to_string_lossy(), error))?))
         }
-        Address::Tcp { host, port, .. } => {
+        Place::Tcp { host, port } => {
             let stream = TcpStream::connect((host.as_str(), *port));
             Ok(Box::new(stream.map_err(|error| failed(&format!("{host}:{port}"), error))?))
+        }
+        Place::Abstract(_) | Place::Vsock { .. } | Place::Fd(_) | Place::Stdio => {
+            Err(format!("{address}: qemu-nbd's options name no such place"))
         }
     }
 }

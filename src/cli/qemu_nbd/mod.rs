@@ -46,7 +46,7 @@ use self::line::{Complaint, Parsed};
 use super::exit::ExitStatus;
 use super::logging;
 use crate::server::{self, Inherited};
-use crate::transport::Address;
+use crate::transport::{Place, activation};
 
 /// The name that calls the front.
 pub const NAME: &str = "qemu-nbd";
@@ -85,11 +85,10 @@ fn try_run(program: &str, args: &[OsString]) -> Result<ExitStatus, Complaint> {
         Parsed::Version => return answer(&usage::version()),
         Parsed::Answer(text) => return answer(&text),
     };
-    // Before anything is opened: descriptors are known by their numbers.
-    let inherited = Inherited::take(None).map_err(|error| error.to_string())?;
     logging::start(u8::from(line.verbose), true);
-    match config::task(*line, Activation { sockets: inherited.listeners.len() })? {
-        Task::Serve(service) => serve(*service, inherited),
+    let sockets = activation::count().map_err(|error| format!("Failed to use socket activation: {error}"))?;
+    match config::task(*line, Activation { sockets })? {
+        Task::Serve(service) => serve(*service),
         Task::List(listing) => answer(&list::run(&listing)?),
         Task::Disconnect(path) => {
             Device::find(&path, "Cannot open")?.disconnect()?;
@@ -103,7 +102,9 @@ fn answer(text: &str) -> Result<ExitStatus, Complaint> {
     Ok(ExitStatus::Success)
 }
 
-fn serve(mut service: Service, mut inherited: Inherited) -> Result<ExitStatus, Complaint> {
+fn serve(mut service: Service) -> Result<ExitStatus, Complaint> {
+    // Before anything is opened: descriptors are known by their numbers.
+    let mut inherited = Inherited::take(&service.options).map_err(|error| error.to_string())?;
     let device = service.device.take().map(|path| Device::find(&path, "Failed to open")).transpose()?;
     let mut tell = None;
     if service.fork {
@@ -136,7 +137,8 @@ fn attach_when_ready(
 ) -> Result<OwnedFd, Complaint> {
     let failed = |error: io::Error| format!("cannot start the device's client: {error}");
     let (ready, listening) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
-    let Some(Address::Unix(socket)) = service.options.addresses.first().cloned() else {
+    let place = service.options.addresses.first().map(|address| address.place.clone());
+    let Some(Place::Unix(socket)) = place else {
         return Err(Complaint::from("a device is served over a Unix socket".to_owned()));
     };
     // Until the device is there, errors have to reach the parent's stderr.

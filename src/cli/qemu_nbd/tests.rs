@@ -113,6 +113,9 @@ fn of_export(export: &ExportSpec) -> String {
     if (export.offset, export.size) != (0, None) {
         let _ = write!(text, "offset={} size={:?} ", export.offset, export.size);
     }
+    if !export.bitmaps.is_empty() {
+        let _ = write!(text, "bitmaps={} ", export.bitmaps.join(","));
+    }
     if let Some(snapshot) = &open.snapshot {
         let _ = write!(text, "snapshot={snapshot} ");
     }
@@ -162,6 +165,7 @@ fn options_for_which_callers_exist() {
         (vec!["--discard=unmap", "--detect-zeroes=unmap", "f"], "probed:f unmap detect-unmap"),
         (vec!["--detect-zeroes=on", "f"], "probed:f detect"),
         (vec!["-A", "f"], "probed:f depth"),
+        (vec!["-B", "a", "--bitmap=b", "f"], "probed:f bitmaps=a,b"),
         (vec!["--pid-file=p", "f"], "pid-file=p probed:f"),
         (vec!["--fork", "f"], "forks closes its streams probed:f"),
         (vec!["--fork", "-v", "f"], "forks keeps its log probed:f"),
@@ -422,7 +426,6 @@ fn socket_activation_decides_where_to_listen() {
 fn what_is_missing_is_refused_by_name() {
     for (line, flag) in [
         (vec!["-s", "f"], "--snapshot"),
-        (vec!["-B", "b", "f"], "--bitmap"),
         (vec!["--image-opts", "driver=compress,file.driver=qcow2,file.file.filename=f"], "driver=compress"),
         (
             vec!["--image-opts", "driver=qcow2,file.driver=raw,file.offset=512,file.file.filename=f"],
