@@ -98,7 +98,7 @@ pub fn task(line: Line, activation: Activation) -> Result<Task, Complaint> {
     if line.disconnect {
         return Ok(Task::Disconnect(operand.into()));
     }
-    Ok(Task::Serve(Box::new(service(line, &operand, tls)?)))
+    Ok(Task::Serve(Box::new(service(line, &operand, tls, activation)?)))
 }
 
 fn check_operands(line: &Line) -> Result<(), Complaint> {
@@ -218,7 +218,12 @@ fn listing(line: &Line, tls: Option<Object>) -> Result<Listing, String> {
     Ok(Listing { address, tls, tls_name: line.tls_hostname.clone().or(host) })
 }
 
-fn service(line: Line, operand: &OsStr, tls: Option<Object>) -> Result<Service, String> {
+fn service(
+    line: Line,
+    operand: &OsStr,
+    tls: Option<Object>,
+    activation: Activation,
+) -> Result<Service, String> {
     let background = line.fork || (line.connect.is_some() && !line.verbose);
     let addresses = match (&line.connect, &line.socket) {
         (Some(device), None) => vec![Place::Unix(device_socket(device)).into()],
@@ -230,7 +235,7 @@ fn service(line: Line, operand: &OsStr, tls: Option<Object>) -> Result<Service, 
     };
     let options = ServeOptions {
         addresses,
-        listen_is_given: false,
+        listen_is_given: activation.sockets == 0,
         access: AccessRules::default(),
         socket_access: FileAccess::default(),
         oldstyle: false,

@@ -58,37 +58,64 @@ pub fn is_called(argv0: &OsStr) -> bool {
 
 /// Runs the command line behind the name `argv0`.
 pub fn run(argv0: &OsStr, args: &[OsString]) -> ExitStatus {
-    let program = Path::new(argv0).file_name().unwrap_or(argv0).to_string_lossy();
-    match try_run(&program, args) {
+    let name = Name::of(argv0);
+    match try_run(&name, args) {
         Ok(status) => status,
         Err(complaint) => {
-            complain(&program, &complaint);
+            name.complain(&complaint);
             ExitStatus::Failed
         }
     }
 }
 
-/// Errors go to stderr, each line under the program's name where callers look for it.
-fn complain(program: &str, complaint: &Complaint) {
-    let mut text = format!("{program}: {}\n", complaint.text);
-    if complaint.see_help {
-        text += &format!("Try `{program} --help' for more information.\n");
-    }
-    // Nobody is left to be told when stderr is closed.
-    let _ = io::stderr().write_all(text.as_bytes());
+/// What the program was started as.
+#[derive(Clone, Debug)]
+struct Name {
+    /// With its folder, if one was given.
+    given: String,
+    /// Without it.
+    short: String,
 }
 
-fn try_run(program: &str, args: &[OsString]) -> Result<ExitStatus, Complaint> {
+impl Name {
+    fn of(argv0: &OsStr) -> Name {
+        let short = Path::new(argv0).file_name().unwrap_or(argv0);
+        Name { given: argv0.to_string_lossy().into_owned(), short: short.to_string_lossy().into_owned() }
+    }
+
+    /// Says what is wrong on stderr, under the program's name.
+    fn complain(&self, complaint: &Complaint) {
+        let mut text = format!("{}: {}\n", self.short, in_the_words_of_c(&complaint.text));
+        if complaint.see_help {
+            text += &format!("Try `{} --help' for more information.\n", self.given);
+        }
+        // Nobody is left to be told when stderr is closed.
+        let _ = io::stderr().write_all(text.as_bytes());
+    }
+}
+
+/// The text without the numbers that Rust writes behind the system's own words.
+fn in_the_words_of_c(text: &str) -> String {
+    let mut words = String::new();
+    let mut rest = text;
+    while let Some((before, behind)) = rest.split_once(" (os error ") {
+        words += before;
+        rest = behind.split_once(')').map_or("", |(_, rest)| rest);
+    }
+    words + rest
+}
+
+fn try_run(name: &Name, args: &[OsString]) -> Result<ExitStatus, Complaint> {
     let line = match line::parse(args)? {
         Parsed::Line(line) => line,
-        Parsed::Help => return answer(&usage::help(program)),
+        Parsed::Help => return answer(&usage::help(&name.given)),
         Parsed::Version => return answer(&usage::version()),
         Parsed::Answer(text) => return answer(&text),
     };
     logging::start(u8::from(line.verbose), true);
     let sockets = activation::count().map_err(|error| format!("Failed to use socket activation: {error}"))?;
     match config::task(*line, Activation { sockets })? {
-        Task::Serve(service) => serve(*service),
+        Task::Serve(service) => serve(name, *service),
         Task::List(listing) => answer(&list::run(&listing)?),
         Task::Disconnect(path) => {
             Device::find(&path, "Cannot open")?.disconnect()?;
@@ -102,7 +129,7 @@ fn answer(text: &str) -> Result<ExitStatus, Complaint> {
     Ok(ExitStatus::Success)
 }
 
-fn serve(mut service: Service) -> Result<ExitStatus, Complaint> {
+fn serve(name: &Name, mut service: Service) -> Result<ExitStatus, Complaint> {
     // Before anything is opened: descriptors are known by their numbers.
     let mut inherited = Inherited::take(&service.options).map_err(|error| error.to_string())?;
     let device = service.device.take().map(|path| Device::find(&path, "Failed to open")).transpose()?;
@@ -119,7 +146,7 @@ fn serve(mut service: Service) -> Result<ExitStatus, Complaint> {
         label_sockets(label)?;
     }
     inherited.ready_fd = match device {
-        Some(device) => Some(attach_when_ready(device, &mut service, tell)?),
+        Some(device) => Some(attach_when_ready(name.clone(), device, &mut service, tell)?),
         None => tell,
     };
     match server::run(service.options, inherited) {
@@ -131,6 +158,7 @@ fn serve(mut service: Service) -> Result<ExitStatus, Complaint> {
 /// Starts the thread that makes the kernel a client once the server listens; gives the descriptor that has to be
 /// told. The parent, if there is one, waits for the device. A device that cannot be had ends the process.
 fn attach_when_ready(
+    name: Name,
     device: Device,
     service: &mut Service,
     tell: Option<OwnedFd>,
@@ -143,7 +171,6 @@ fn attach_when_ready(
     };
     // Until the device is there, errors have to reach the parent's stderr.
     let background = std::mem::take(&mut service.options.manners.background);
-    let program = NAME;
     let attach = move || {
         let attached = kernel::attach(&device, &socket, File::from(ready)).and_then(|()| {
             server::go_to_background(background)
@@ -157,7 +184,7 @@ fn attach_when_ready(
                 }
             }
             Err(text) => {
-                complain(program, &Complaint::from(text));
+                name.complain(&Complaint::from(text));
                 // Nothing was written to the image; what stays is the socket.
                 let _ = fs::remove_file(&socket);
                 std::process::exit(ExitStatus::Failed.code().into());
@@ -180,20 +207,36 @@ fn label_sockets(label: &OsStr) -> Result<(), String> {
 /// The server's error in the words that callers look for.
 fn explain(error: &server::Error, operand: &str) -> String {
     match error {
-        server::Error::Image(error) if error.kind() == ErrorKind::Locked => {
-            format!(
-                "Failed to blk_new_open '{operand}': {error}\nIs another process using the image [{operand}]?"
-            )
+        server::Error::Image(error) => explain_image(error, operand),
+        server::Error::Listen(text) => {
+            format!("Failed to bind socket to {}", text.strip_prefix("unix:").unwrap_or(text))
         }
-        server::Error::Image(error) => format!("Failed to blk_new_open '{operand}': {error}"),
-        server::Error::Listen(text) => format!("Failed to listen on {text}"),
         server::Error::PidFile(path, error) => {
             format!("Could not create '{}': {error}", path.to_string_lossy().escape_debug())
         }
-        server::Error::Inherited(_) | server::Error::Tls(_) | server::Error::System(_, _) => {
-            error.to_string()
-        }
+        server::Error::Tls(error) => format!("Unable to access credentials {error}"),
+        server::Error::Inherited(_) | server::Error::System(_, _) => error.to_string(),
     }
+}
+
+fn explain_image(error: &nbd_img_formats::Error, operand: &str) -> String {
+    let text = error.to_string();
+    if error.kind() == ErrorKind::Locked {
+        // What `serve` calls a flag is an option of the node here.
+        let text = text.replace("--force-share", "force-share=on in --image-opts");
+        return format!(
+            "Failed to blk_new_open '{operand}': {text}\nIs another process using the image [{operand}]?"
+        );
+    }
+    if let Some((_, name)) = text.split_once("there is no dirty bitmap '")
+        && let Some((name, _)) = name.split_once("' (--bitmap)")
+    {
+        return format!("Bitmap '{name}' is not found: {text}");
+    }
+    if text.contains("--load-snapshot") {
+        return format!("Failed to load snapshot: {text}");
+    }
+    format!("Failed to blk_new_open '{operand}': {text}")
 }
 
 #[cfg(test)]

@@ -84,8 +84,8 @@ pub struct Image {
 pub fn from_filename(name: &str, path: PathBuf, format: Option<&str>) -> Result<Image, String> {
     if let Some(json) = name.strip_prefix("json:") {
         let mut flat = tree::from_json(json)?;
-        // As with QEMU, what the file name says of itself goes before `-f`.
-        if let (Some(format), false) = (format, flat.contains_key("driver")) {
+        // As with QEMU, `-f` goes before what the file name says of itself.
+        if let Some(format) = format {
             flat.insert("driver".to_owned(), Scalar::Text(format.to_owned()));
         }
         return from_options(flat);
@@ -502,8 +502,9 @@ mod tests {
     fn nodes_in_both_notations() {
         let qcow2 = Image { backing: Some(BackingNode::None), ..image("f", Some(Format::Qcow2)) };
         let json = r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"f"},"backing":null}"#;
-        assert_eq!(name(json, None), Ok(qcow2.clone()));
-        assert_eq!(name(json, Some("raw")), Ok(qcow2));
+        assert_eq!(name(json, None), Ok(qcow2));
+        let raw = name(r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"f"}}"#, Some("raw"));
+        assert_eq!(raw, Ok(image("f", Some(Format::Raw))));
         let compressed = "driver=compress,file.driver=qcow2,file.file.driver=file,file.file.filename=a,,b";
         let want = Image { compress: true, ..image("a,b", Some(Format::Qcow2)) };
         assert_eq!(list(compressed), Ok(want));

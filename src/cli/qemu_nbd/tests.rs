@@ -461,3 +461,9 @@ fn the_name_of_the_program() {
         assert_eq!(is_called(OsStr::new(name)), called, "{name}");
     }
 }
+
+#[test]
+fn errors_of_the_system_in_the_words_of_the_c_library() {
+    let text = "a: No such file (os error 2): b (os error 13)";
+    assert_eq!(in_the_words_of_c(text), "a: No such file: b");
+}
