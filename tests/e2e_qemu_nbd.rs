@@ -166,7 +166,7 @@ fn the_answers_that_callers_parse() {
     for program in BOTH {
         let (status, version, _) = program.ends(folder.path(), &["--version"]);
         let numbers =
-            version.split(' ').nth(1).unwrap().split('.').map(|n| n.parse::<u32>().unwrap()).count();
+            version.split(' ').nth(1).unwrap().split('.').filter(|n| n.parse::<u32>().is_ok()).count();
         assert_eq!((status, numbers), (Some(0), 3), "{program:?}: {version}");
         assert_eq!(program.ends(folder.path(), &["-V", "x", "y"]).1, version);
         let (status, help, _) = program.ends(folder.path(), &["--help"]);
@@ -301,7 +301,7 @@ fn what_an_image_names_is_followed() {
         run(tool("nbdcopy").args([&serving.uri(""), "-"]))
     });
     assert_same("the chain", &ours, &real);
-    assert!(real.iter().any(|&byte| byte == 9));
+    assert!(real.contains(&9));
 }
 
 #[test]

@@ -37,6 +37,8 @@ pub struct OpenOptions {
     pub backing: Backing,
     /// Format of the backing file in [`Backing::Path`]; else the one that the image states.
     pub backing_format: Option<Format>,
+    /// The external data file, whatever the image says.
+    pub data_file: Option<PathBuf>,
     /// Which files an image may name.
     pub names: Names,
     /// Folders, besides the image's own, below which backing and data files may lie.
@@ -60,6 +62,7 @@ impl Default for OpenOptions {
             exact_size: false,
             backing: Backing::Follow,
             backing_format: None,
+            data_file: None,
             names: Names::Confined,
             allow_dirs: Vec::new(),
             snapshot: None,

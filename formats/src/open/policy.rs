@@ -2,7 +2,7 @@
 //!
 //! An image can come from anywhere, so a name in it is opened only if it is a plain path to a regular
 //! file below the folder of the image that the operator named, or below a folder that he allows; and then
-//! only for reading. Where symbolic links lead is decided by the kernel while it opens (openat2), not by
+//! for reading, but for the data file of an image that is itself opened for writing. Where symbolic links lead is decided by the kernel while it opens (openat2), not by
 //! a look beforehand. Nothing outside is ever opened, not even to find out what it is.
 //!
 //! Where the operator trusts an image as QEMU does ([`Gate::open_to_all`]), a plain path may lead anywhere.
@@ -31,7 +31,7 @@ pub enum Role {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FileIdentity(u64, u64);
 
-/// A file that an image named and that the policy let through, open for reading.
+/// A file that an image named and that the policy let through, open.
 pub struct Named {
     /// The file.
     pub file: OwnedFd,
@@ -99,13 +99,13 @@ impl Gate {
     }
 
     /// Opens the file that `image` calls `name`. Fails with `Denied` if the policy does not allow it.
-    pub fn open(&self, image: &Path, name: &[u8], role: Role) -> Result<Named> {
+    pub fn open(&self, image: &Path, name: &[u8], role: Role, writable: bool) -> Result<Named> {
         let Some(roots) = &self.roots else {
             // QEMU writes this prefix before names that would look like a protocol.
             let plain = name.strip_prefix(b"file:").unwrap_or(name);
-            return open_anywhere(&Request { image, name: plain, role }, plain.len() == name.len());
+            return open_anywhere(&Request { image, name: plain, role, writable }, plain.len() == name.len());
         };
-        let request = Request { image, name, role };
+        let request = Request { image, name, role, writable };
         request.check_plain()?;
         let path = lexical_path(roots, &request)?;
         let real = std::fs::canonicalize(&path).map_err(|e| request.cannot_open(e))?;
@@ -149,7 +149,8 @@ fn open_anywhere(request: &Request<'_>, may_be_protocol: bool) -> Result<Named> 
         Role::Backing => folder_of(request.image).join(name),
         Role::DataFile => name.to_owned(),
     };
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let access = if request.writable { OFlags::RDWR } else { OFlags::RDONLY };
+    let flags = access | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let file = rustix::fs::open(&path, flags, Mode::empty()).map_err(|e| request.cannot_open(e.into()))?;
     let stat = rustix::fs::fstat(&file).map_err(|e| request.cannot_open(e.into()))?;
     // What is neither a regular file nor a block device is refused by whoever reads it.
@@ -189,7 +190,8 @@ impl Root {
             | FileType::CharacterDevice
             | FileType::Unknown => return Err(request.denied("is not a regular file")),
         }
-        let file = self.openat2(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY, request)?;
+        let access = if request.writable { OFlags::RDWR } else { OFlags::RDONLY };
+        let file = self.openat2(path, access | OFlags::NONBLOCK | OFlags::NOCTTY, request)?;
         let opened = rustix::fs::fstat(&file).map_err(|e| request.cannot_open(e.into()))?;
         if FileIdentity::from_stat(&opened) != identity {
             return Err(request.denied("was replaced while it was being opened"));
@@ -217,6 +219,7 @@ struct Request<'a> {
     image: &'a Path,
     name: &'a [u8],
     role: Role,
+    writable: bool,
 }
 
 impl Request<'_> {
@@ -252,6 +255,7 @@ impl Request<'_> {
     fn cannot_open(&self, error: std::io::Error) -> Error {
         let remedy = match self.role {
             Role::Backing => " (--backing PATH|none replaces it)",
+            Role::DataFile if self.writable => " (--read-only only reads it)",
             Role::DataFile => "",
         };
         Error::io(format!("{self} cannot be opened{remedy}"), error).with_path(self.image)

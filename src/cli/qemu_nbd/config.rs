@@ -14,12 +14,12 @@ use rustix::process::{Resource, getrlimit};
 
 use super::line::{Complaint, Line};
 use super::node::{self, Aio, BackingNode, Image, Window};
-use super::objects::{Endpoint, Kind, Object};
+use super::objects::{self, Endpoint, Kind, Object};
 use super::tree;
 use crate::export::{CacheMode, DetectZeroes, ExportSpec};
 use crate::nbd::negotiate::TlsMode;
-use crate::server::access::AccessRules;
-use crate::server::tls::{TlsFiles, TlsOptions};
+use crate::server::access::{AccessRules, Right, Rule, Who};
+use crate::server::tls::{TlsFiles, TlsOptions, TlsSource};
 use crate::server::{Background, Manners, ServeOptions};
 use crate::session::Times;
 use crate::transport::address::DEFAULT_PORT;
@@ -190,7 +190,7 @@ fn credentials(line: &Line) -> Result<Option<Object>, String> {
             ));
         }
         Kind::AuthzSimple { .. }
-        | Kind::AuthzList(_)
+        | Kind::AuthzList { .. }
         | Kind::AuthzListFile { .. }
         | Kind::Secret
         | Kind::Ignored => return fail(format!("Object with id '{id}' is not TLS credentials")),
@@ -233,14 +233,15 @@ fn service(
         0 => NO_LIMIT,
         seconds => Duration::from_secs(seconds.into()),
     };
+    let credentials = tls.as_ref().map(|object| &object.kind);
     let options = ServeOptions {
         addresses,
         listen_is_given: activation.sockets == 0,
-        access: AccessRules::default(),
+        access: access(&line, credentials)?,
         socket_access: FileAccess::default(),
         oldstyle: false,
         peer_timeout: Duration::ZERO,
-        tls: tls.map(|object| server_tls(object.kind)).transpose()?,
+        tls: credentials.map(server_tls).transpose()?,
         // As with qemu-nbd, who names no address is heard everywhere.
         allow_plaintext: true,
         max_connections: clients_max(line.shared),
@@ -272,10 +273,8 @@ fn service(
 fn refuse_missing(line: &Line, image: &Image) -> Result<(), String> {
     let missing = [
         ("--snapshot", "temporary overlays", line.temporary),
-        ("--tls-authz", "authorization by name", line.tls_authz.is_some()),
         ("driver=compress", "writing compressed clusters", image.compress && !line.read_only),
         ("file.offset, file.size", "an image inside of another file", image.file_window != Window::default()),
-        ("data-file", "naming an external data file", image.data_file.is_some()),
     ];
     match missing.iter().find(|(_, _, asked)| *asked) {
         Some((flag, what, _)) => Err(format!("{flag}: {what} is not supported by nbd-img yet")),
@@ -322,21 +321,53 @@ fn clients_max(shared: u32) -> u32 {
     u32::try_from((files / 2).clamp(UNLIMITED_MIN, UNLIMITED_MAX)).unwrap_or(u32::MAX)
 }
 
-fn server_tls(kind: Kind) -> Result<TlsOptions, String> {
-    let Kind::X509 { dir, verify_peer, .. } = kind else {
-        return Err(
-            "--tls-creds: pre-shared keys (tls-creds-psk) are not supported by nbd-img yet".to_owned()
-        );
-    };
+fn server_tls(kind: &Kind) -> Result<TlsOptions, String> {
     // The process may leave its folder, and reads the files again.
-    let dir = std::path::absolute(&dir).map_err(|error| format!("{}: {error}", dir.display()))?;
-    let files = TlsFiles {
-        cert: dir.join("server-cert.pem"),
-        key: dir.join("server-key.pem"),
-        client_ca: verify_peer.then(|| dir.join("ca-cert.pem")),
-        crl: verify_peer.then(|| dir.join("ca-crl.pem")),
+    let absolute =
+        |path: &Path| std::path::absolute(path).map_err(|error| format!("{}: {error}", path.display()));
+    let source = match kind {
+        Kind::X509 { dir, verify_peer, .. } => {
+            let dir = absolute(dir)?;
+            TlsSource::Certificates(TlsFiles {
+                cert: dir.join("server-cert.pem"),
+                key: dir.join("server-key.pem"),
+                client_ca: verify_peer.then(|| dir.join("ca-cert.pem")),
+                crl: verify_peer.then(|| dir.join("ca-crl.pem")),
+            })
+        }
+        Kind::Psk { dir, .. } => TlsSource::Psk(absolute(dir)?.join("keys.psk")),
+        Kind::Anonymous
+        | Kind::AuthzSimple { .. }
+        | Kind::AuthzList { .. }
+        | Kind::AuthzListFile { .. }
+        | Kind::Secret
+        | Kind::Ignored => return Err("--tls-creds: this object has no credentials".to_owned()),
     };
-    Ok(TlsOptions { files, mode: TlsMode::Required })
+    Ok(TlsOptions { source, mode: TlsMode::Required })
+}
+
+/// Whom `--tls-authz` lets in: those whose certificate has the name, or whose key.
+fn access(line: &Line, credentials: Option<&Kind>) -> Result<AccessRules, String> {
+    let Some(id) = &line.tls_authz else { return Ok(AccessRules::default()) };
+    let object = line.objects.iter().find(|object| object.id == *id);
+    let object = object.ok_or_else(|| format!("--tls-authz: no object with id '{id}'"))?;
+    let names = match &object.kind {
+        Kind::AuthzSimple { identity } => vec![identity.clone()],
+        Kind::AuthzList { names } => names.clone(),
+        Kind::AuthzListFile { filename } => objects::names_in_file(filename)?,
+        Kind::X509 { .. } | Kind::Psk { .. } | Kind::Anonymous | Kind::Secret | Kind::Ignored => {
+            return Err(format!("--tls-authz: object '{id}' authorizes nobody"));
+        }
+    };
+    let by_key = matches!(credentials, Some(Kind::Psk { .. }));
+    let who = |name: String| if by_key { Who::Psk(name) } else { Who::Subject(name) };
+    let mut general: Vec<Rule> =
+        names.into_iter().map(|name| Rule { right: Right::Write, who: who(name) }).collect();
+    if general.is_empty() {
+        // No rule at all would let everybody in.
+        general.push(Rule { right: Right::Write, who: Who::Subject(String::new()) });
+    }
+    Ok(AccessRules { general, ..AccessRules::default() })
 }
 
 fn export(line: &Line, operand: &OsStr) -> Result<ExportSpec, String> {
@@ -403,6 +434,7 @@ fn open_options(line: &Line, image: &Image) -> OpenOptions {
         format: image.format,
         backing,
         backing_format,
+        data_file: image.data_file.clone(),
         names: Names::Trusted,
         snapshot: line.load_snapshot.clone(),
         discard: image.discard.or(line.discard).unwrap_or(false),

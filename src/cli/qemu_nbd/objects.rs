@@ -1,6 +1,7 @@
 //! `--object TYPE,id=ID,...`: the definitions that other options refer to by their id.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use super::values;
 
@@ -50,8 +51,11 @@ pub enum Kind {
         /// The name.
         identity: String,
     },
-    /// `authz-list` and `authz-list-file`: rules.
-    AuthzList(Vec<(String, String)>),
+    /// `authz-list`: these names are let in.
+    AuthzList {
+        /// The names.
+        names: Vec<String>,
+    },
     /// `authz-list-file`: rules in a file.
     AuthzListFile {
         /// The file.
@@ -110,7 +114,10 @@ pub fn parse(text: &str) -> Result<Object, String> {
             Kind::Anonymous
         }
         "authz-simple" => Kind::AuthzSimple { identity: fields.needed("identity")? },
-        "authz-list" => Kind::AuthzList(fields.take_all(|key| key == "policy" || key.starts_with("rules."))),
+        "authz-list" => {
+            let rules = fields.take_all(|key| key == "policy" || key.starts_with("rules."));
+            Kind::AuthzList { names: names_of(rules)? }
+        }
         "authz-list-file" => {
             fields.drop(&["refresh"]);
             Kind::AuthzListFile { filename: fields.needed("filename")?.into() }
@@ -141,6 +148,35 @@ fn x509(fields: &mut Fields) -> Result<Kind, String> {
     fields.drop(&["priority"]);
     let dir = fields.take("dir").ok_or("Missing 'dir' property value")?.into();
     Ok(Kind::X509 { dir, endpoint, verify_peer })
+}
+
+/// The names in a file of `authz-list-file`, which has the rules in JSON.
+pub fn names_in_file(path: &Path) -> Result<Vec<String>, String> {
+    let about = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+    let text = fs::read_to_string(path).map_err(|error| about(&error))?;
+    names_of(from_json(&text).map_err(|error| about(&error))?).map_err(|error| about(&error))
+}
+
+/// The names that a list of rules lets in. Only lists that let in names and nobody else can be had: an order of rules
+/// that allow and deny, or patterns, are not what the server's own rules say.
+fn names_of(pairs: Vec<(String, String)>) -> Result<Vec<String>, String> {
+    let mut names = Vec::new();
+    for (key, value) in pairs {
+        let field = key.rsplit('.').next().unwrap_or_default();
+        match (key.as_str(), field, value.as_str()) {
+            (_, "match", _) => names.push(value),
+            ("policy", _, "deny") | (_, "format", "exact") => {}
+            (rule, "policy", "allow") if rule != "policy" => {}
+            (_, "policy" | "format", _) => {
+                return Err(format!(
+                    "authz-list: {key}={value} is not supported; list the names to be let in, by policy=deny and rules \
+                     with policy=allow and format=exact"
+                ));
+            }
+            _ => return Err(format!("Parameter '{key}' is unexpected")),
+        }
+    }
+    Ok(names)
 }
 
 struct Fields {
@@ -243,5 +279,23 @@ mod tests {
             assert_eq!(parse(text), Err(want.to_owned()), "{text}");
         }
         assert!(parse("{").unwrap_err().contains("JSON parse error"));
+    }
+
+    #[test]
+    fn lists_of_names() {
+        let list = "authz-list,id=z,policy=deny,rules.0.match=CN=a,,O=b,rules.0.policy=allow,rules.0.format=exact,\
+                    rules.1.match=c,rules.1.policy=allow";
+        let names = vec!["CN=a,O=b".to_owned(), "c".to_owned()];
+        assert_eq!(parse(list).map(|object| object.kind), Ok(Kind::AuthzList { names: names.clone() }));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let json = r#"{"policy":"deny","rules":[{"match":"CN=a,O=b","policy":"allow"},{"match":"c","policy":"allow"}]}"#;
+        fs::write(file.path(), json).unwrap();
+        assert_eq!(names_in_file(file.path()), Ok(names));
+        for text in
+            ["policy=allow", "rules.0.match=a,rules.0.policy=deny", "rules.0.match=*,rules.0.format=glob"]
+        {
+            let error = parse(&format!("authz-list,id=z,{text}")).unwrap_err();
+            assert!(error.contains("not supported"), "{text}: {error}");
+        }
     }
 }

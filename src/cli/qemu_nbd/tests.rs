@@ -9,6 +9,7 @@ use super::config::{Listing, task};
 use super::*;
 use crate::export::{CacheMode, DetectZeroes, ExportSpec};
 use crate::nbd::negotiate::TlsMode;
+use crate::server::tls::TlsSource;
 use crate::server::{Background, ServeOptions};
 
 /// What a command line comes to, in short: only what differs from an empty command line with one image.
@@ -75,8 +76,16 @@ fn of_clients(options: &ServeOptions) -> String {
     }
     if let Some(tls) = &options.tls {
         assert_eq!(tls.mode, TlsMode::Required);
-        let peers = if tls.files.client_ca.is_some() { "verified" } else { "any" };
-        let _ = write!(text, "tls={} peers={peers} ", tls.files.cert.display());
+        let _ = match &tls.source {
+            TlsSource::Certificates(files) => {
+                let peers = if files.client_ca.is_some() { "verified" } else { "any" };
+                write!(text, "tls={} peers={peers} ", files.cert.display())
+            }
+            TlsSource::Psk(path) => write!(text, "keys={} ", path.display()),
+        };
+    }
+    for rule in options.access.iter() {
+        let _ = write!(text, "lets-in={:?} ", rule.who);
     }
     text
 }
@@ -358,6 +367,27 @@ fn lines_of_callers() {
 }
 
 #[test]
+fn credentials_and_who_is_let_in() {
+    let x509 = ["--object", "tls-creds-x509,id=t,endpoint=server,dir=/tls", "--tls-creds=t"];
+    let psk = ["--object", "tls-creds-psk,id=t,endpoint=server,dir=/tls", "--tls-creds=t"];
+    let simple = ["--object", "authz-simple,id=a,identity=CN=x,,O=y", "--tls-authz=a"];
+    let list = ["--object", "authz-list,id=a,rules.0.match=x,rules.0.policy=allow", "--tls-authz", "a"];
+    for (line, want) in [
+        (x509.to_vec(), "tls=/tls/server-cert.pem peers=verified probed:f"),
+        (psk.to_vec(), "keys=/tls/keys.psk probed:f"),
+        (
+            [x509, simple].concat(),
+            r#"tls=/tls/server-cert.pem peers=verified lets-in=Subject("CN=x,O=y") probed:f"#,
+        ),
+        ([psk.as_slice(), &list].concat(), r#"keys=/tls/keys.psk lets-in=Psk("x") probed:f"#),
+    ] {
+        check(&[line.as_slice(), &["f"]].concat(), want);
+    }
+    let nobody = [x509.as_slice(), &["--tls-authz=b", "f"]].concat();
+    assert_eq!(effective(&nobody), Err("--tls-authz: no object with id 'b'".to_owned()));
+}
+
+#[test]
 fn listing_another_server() {
     let tls = ["--object", "tls-creds-x509,id=t,endpoint=client,dir=/tls", "--tls-creds", "t"];
     check(&["-L", "-k", "/s"], "list unix:/s tls=None name=None");
@@ -430,22 +460,6 @@ fn what_is_missing_is_refused_by_name() {
         (
             vec!["--image-opts", "driver=qcow2,file.driver=raw,file.offset=512,file.file.filename=f"],
             "file.offset",
-        ),
-        (
-            vec!["--object", "tls-creds-psk,id=t,endpoint=server,dir=/k", "--tls-creds=t", "f"],
-            "tls-creds-psk",
-        ),
-        (
-            vec![
-                "--object",
-                "tls-creds-x509,id=t,endpoint=server,dir=/k",
-                "--object",
-                "authz-simple,id=a,identity=x",
-                "--tls-creds=t",
-                "--tls-authz=a",
-                "f",
-            ],
-            "--tls-authz",
         ),
     ] {
         let error = effective(&line).unwrap_err();
