@@ -46,6 +46,13 @@ pub enum Command {
     /// Make certificates for TLS
     #[command(subcommand)]
     Tls(TlsCommand),
+    /// Take qemu-nbd's command line, as when the program is started by that name
+    #[command(name = "qemu-nbd", disable_help_flag = true)]
+    QemuNbd {
+        /// What qemu-nbd takes; `nbd-img qemu-nbd --help` shows it
+        #[arg(value_name = "ARGUMENT", trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
 }
 
 /// `nbd-img serve`.

@@ -12,6 +12,7 @@ mod info;
 mod logging;
 mod options;
 mod progress;
+mod qemu_nbd;
 mod size;
 mod tls;
 mod tls_init;
@@ -30,9 +31,15 @@ pub use exit::ExitStatus;
 ///
 /// To be called first thing in `main`: it takes over descriptors that the starter passed by number.
 pub fn run() -> ExitStatus {
-    let args = match args::Args::try_parse() {
+    let arguments: Vec<_> = std::env::args_os().collect();
+    match arguments.as_slice() {
+        [name, rest @ ..] if qemu_nbd::is_called(name) => return qemu_nbd::run(name, rest),
+        [_, command, rest @ ..] if command == qemu_nbd::NAME => return qemu_nbd::run(command, rest),
+        [..] => {}
+    }
+    let args = match args::Args::try_parse_from(&arguments) {
         Ok(args) => args,
-        Err(error) => return refuse_usage(&error, &std::env::args_os().skip(1).collect::<Vec<_>>()),
+        Err(error) => return refuse_usage(&error, arguments.get(1..).unwrap_or_default()),
     };
     match run_command(args) {
         Ok(status) => status,
@@ -63,6 +70,7 @@ fn run_command(args: args::Args) -> Result<ExitStatus, Error> {
             bitmap::run(command)?;
             Ok(ExitStatus::Success)
         }
+        args::Command::QemuNbd { args } => Ok(qemu_nbd::run(qemu_nbd::NAME.as_ref(), &args)),
         args::Command::Check(check) => {
             logging::start(verbose, true);
             check::run(&check)

@@ -4,6 +4,7 @@
 
 pub mod certificates;
 pub mod client;
+pub mod front;
 pub mod fuse;
 pub mod images;
 pub mod in_process;
