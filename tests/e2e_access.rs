@@ -329,6 +329,30 @@ fn readers_cannot_write() {
     assert_eq!(fs::read(rig.path("b")).unwrap()[..512], [7; 512]);
 }
 
+/// An oldstyle client has no say, but an identity all the same.
+#[test]
+fn oldstyle_clients_get_what_is_theirs() {
+    let rig = Rig::new("access-oldstyle");
+    let uid = own_uid();
+    for (rule, want) in [
+        (format!("write:uid={uid}"), Some(false)),
+        (format!("read:uid={uid}"), Some(true)),
+        (format!("write:uid={}", uid + 1), None),
+    ] {
+        let args = ["--oldstyle", "--access", &rule];
+        let server = Serve::image(rig.path("a")).format("raw").args(&args).start();
+        let uri = format!("nbd+unix:///?socket={}", server.socket().display());
+        let is = tool("nbdinfo").args(["--is", "read-only", &uri]).output().unwrap();
+        let status = match want {
+            Some(true) => 0,
+            Some(false) => 2,
+            None => 1,
+        };
+        assert_eq!(is.status.code(), Some(status), "{rule}: {}", String::from_utf8_lossy(&is.stderr));
+        server.stop();
+    }
+}
+
 /// A certificate's subject: country, organisation, name.
 fn subject(params: &mut CertificateParams, names: &[(DnType, &str)]) {
     params.distinguished_name = DistinguishedName::new();

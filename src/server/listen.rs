@@ -46,7 +46,9 @@ fn refuse_tls_without_certificates(
         return Ok(());
     }
     let fail = |what: &dyn Display| {
-        Err(Error::Listen(format!("{what}: TLS needs certificates: add --tls-dir FOLDER")))
+        Err(Error::Listen(format!(
+            "{what}: TLS needs certificates or keys: add --tls-dir FOLDER or --tls-psk FILE"
+        )))
     };
     if let Some(address) = options.addresses.iter().find(|address| address.tls_first) {
         return fail(address);
@@ -77,7 +79,7 @@ fn listen_tcp(
     for socket_address in resolved {
         if !encrypted && !options.allow_plaintext && !is_local(socket_address.ip()) {
             return Err(fail(
-                "other machines can connect there, and need not encrypt; add --tls-dir FOLDER for TLS, or \
+                "other machines can connect there, and need not encrypt; add --tls-dir FOLDER or --tls-psk FILE for TLS, or \
                  --allow-plaintext if that is meant, or listen on 127.0.0.1 or on a Unix socket"
                     .to_owned(),
             ));
