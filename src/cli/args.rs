@@ -222,7 +222,7 @@ pub struct ListenArgs {
     #[arg(long, value_name = "COUNT", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_connections: u32,
 
-    /// Seconds that a client has for choosing an export
+    /// Seconds that a client has for choosing an export, TLS included
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = parse_seconds)]
     pub handshake_timeout: Duration,
 
