@@ -9,6 +9,7 @@ use nbd_img_formats::Format;
 use nbd_img_formats::storage::Aio;
 
 use super::check::CheckArgs;
+use super::create::CreateArgs;
 use super::size;
 use super::tls::{TlsArgs, TlsCommand};
 use crate::export::{CacheMode, DetectZeroes};
@@ -37,6 +38,8 @@ pub enum Command {
     Info(InfoArgs),
     /// Look for damage in a qcow2 image, and repair it if told to
     Check(CheckArgs),
+    /// Make a new image file
+    Create(CreateArgs),
     /// Make certificates for TLS
     #[command(subcommand)]
     Tls(TlsCommand),

@@ -53,7 +53,7 @@ pub fn parse(text: &OsStr) -> Result<ParsedExport, String> {
 }
 
 /// Splits at commas; two commas in a row stand for one that belongs to the field.
-fn split_fields(text: &[u8]) -> Vec<Vec<u8>> {
+pub fn split_fields(text: &[u8]) -> Vec<Vec<u8>> {
     let mut fields = vec![Vec::new()];
     let mut bytes = text.iter().copied().peekable();
     while let Some(byte) = bytes.next() {

@@ -5,6 +5,7 @@
 
 mod args;
 mod check;
+mod create;
 mod exit;
 mod export_spec;
 mod info;
@@ -60,6 +61,11 @@ fn run_command(args: args::Args) -> Result<ExitStatus, Error> {
         args::Command::Check(check) => {
             logging::start(verbose, true);
             check::run(&check)
+        }
+        args::Command::Create(create) => {
+            logging::start(verbose, true);
+            create::run(create)?;
+            Ok(ExitStatus::Success)
         }
         args::Command::Tls(tls::TlsCommand::Init(init)) => {
             tls_init::run(&init).map_err(Error::Certificates)?;

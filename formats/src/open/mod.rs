@@ -6,9 +6,11 @@
 //! | `policy` | which files an image may name |
 //! | `chain` | the image and what lies below it |
 //! | `alone` | an image file by itself |
+//! | `create` | new image files |
 
 mod alone;
 mod chain;
+mod create;
 mod policy;
 mod probe;
 
@@ -16,6 +18,7 @@ use std::path::{Path, PathBuf};
 
 pub use alone::{Access, open_alone};
 pub use chain::CHAIN_MAX;
+pub use create::{CreateRequest, create};
 
 use crate::driver::{BlockDriver, Format};
 use crate::error::Result;

@@ -12,6 +12,7 @@
 //! | `flight` | making a thing once for all who need it at the same time |
 //! | `write` | everything that changes an image |
 //! | `check` | checking and repairing |
+//! | `create` | new images |
 //! | `driver` | [`Qcow2Driver`], which joins them |
 //!
 //! The specification is `docs/interop/qcow2` of QEMU. Nothing here opens a file: the files that an
@@ -20,6 +21,7 @@
 mod bitmaps;
 mod check;
 mod compressed;
+mod create;
 mod driver;
 mod extensions;
 mod flight;
@@ -32,6 +34,7 @@ mod types;
 mod write;
 
 pub use check::{CheckOptions, CheckReport, Repair, check};
+pub use create::{BackingName, CreateOptions, DataFileName, Preallocation, create, preallocate};
 pub use driver::{Caches, Parts, Qcow2Driver, WriteOptions};
 pub use extensions::Extensions;
 pub use header::{Autoclear, Compatible, Compression, Header, Incompatible, TableLocation};
