@@ -49,7 +49,7 @@ fn run_command(args: args::Args) -> Result<ExitStatus, Error> {
     match args.command {
         args::Command::Serve(serve) => {
             let options = options::serve(*serve).map_err(Error::Usage)?;
-            let inherited = server::Inherited::take(options.ready_fd).map_err(Error::Server)?;
+            let inherited = server::Inherited::take(&options).map_err(Error::Server)?;
             logging::start(verbose, inherited.is_captive());
             Ok(server::run(options, inherited).map_err(Error::Server)?.into())
         }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 
 use crate::nbd::negotiate::TlsMode;
+use crate::server::access::AccessRules;
 use crate::server::tls::{TlsFiles, TlsOptions};
 
 /// Flags about TLS.
@@ -122,6 +123,20 @@ pub fn options(args: TlsArgs, exports_need_it: bool) -> Result<Option<TlsOptions
         Some(TlsArg::Required) | None => TlsMode::Required,
     };
     Ok(Some(TlsOptions { files, mode }))
+}
+
+/// Refuses rules that no client can ever meet, since they would lock out those for whom they are meant.
+pub fn check_access(access: &AccessRules, tls: Option<&TlsOptions>) -> Result<(), String> {
+    let certificates = tls.is_some_and(|tls| tls.files.client_ca.is_some());
+    if !certificates && access.iter().any(|rule| rule.who.needs_certificate()) {
+        return Err("an --access rule wants something of a certificate, but no client is asked for a certificate: add \
+                    --tls-dir FOLDER or --tls-ca FILE"
+            .to_owned());
+    }
+    if access.iter().any(|rule| rule.who.needs_psk()) {
+        return Err("an --access rule wants a pre-shared key, and no client is asked for one".to_owned());
+    }
+    Ok(())
 }
 
 fn files(args: &TlsArgs) -> Option<TlsFiles> {

@@ -14,6 +14,8 @@ use parking_lot::Mutex;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
 use rustls::{ServerConfig, ServerConnection};
 
+use super::certificate::CertificateNames;
+use super::peer::Identity;
 use super::stream::Stream;
 
 /// Ciphertext that is received at a time: what a session's own receive takes when it is busy. Our choice.
@@ -64,6 +66,13 @@ impl TlsStream {
     pub fn advance_handshake(&self) -> io::Result<()> {
         // No room: requests that came along stay with rustls.
         self.state.lock().take_in(&self.socket, &mut Vec::new()).map(drop)
+    }
+
+    /// Whom the client proved to be, once the handshake is over: nobody if it was not asked.
+    pub fn identity(&self) -> Option<Identity> {
+        let state = self.state.lock();
+        let own = state.connection.peer_certificates()?.first()?;
+        Some(Identity::Certificate(CertificateNames::of_der(own)))
     }
 
     /// The version, for the log.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// Program and Debian package.
-const PACKAGES: [(&str, &str); 20] = [
+const PACKAGES: [(&str, &str); 22] = [
     ("qemu-img", "qemu-utils"),
     ("qemu-io", "qemu-utils"),
     ("qemu-nbd", "qemu-utils"),
@@ -26,6 +26,8 @@ const PACKAGES: [(&str, &str); 20] = [
     ("mke2fs", "e2fsprogs"),
     ("debugfs", "e2fsprogs"),
     ("openssl", "openssl"),
+    ("certtool", "gnutls-bin"),
+    ("setpriv", "util-linux"),
     ("/usr/bin/python3", "python3"),
 ];
 
