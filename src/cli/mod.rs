@@ -12,6 +12,7 @@ mod info;
 mod logging;
 mod options;
 mod progress;
+mod resize;
 mod size;
 mod tls;
 mod tls_init;
@@ -65,6 +66,11 @@ fn run_command(args: args::Args) -> Result<ExitStatus, Error> {
         args::Command::Create(create) => {
             logging::start(verbose, true);
             create::run(create)?;
+            Ok(ExitStatus::Success)
+        }
+        args::Command::Resize(resize) => {
+            logging::start(verbose, true);
+            resize::run(resize)?;
             Ok(ExitStatus::Success)
         }
         args::Command::Tls(tls::TlsCommand::Init(init)) => {

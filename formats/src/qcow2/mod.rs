@@ -14,6 +14,7 @@
 //! | `write` | everything that changes an image |
 //! | `check` | checking and repairing |
 //! | `create` | new images |
+//! | `resize` | another size for an image that nobody has open |
 //! | `parts` | what a driver is made of |
 //! | `driver` | [`Qcow2Driver`], which joins them |
 //!
@@ -31,6 +32,7 @@ mod header;
 mod map;
 mod parts;
 mod read;
+mod resize;
 mod snapshots;
 mod tables;
 mod types;
@@ -42,6 +44,7 @@ pub use driver::Qcow2Driver;
 pub use extensions::Extensions;
 pub use header::{Autoclear, Compatible, Compression, Header, Incompatible, TableLocation};
 pub use parts::{Caches, Parts};
+pub use resize::resize;
 pub use tables::ImageNumber;
 pub use types::{DataFile, Geometry};
 pub use write::options::WriteOptions;

@@ -41,6 +41,11 @@ impl Snapshot {
         self.disk_size.unwrap_or(header.virtual_size)
     }
 
+    /// Whether it says which size the disk had.
+    pub fn has_disk_size(&self) -> bool {
+        self.disk_size.is_some()
+    }
+
     /// Bytes that its L1 table claims to have.
     pub fn l1_len(&self) -> u64 {
         u64::from(self.l1.entries) * 8

@@ -37,7 +37,7 @@ pub use file::{FileOptions, FileStorage};
 pub use lock::LockMode;
 pub use mapped::MappedStorage;
 pub use memory::{MemoryOptions, MemoryStorage, POISON};
-pub use new_file::{NewFile, open_nameless};
+pub use new_file::NewFile;
 pub use queue::{Aio, Completed, Operation, OperationKind, Queue};
 pub use recording::{Change, Fate, FileId, Log, Record, RecordingStorage};
 pub use sparse::SparseBytes;

@@ -175,14 +175,30 @@ impl Drop for NewFile {
     }
 }
 
-/// A file without a name in `folder`, in memory's way: it is gone with the last who has it open.
-pub fn open_nameless(folder: &Path) -> Result<Arc<FileStorage>> {
+/// A file without a name in `folder`: it is gone with the last who has it open.
+pub(super) fn open_nameless(folder: &Path) -> Result<OwnedFd> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    let mode = Mode::RUSR | Mode::WUSR;
-    let file = rustix::fs::open(folder, flags, mode).map_err(|e| {
-        Error::io("cannot make a file without a name in this folder", e.into()).with_path(folder)
-    })?;
-    FileStorage::from_fd(file, folder, &FileOptions { writable: true, direct: false, lock: LockMode::Off })
+    let opened = match rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR) {
+        // The kernel or the file system does not know such files: the name goes at once.
+        Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => open_and_unlink(folder),
+        opened => opened,
+    };
+    opened.map_err(|e| Error::io("cannot make a temporary file in this folder", e.into()).with_path(folder))
+}
+
+fn open_and_unlink(folder: &Path) -> std::result::Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let folder = rustix::fs::open(folder, flags, Mode::empty())?;
+    for attempt in 0..ATTEMPTS_MAX {
+        let name = temporary_name(OsStr::new("overlay"), attempt);
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::CREATE | OFlags::EXCL;
+        match rustix::fs::openat(&folder, &name, flags, Mode::RUSR | Mode::WUSR) {
+            Err(Errno::EXIST) => {}
+            Ok(file) => return rustix::fs::unlinkat(&folder, &name, AtFlags::empty()).map(|()| file),
+            Err(error) => return Err(error),
+        }
+    }
+    Err(Errno::EXIST)
 }
 
 /// Locks the file that is to be replaced, so that nobody who uses it is surprised.
