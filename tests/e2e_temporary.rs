@@ -96,6 +96,7 @@ fn nothing_is_made_durable() {
     let server = Serve::image(dir.join("top"))
         .wrapper(&[
             "strace",
+            "-D",
             "-f",
             "-e",
             "trace=fsync,fdatasync,sync_file_range",
@@ -106,6 +107,15 @@ fn nothing_is_made_durable() {
         .start();
     qemu_io(dir, "raw", &server.uri(""), &["write -P 9 1M 700k", "write -f -P 8 0 4k", "flush"]);
     server.stop();
+    // The tracer sees the end a moment after us.
+    let ended = || fs::read_to_string(&trace).unwrap_or_default().contains("+++ exited with 0 +++");
+    for _ in 0..100 {
+        if ended() {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    assert!(ended(), "the tracer saw no end");
     let trace = fs::read_to_string(trace).unwrap();
     assert!(!trace.contains("sync("), "{trace}");
 }
