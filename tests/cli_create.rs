@@ -63,10 +63,10 @@ const QCOW2: [(&str, &str, bool); 34] = [
     ("preallocation=metadata,compat=0.10", "10M", true),
     ("preallocation=falloc", "10M", true),
     ("preallocation=full,cluster_size=4k", "3M", true),
-    ("data_file=NAME.data", "10M", false),
-    ("data_file=NAME.data,data_file_raw=on", "10M", false),
-    ("data_file=NAME.data,preallocation=metadata", "10M", false),
-    ("data_file=NAME.data,preallocation=falloc,data_file_raw=on", "10M", false),
+    ("data_file=NAME.data", "10M", true),
+    ("data_file=NAME.data,data_file_raw=on", "10M", true),
+    ("data_file=NAME.data,preallocation=metadata", "10M", true),
+    ("data_file=NAME.data,preallocation=falloc,data_file_raw=on", "10M", true),
     ("data_file=NAME.data,extended_l2=on,refcount_bits=1", "10M", false),
 ];
 
