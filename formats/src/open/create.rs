@@ -130,7 +130,7 @@ fn check_backing(request: &CreateRequest, backing: &BackingName) -> Result<Optio
         return Ok(None);
     }
     let gate = Gate::new(&request.path, &request.allow_dirs)?;
-    let named = gate.open(&request.path, &backing.name, Role::Backing)?;
+    let named = gate.open(&request.path, &backing.name, Role::Backing, false)?;
     // Only its header is read, which is there whether somebody writes it or not.
     let options = FileOptions { writable: false, direct: false, lock: LockMode::Off };
     let file: Arc<dyn Storage> = FileStorage::from_fd(named.file, &named.path, &options)?;

@@ -105,7 +105,7 @@ impl Gate {
 
     /// Fails with `Denied` unless `image` may call a file in `folder` by `name`, which is not there yet.
     pub fn check_folder(&self, image: &Path, name: &[u8], folder: &Path) -> Result<()> {
-        let request = Request { image, name, role: Role::DataFile };
+        let request = Request { image, name, role: Role::DataFile, writable: false };
         request.check_plain()?;
         self.lexical_path(&request)?;
         let real = std::fs::canonicalize(folder).map_err(|e| request.cannot_open(e))?;
