@@ -155,7 +155,6 @@ const CASES: &[(&str, Damage, End, &str)] = &[
         "missing",
     ),
     ("a copied flag of a shared cluster", |b, p| b[p.l2 + 80] |= 0x80, End::Mended, "copied flag"),
-    ("misaligned data", |b, p| b[p.first + 6] |= 1, End::Mended, "leaked"),
     (
         "data outside of the file",
         |b, p| put(b, p.first, 1 << 40 | 1 << 63),
@@ -200,19 +199,22 @@ fn each_damage_is_told_and_mended_or_named() {
                 assert!(report.not_repaired.is_some() && report.corruptions > 0, "{}", said(&report))
             }
         }
-        // Mapped as before; what lies on metadata reads what that holds now.
-        for disk in [Disk::Active, Disk::Snapshot(0)] {
-            let before = reader::read_disk(&bytes, disk, below);
-            let now = reader::read_disk(&after, disk, below);
-            if let (Ok(before), false) = (before, name.starts_with("data on")) {
-                assert!(now.unwrap() == before, "{name}: {disk:?} has changed");
-            }
-        }
         // Once more changes nothing.
         let (again, twice) = checked(&after, Repair::All);
         assert_eq!((again.corruptions, again.leaks), (report.corruptions, report.leaks), "{}", said(&again));
         if *end == End::Mended {
             assert!(twice == after, "{name}: a second repair writes");
+        }
+        // What lies on metadata reads what that holds now; the reader follows a snapshot wherever it leads.
+        if name.starts_with("data on") || name.contains("of a snapshot") {
+            continue;
+        }
+        for disk in [Disk::Active, Disk::Snapshot(0)] {
+            let before = reader::read_disk(&bytes, disk, below);
+            let now = reader::read_disk(&after, disk, below);
+            if let Ok(before) = before {
+                assert!(now.unwrap() == before, "{name}: {disk:?} has changed");
+            }
         }
     }
 }

@@ -223,7 +223,9 @@ impl<'a> Subject<'a> {
         let fail = |e| storage_error(image, "cannot tell the file's length", HostOffset(0), e);
         let file_len = image.len().map_err(fail)?;
         let cluster_len = header.geometry.cluster_len();
-        let inactive = snapshots.0.iter().map(|snapshot| snapshot.l1_len().div_ceil(cluster_len));
+        // Those that cannot be right are not followed.
+        let followed = snapshots.0.iter().filter_map(|snapshot| snapshot.checked_l1(header).ok());
+        let inactive = followed.map(|l1| (u64::from(l1.entries) * 8).div_ceil(cluster_len));
         if file_len.div_ceil(cluster_len) > CLUSTERS_MAX || inactive.sum::<u64>() > INACTIVE_L1_CLUSTERS_MAX {
             let text = "the file has more clusters, or longer L1 tables of snapshots, than can be checked";
             return Err(Error::new(ErrorKind::Unsupported, text));
