@@ -18,7 +18,7 @@ use support::random::Random;
 use support::reader::{self, Disk};
 
 /// Changed images of each kind.
-const POKES: u64 = 60;
+const POKES: u64 = 30;
 
 fn check_bytes(bytes: &[u8], repair: Repair) -> (Result<CheckReport>, Vec<u8>) {
     let memory: Arc<dyn Storage> = MemoryStorage::copy_of(bytes).unwrap();
@@ -132,7 +132,7 @@ fn changed_images_are_judged_as_qemu_does_and_repaired() {
         }
     }
     eprintln!("verdicts: {codes:?}, repaired {repaired}");
-    assert!(codes[2] > 100 && codes[3] > 20 && repaired > 100, "{codes:?} {repaired}");
+    assert!(codes[2] > 50 && codes[3] > 8 && repaired > 50, "{codes:?} {repaired}");
 }
 
 /// Whether something is said of an image that the specification forbids and QEMU takes.
@@ -212,7 +212,7 @@ fn spoilt(random: &mut Random) -> Vec<(&'static str, Vec<u8>)> {
 #[test]
 fn a_crash_in_a_repair_does_no_harm() {
     let mut random = Random::new(Random::seed("crashes in repairs"));
-    for (options, bytes) in (0..6).flat_map(|_| spoilt(&mut random)).collect::<Vec<_>>() {
+    for (options, bytes) in (0..3).flat_map(|_| spoilt(&mut random)).collect::<Vec<_>>() {
         for repair in [Repair::Leaks, Repair::All] {
             let what = format!("{options}, {repair:?}");
             let (before, _) = check_bytes(&bytes, Repair::Nothing);

@@ -10,6 +10,8 @@ use nbd_img_formats::storage::Aio;
 
 use super::bitmap::BitmapCommand;
 use super::check::CheckArgs;
+use super::create::CreateArgs;
+use super::resize::ResizeArgs;
 use super::size;
 use super::tls::{TlsArgs, TlsCommand};
 use crate::export::{CacheMode, DetectZeroes};
@@ -43,6 +45,10 @@ pub enum Command {
     Bitmap(BitmapCommand),
     /// Look for damage in a qcow2 image, and repair it if told to
     Check(CheckArgs),
+    /// Make a new image file
+    Create(CreateArgs),
+    /// Change the size of a disk that nobody uses
+    Resize(ResizeArgs),
     /// Make certificates for TLS
     #[command(subcommand)]
     Tls(TlsCommand),
@@ -68,7 +74,7 @@ pub struct ServeArgs {
 
     /// One of several images: name=N,file=PATH and further keys, separated by commas (repeatable)
     ///
-    /// The keys are the long names of the flags for one image: read-only, format=F, description=D,
+    /// The keys are the long names of the flags for one image: read-only, temporary, temporary-dir=P, format=F, description=D,
     /// offset=S, size=S, exact-size, cache=M, aio=M, discard=M, detect-zeroes=M, load-snapshot=S, bitmap=N and
     /// allow-dir=P (both several times if need be), backing=P, force-share; tls-required: only to be had and seen
     /// under TLS; and access=RULE (several times if need be): who may use it. A comma inside of a value
@@ -148,6 +154,14 @@ pub struct ImageArgs {
     /// Whether written zeroes become zeroes without data (on) or holes (unmap) [default: off]
     #[arg(long, value_name = "MODE")]
     pub detect_zeroes: Option<DetectZeroesArg>,
+
+    /// Keep all writes in a temporary file that is thrown away in the end; the image is only read
+    #[arg(long, conflicts_with = "read_only")]
+    pub temporary: bool,
+
+    /// Where the temporary file lies [default: $TMPDIR, or /var/tmp]
+    #[arg(long, value_name = "FOLDER", requires = "temporary")]
+    pub temporary_dir: Option<PathBuf>,
 
     /// Serve this internal snapshot, read-only
     #[arg(long, value_name = "NAME|ID")]

@@ -19,7 +19,7 @@ pub struct ParsedExport {
 }
 
 /// The keys, for error texts.
-const KEYS: &str = "name, file, read-only, format, description, offset, size, exact-size, cache, aio, \
+const KEYS: &str = "name, file, read-only, temporary, temporary-dir, format, description, offset, size, exact-size, cache, aio, \
                     discard, detect-zeroes, load-snapshot, bitmap, backing, allow-dir, force-share, tls-required, \
                     access";
 
@@ -57,7 +57,7 @@ pub fn parse(text: &OsStr) -> Result<ParsedExport, String> {
 }
 
 /// Splits at commas; two commas in a row stand for one that belongs to the field.
-fn split_fields(text: &[u8]) -> Vec<Vec<u8>> {
+pub fn split_fields(text: &[u8]) -> Vec<Vec<u8>> {
     let mut fields = vec![Vec::new()];
     let mut bytes = text.iter().copied().peekable();
     while let Some(byte) = bytes.next() {
@@ -75,6 +75,8 @@ fn set(image: &mut ImageArgs, key: &[u8], value: Option<&OsStr>) -> Result<(), S
         b"name" => image.export_name = Some(needed_text(key, value)?),
         b"description" => image.description = Some(needed_text(key, value)?),
         b"read-only" => image.read_only = switch(key, value)?,
+        b"temporary" => image.temporary = switch(key, value)?,
+        b"temporary-dir" => image.temporary_dir = Some(needed(key, value)?.into()),
         b"exact-size" => image.exact_size = switch(key, value)?,
         b"force-share" => image.force_share = switch(key, value)?,
         b"tls-required" => image.tls_required = switch(key, value)?,

@@ -6,6 +6,7 @@
 mod args;
 mod bitmap;
 mod check;
+mod create;
 mod exit;
 mod export_spec;
 mod info;
@@ -13,6 +14,7 @@ mod logging;
 mod options;
 mod progress;
 mod qemu_nbd;
+mod resize;
 mod size;
 mod tls;
 mod tls_init;
@@ -74,6 +76,16 @@ fn run_command(args: args::Args) -> Result<ExitStatus, Error> {
         args::Command::Check(check) => {
             logging::start(verbose, true);
             check::run(&check)
+        }
+        args::Command::Create(create) => {
+            logging::start(verbose, true);
+            create::run(create)?;
+            Ok(ExitStatus::Success)
+        }
+        args::Command::Resize(resize) => {
+            logging::start(verbose, true);
+            resize::run(resize)?;
+            Ok(ExitStatus::Success)
         }
         args::Command::Tls(tls::TlsCommand::Init(init)) => {
             tls_init::run(&init).map_err(Error::Certificates)?;

@@ -174,6 +174,8 @@ fn refuse_flags(image: &ImageArgs) -> Result<(), String> {
         ("--offset", image.offset.is_some()),
         ("--size", image.size.is_some()),
         ("--exact-size", image.exact_size),
+        ("--temporary", image.temporary),
+        ("--temporary-dir", image.temporary_dir.is_some()),
         ("--cache", image.cache.is_some()),
         ("--aio", image.aio.is_some()),
         ("--discard", image.discard.is_some()),
@@ -208,7 +210,13 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
             return Err(about(&format!("the {what} contains a zero byte")));
         }
     }
-    if image.force_share && !image.read_only {
+    if image.temporary && image.read_only {
+        return Err(about("--temporary takes writes; without it --read-only refuses them"));
+    }
+    if image.temporary_dir.is_some() && !image.temporary {
+        return Err(about("--temporary-dir is about --temporary, which is missing"));
+    }
+    if image.force_share && !image.read_only && !image.temporary {
         return Err(about("--force-share only reads; add --read-only"));
     }
     let cache = image.cache.map(Into::into).unwrap_or_default();
@@ -217,7 +225,7 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
         name,
         description,
         // A snapshot is a state of the past: there is nothing to write to.
-        read_only: image.read_only || image.load_snapshot.is_some(),
+        read_only: image.read_only || image.load_snapshot.is_some() && !image.temporary,
         offset: image.offset.unwrap_or(0),
         size: image.size,
         tls_required: image.tls_required,
@@ -228,6 +236,7 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
         aio: image.aio.map(Into::into).unwrap_or_default(),
         bitmaps: bitmaps(image.bitmap).map_err(|text| about(&text))?,
         detect_zeroes: image.detect_zeroes.map(Into::into).unwrap_or_default(),
+        temporary: image.temporary.then(|| temporary_dir(image.temporary_dir)),
         open: OpenOptions {
             format,
             exact_size: image.exact_size,
@@ -256,7 +265,15 @@ fn bitmaps(names: Vec<String>) -> Result<Vec<String>, String> {
     }
 }
 
-fn backing(arg: Option<PathBuf>) -> Backing {
+/// As QEMU: what may become as large as a disk does not go where memory may be.
+fn temporary_dir(arg: Option<PathBuf>) -> PathBuf {
+    let from_environment =
+        || std::env::var_os("TMPDIR").filter(|folder| !folder.is_empty()).map(PathBuf::from);
+    arg.or_else(from_environment).unwrap_or_else(|| PathBuf::from("/var/tmp"))
+}
+
+/// What `--backing` says.
+pub fn backing(arg: Option<PathBuf>) -> Backing {
     match arg {
         None => Backing::Follow,
         Some(path) if path.as_os_str() == "none" => Backing::None,

@@ -5,7 +5,7 @@
 
 mod spec;
 
-use nbd_img_formats::open::open;
+use nbd_img_formats::open::{open, temporary};
 use nbd_img_formats::storage::{Aio, InPlace, Storage};
 use nbd_img_formats::workers::Workers;
 use nbd_img_formats::{BlockDriver, Durability, Error, ErrorKind, GuestRange, Provision, Result};
@@ -60,14 +60,18 @@ impl Export {
     pub fn open(spec: &ExportSpec) -> Result<Arc<Export>> {
         spec.aio.check().map_err(|error| error.with_path(&spec.path))?;
         let opened = open(&spec.path, &spec.open_options())?;
-        if opened.probed && !spec.read_only {
+        if opened.probed && spec.open_options().writable {
             tracing::warn!(
                 path = %spec.path.display(),
                 format = %opened.driver.facts().format,
                 "the format was found by probing; state it with --format to be safe"
             );
         }
-        Self::of_driver(spec, opened.driver)
+        let driver = match &spec.temporary {
+            None => opened.driver,
+            Some(folder) => temporary(opened.driver, folder, spec.open.table_cache_len, spec.open.discard)?,
+        };
+        Self::of_driver(spec, driver)
     }
 
     /// An export of an image that is open already.

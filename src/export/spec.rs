@@ -80,6 +80,8 @@ pub struct ExportSpec {
     pub bitmaps: Vec<String>,
     /// Whether written zeroes are looked for.
     pub detect_zeroes: DetectZeroes,
+    /// Writes go to a throwaway overlay in this folder, and the image is only read.
+    pub temporary: Option<PathBuf>,
     /// How the image is opened; `writable` and `direct` are set from the fields above.
     pub open: OpenOptions,
 }
@@ -87,6 +89,7 @@ pub struct ExportSpec {
 impl ExportSpec {
     /// The options of the open, with this export's permissions and cache mode.
     pub fn open_options(&self) -> OpenOptions {
-        OpenOptions { writable: !self.read_only, direct: self.cache.is_direct(), ..self.open.clone() }
+        let writable = !self.read_only && self.temporary.is_none();
+        OpenOptions { writable, direct: self.cache.is_direct(), ..self.open.clone() }
     }
 }

@@ -59,6 +59,27 @@ pub fn open_qcow2(path: &Path, options: &OpenOptions) -> Result<Arc<dyn BlockDri
     chain.assemble(bottom)
 }
 
+/// An image file that is changed as it lies there.
+pub struct Top {
+    /// The file.
+    pub image: Arc<dyn Storage>,
+    /// The disk below, if there is one.
+    pub below: Option<Arc<dyn BlockDriver>>,
+}
+
+/// Opens the qcow2 image at `path` for changing it as it lies there, and drivers of what is below it.
+pub fn open_top(path: &Path, options: &OpenOptions) -> Result<Top> {
+    check_qcow2_options(path, options)?;
+    let mut chain = Chain { options, layers: Vec::new(), seen: Vec::new() };
+    let file_options = FileOptions { writable: true, direct: options.direct, lock: LockMode::Writer };
+    let top = chain.open_named_by_operator(path, &file_options)?;
+    let image = Arc::clone(&top.storage);
+    let bottom = chain.descend(top)?;
+    chain.layers.remove(0);
+    let below = if chain.layers.is_empty() { bottom } else { Some(chain.assemble(bottom)?) };
+    Ok(Top { image, below })
+}
+
 /// A qcow2 image of the chain, before there is a driver for it.
 struct Layer {
     image: Arc<dyn Storage>,

@@ -6,16 +6,25 @@
 //! | `policy` | which files an image may name |
 //! | `chain` | the image and what lies below it |
 //! | `alone` | an image file by itself |
+//! | `create` | new image files |
+//! | `resize` | image files of another size |
+//! | `temporary` | overlays that are thrown away |
 
 mod alone;
 mod chain;
+mod create;
 mod policy;
 mod probe;
+mod resize;
+mod temporary;
 
 use std::path::{Path, PathBuf};
 
 pub use alone::{Access, open_alone};
 pub use chain::{CHAIN_MAX, change_bitmap};
+pub use create::{CreateRequest, create};
+pub use resize::{Resized, SizeChange, resize};
+pub use temporary::temporary;
 
 use crate::driver::{BlockDriver, Format};
 use crate::error::Result;

@@ -115,6 +115,19 @@ impl Gate {
         let (file, identity) = root.open_beneath(beneath, &request)?;
         Ok(Named { file, path, identity })
     }
+
+    /// Fails with `Denied` unless `image` may call a file in `folder` by `name`, which is not there yet.
+    pub fn check_folder(&self, image: &Path, name: &[u8], folder: &Path) -> Result<()> {
+        let Some(roots) = &self.roots else { return Ok(()) };
+        let request = Request { image, name, role: Role::DataFile, writable: false };
+        request.check_plain()?;
+        lexical_path(roots, &request)?;
+        let real = std::fs::canonicalize(folder).map_err(|e| request.cannot_open(e))?;
+        match roots.iter().any(|root| real.starts_with(&root.real)) {
+            true => Ok(()),
+            false => Err(request.denied("leads out of the folders that are allowed")),
+        }
+    }
 }
 
 /// The path that the name stands for. Refuses what lies outside by its mere spelling, before anything of it
@@ -273,7 +286,7 @@ impl fmt::Display for Request<'_> {
 }
 
 /// The folder that names in `image` are relative to: that of its path as it was given, as with QEMU.
-fn folder_of(image: &Path) -> &Path {
+pub fn folder_of(image: &Path) -> &Path {
     match image.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         Some(_) | None => Path::new("."),

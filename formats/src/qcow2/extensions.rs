@@ -8,22 +8,22 @@ use crate::error::{Error, ErrorKind, Result};
 /// Ends the list (specification, "Header extensions").
 const END: u32 = 0;
 /// Name of the backing file's format.
-const BACKING_FORMAT: u32 = 0xe279_2aca;
+pub const BACKING_FORMAT: u32 = 0xe279_2aca;
 /// Names of feature bits.
-const FEATURE_NAMES: u32 = 0x6803_f857;
+pub const FEATURE_NAMES: u32 = 0x6803_f857;
 /// Where the bitmap directory lies.
 pub const BITMAPS: u32 = 0x2385_2875;
 /// Where the LUKS header lies.
 const FULL_DISK_ENCRYPTION: u32 = 0x0537_be77;
 /// Name of the external data file.
-const DATA_FILE: u32 = 0x4441_5441;
+pub const DATA_FILE: u32 = 0x4441_5441;
 
 /// Bytes before an extension's data: magic and length.
 pub const HEAD_LEN: usize = 8;
 /// Bytes of the bitmaps extension's data (specification).
 pub const BITMAPS_LEN: u64 = 24;
 /// Bytes of an entry in the feature name table: type, bit, name.
-const FEATURE_ENTRY_LEN: usize = 48;
+pub const FEATURE_ENTRY_LEN: usize = 48;
 /// Type of incompatible features in the feature name table.
 const FEATURE_INCOMPATIBLE: u8 = 0;
 

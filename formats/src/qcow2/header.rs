@@ -21,7 +21,7 @@ use crate::sync::Arc;
 /// First four bytes of the file (specification).
 pub const MAGIC: u32 = 0x5146_49fb;
 /// Length of the header of version 2 (specification).
-const V2_LEN: u32 = 72;
+pub const V2_LEN: u32 = 72;
 /// Smallest header of version 3 (specification).
 const V3_LEN_MIN: u32 = 104;
 /// Largest L1 table, in bytes (QEMU's limit).
@@ -31,7 +31,7 @@ pub const REFCOUNT_TABLE_LEN_MAX: u64 = 8 << 20;
 /// Most internal snapshots (QEMU's limit).
 const SNAPSHOTS_MAX: u32 = 65536;
 /// Longest name of a backing file (specification).
-const BACKING_NAME_LEN_MAX: u32 = 1023;
+pub const BACKING_NAME_LEN_MAX: u32 = 1023;
 /// Smallest subcluster (specification).
 const SUBCLUSTER_LEN_MIN: u64 = 512;
 /// The refcount of version 2 has 16 bits (specification).
@@ -78,27 +78,27 @@ bitflags! {
 /// `incompatible_features` on exist only in version 3, and only as far as `header_length` reaches.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Debug)]
 #[repr(C)]
-struct RawHeader {
-    magic: U32,
-    version: U32,
-    backing_file_offset: U64,
-    backing_file_size: U32,
-    cluster_bits: U32,
-    size: U64,
-    crypt_method: U32,
-    l1_size: U32,
-    l1_table_offset: U64,
-    refcount_table_offset: U64,
-    refcount_table_clusters: U32,
-    nb_snapshots: U32,
-    snapshots_offset: U64,
-    incompatible_features: U64,
-    compatible_features: U64,
-    autoclear_features: U64,
-    refcount_order: U32,
-    header_length: U32,
-    compression_type: u8,
-    padding: [u8; 7],
+pub(super) struct RawHeader {
+    pub(super) magic: U32,
+    pub(super) version: U32,
+    pub(super) backing_file_offset: U64,
+    pub(super) backing_file_size: U32,
+    pub(super) cluster_bits: U32,
+    pub(super) size: U64,
+    pub(super) crypt_method: U32,
+    pub(super) l1_size: U32,
+    pub(super) l1_table_offset: U64,
+    pub(super) refcount_table_offset: U64,
+    pub(super) refcount_table_clusters: U32,
+    pub(super) nb_snapshots: U32,
+    pub(super) snapshots_offset: U64,
+    pub(super) incompatible_features: U64,
+    pub(super) compatible_features: U64,
+    pub(super) autoclear_features: U64,
+    pub(super) refcount_order: U32,
+    pub(super) header_length: U32,
+    pub(super) compression_type: u8,
+    pub(super) padding: [u8; 7],
 }
 
 /// How clusters are compressed.

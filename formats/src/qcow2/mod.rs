@@ -13,6 +13,8 @@
 //! | `flight` | making a thing once for all who need it at the same time |
 //! | `write` | everything that changes an image |
 //! | `check` | checking and repairing |
+//! | `create` | new images |
+//! | `resize` | another size for an image that nobody has open |
 //! | `parts` | what a driver is made of |
 //! | `driver` | [`Qcow2Driver`], which joins them |
 //!
@@ -22,6 +24,7 @@
 mod bitmaps;
 mod check;
 mod compressed;
+mod create;
 mod driver;
 mod extensions;
 mod flight;
@@ -29,16 +32,19 @@ mod header;
 mod map;
 mod parts;
 mod read;
+mod resize;
 mod snapshots;
 mod tables;
 mod types;
 mod write;
 
 pub use check::{CheckOptions, CheckReport, Repair, check};
+pub use create::{BackingName, CreateOptions, DataFileName, Preallocation, create, preallocate};
 pub use driver::Qcow2Driver;
 pub use extensions::Extensions;
 pub use header::{Autoclear, Compatible, Compression, Header, Incompatible, TableLocation};
 pub use parts::{Caches, Parts};
+pub use resize::resize;
 pub use tables::ImageNumber;
 pub use types::{DataFile, Geometry};
 pub use write::bitmap_change::BitmapChange;

@@ -21,7 +21,7 @@ use super::{
     Durability, InPlace, Operation, OperationKind, Queue, Run, Storage, StorageFacts, StorageKind, TryRead,
     engine,
 };
-use super::{blkdev, cachestat, place};
+use super::{blkdev, cachestat, new_file, place};
 use crate::address::{HostOffset, HostRange};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Provision;
@@ -58,6 +58,8 @@ pub struct FileStorage {
     sync_failed: AtomicBool,
     /// Changes under way: the locks must not be let go before they have ended.
     changes: Changes,
+    /// Nobody wants it after the process, so that nothing is made durable.
+    throwaway: bool,
     /// Whether a ring serves it: it can be asked without waiting, so that no thread of the kernel's waits.
     on_ring: bool,
 }
@@ -119,8 +121,21 @@ impl FileStorage {
             known_data: KnownData::default(),
             sync_failed: AtomicBool::new(false),
             changes: Changes::default(),
+            throwaway: false,
             on_ring,
         }))
+    }
+
+    /// A new file without a name in `folder`, which is gone with this value. A sync of it succeeds and does
+    /// nothing.
+    pub fn throwaway(folder: &Path) -> Result<Arc<FileStorage>> {
+        let options = FileOptions { writable: true, direct: false, lock: LockMode::Off };
+        let mut storage = FileStorage::from_fd(new_file::open_nameless(folder)?, folder, &options)?;
+        if let Some(storage) = Arc::get_mut(&mut storage) {
+            storage.throwaway = true;
+            storage.durable = None;
+        }
+        Ok(storage)
     }
 
     /// Before a change: keeps the locks until the guard goes. Fails with EIO once a sync has failed, and
@@ -208,7 +223,7 @@ impl FileStorage {
                 taken.held = direct.try_hold_blocks(self.file.as_fd(), buf, at.0)?;
                 Ok(taken.held.is_some().then_some(taken))
             }
-            (OperationKind::Sync, _) if !self.facts.writable => Ok(None),
+            (OperationKind::Sync, _) if !self.facts.writable || self.throwaway => Ok(None),
             (OperationKind::Sync, _) => {
                 self.begin_change()?.keep();
                 taken.changes = true;
@@ -322,7 +337,7 @@ impl Storage for FileStorage {
     }
 
     fn sync(&self) -> io::Result<()> {
-        if !self.facts.writable {
+        if !self.facts.writable || self.throwaway {
             return Ok(());
         }
         let _changing = self.begin_change()?;

@@ -10,10 +10,10 @@
 //! A reader of the disk does not depend on bitmaps: a directory that makes no sense yields an empty list
 //! and a warning, and fails whoever asks for a bitmap by name.
 
-mod directory;
+pub mod directory;
 mod live;
 mod page;
-mod table;
+pub mod table;
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;

@@ -15,7 +15,7 @@ use crate::sync::Arc;
 /// The host offset in an entry of a bitmap's table (specification: bits 9 to 55).
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 /// Bits that must be zero (specification: 1 to 8 and 56 to 63).
-const RESERVED: u64 = 0xff00_0000_0000_01fe;
+pub const RESERVED: u64 = 0xff00_0000_0000_01fe;
 /// Without an offset: all bits are ones (specification).
 const ALL_ONES: u64 = 1;
 

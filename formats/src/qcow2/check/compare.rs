@@ -4,6 +4,9 @@ use super::counts::{Counts, Singles, Window};
 use super::report::{Fault, Tally};
 use super::walk::cluster_name;
 use super::{Subject, read_padded};
+use crate::address::HostRange;
+use crate::error::Result;
+use crate::mover::storage_error;
 use crate::qcow2::types::HostIndex;
 use crate::qcow2::write::refcounts::count_in;
 
@@ -52,6 +55,29 @@ pub fn compare(subject: &Subject<'_>, counts: &Counts, tally: &Tally) {
             }
         }
     });
+}
+
+/// Gives the room of clusters back that are not used, as far as the file goes; they must not be counted, either.
+/// Returns where the last one ends that is used.
+pub fn punch_unused(subject: &Subject<'_>, counts: &Counts) -> Result<u64> {
+    let geometry = subject.header.geometry;
+    let window = counts.window();
+    let image = subject.image;
+    let (mut end, mut index) = (0, window.first);
+    let last = window.end.min(subject.file_clusters());
+    while index < last {
+        let is_used = |index| counts.get(HostIndex(index)) > 0;
+        let run_end = (index..last).find(|next| is_used(*next) != is_used(index)).unwrap_or(last);
+        let (at, len) =
+            (geometry.host_at(HostIndex(index)).start(), (run_end - index) * geometry.cluster_len());
+        if is_used(index) {
+            end = at.0 + len;
+        } else if let Some(range) = HostRange::new(at, len) {
+            image.discard(range).map_err(|e| storage_error(image, "cannot give room back", at, e))?;
+        }
+        index = run_end;
+    }
+    Ok(end)
 }
 
 /// Calls `visit` with each stretch of a window that one refcount block counts, and with what gives the

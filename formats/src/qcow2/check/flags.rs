@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use super::counts::Singles;
 use super::report::Tally;
-use super::{Subject, compare, mend, read_padded};
+use super::{Subject, compare, ledger, read_padded};
 use crate::address::HostOffset;
 use crate::error::Result;
 use crate::qcow2::types::{DataFile, Geometry};
@@ -22,7 +22,7 @@ pub fn mend(subject: &Subject<'_>, set: bool, clear: bool, window_len: u64) -> R
         compare::mark_singles(subject, &singles, window, &Tally::default());
         Flags { subject, singles, set, clear }.tables()?;
     }
-    mend::sync(subject.image)
+    ledger::sync(subject.image)
 }
 
 struct Flags<'a> {
@@ -77,7 +77,7 @@ impl Flags<'_> {
         }
         let Some((first, end)) = changed else { return Ok(()) };
         let part = bytes.get(first * 8..end * 8).unwrap_or_default();
-        mend::write(self.subject.image, HostOffset(at.0 + first as u64 * 8), part)
+        ledger::write(self.subject.image, HostOffset(at.0 + first as u64 * 8), part)
     }
 
     fn l1_entry(&self, raw: u64) -> u64 {

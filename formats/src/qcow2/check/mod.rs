@@ -6,6 +6,7 @@
 //! | `counts` | the counters, for a window of the file at a time |
 //! | `compare` | refcounts against what was counted |
 //! | `mend`, `flags` | making refcounts, and then copied flags, right |
+//! | `ledger` | refcounts of an image that nobody has open |
 //! | `report` | what was found |
 //!
 //! It works on the image file alone: neither a backing file nor a data file is looked at. An image that is
@@ -15,6 +16,7 @@ mod bitmaps;
 mod compare;
 mod counts;
 mod flags;
+pub(super) mod ledger;
 mod mend;
 mod report;
 mod walk;
@@ -98,9 +100,56 @@ pub fn rebuild(
     }
     let changed = survey.tally.count(Fault::Low) + survey.tally.count(Fault::Leak);
     let table = mend::mend(subject, &survey, Mend::all(), WINDOW_CLUSTERS)?;
-    mend::write_features(image, (header.incompatible - Incompatible::DIRTY).bits())?;
+    ledger::write_features(image, (header.incompatible - Incompatible::DIRTY).bits())?;
     tracing::info!(path = ?image.facts().path, changed, "the image was not closed; its refcounts were rebuilt");
     Ok(table)
+}
+
+/// Fails unless nothing is wrong but leaks.
+pub(super) fn ensure_sound(subject: &Subject<'_>) -> Result<()> {
+    let survey = survey(subject, Progress::default(), WINDOW_CLUSTERS);
+    let count = |fault| survey.tally.count(fault);
+    let wrong = (count(Fault::Low) + count(Fault::Flag) > 0).then(|| "its refcounts are wrong".to_owned());
+    match survey.beyond_refcounts().or(wrong) {
+        None => Ok(()),
+        Some(what) => {
+            let text = format!("the image is damaged: {what} (nbd-img check --repair all)");
+            Err(Error::new(ErrorKind::Corrupt, text))
+        }
+    }
+}
+
+/// Behind the last cluster that is used or counted.
+pub(super) fn used_end(subject: &Subject<'_>) -> u64 {
+    survey(subject, Progress::default(), WINDOW_CLUSTERS).tally.in_use_end()
+}
+
+/// Frees what nothing leads to any more, in an image that was sound before: refcounts, room, and the end of the
+/// file.
+pub(super) fn free_unused(
+    image: &Arc<dyn Storage>,
+    header: &Header,
+    snapshots: (&[Snapshot], u64),
+) -> Result<()> {
+    let subject = Subject::load(image, header, snapshots)?;
+    let found = survey(&subject, Progress::default(), WINDOW_CLUSTERS);
+    let table = mend::mend(subject, &found, Mend::all(), WINDOW_CLUSTERS)?;
+    if header.version >= 3 {
+        ledger::write_features(image, header.incompatible.bits())?;
+    }
+    let header = Header { refcount_table: table, ..header.clone() };
+    let subject = Subject::load(image, &header, snapshots)?;
+    let mut end = 0;
+    for window in subject.windows(WINDOW_CLUSTERS) {
+        let counts = subject.count(window);
+        end = end.max(compare::punch_unused(&subject, &counts)?);
+    }
+    if image.facts().grows && end < subject.file_len {
+        let fail = |e| storage_error(image, "cannot give back the end of the file", HostOffset(end), e);
+        image.set_len(end).map_err(fail)?;
+        ledger::sync(image)?;
+    }
+    Ok(())
 }
 
 fn run(image: &Arc<dyn Storage>, options: CheckOptions<'_>, window_len: u64) -> Result<CheckReport> {
@@ -144,7 +193,7 @@ fn second_look(
     let sound = report.corruptions == 0 && report.check_errors == 0;
     let marks = Incompatible::DIRTY | Incompatible::CORRUPT;
     let wanted = if sound { before.incompatible - marks } else { before.incompatible };
-    mend::write_features(image, wanted.bits())?;
+    ledger::write_features(image, wanted.bits())?;
     Ok(CheckReport {
         dirty: wanted.contains(Incompatible::DIRTY),
         corrupt: wanted.contains(Incompatible::CORRUPT),
@@ -153,7 +202,7 @@ fn second_look(
 }
 
 /// What is checked.
-struct Subject<'a> {
+pub(super) struct Subject<'a> {
     image: &'a Arc<dyn Storage>,
     header: &'a Header,
     snapshots: (&'a [Snapshot], u64),
@@ -166,7 +215,7 @@ struct Subject<'a> {
 }
 
 impl<'a> Subject<'a> {
-    fn load(
+    pub(super) fn load(
         image: &'a Arc<dyn Storage>,
         header: &'a Header,
         snapshots: (&'a [Snapshot], u64),
@@ -174,7 +223,9 @@ impl<'a> Subject<'a> {
         let fail = |e| storage_error(image, "cannot tell the file's length", HostOffset(0), e);
         let file_len = image.len().map_err(fail)?;
         let cluster_len = header.geometry.cluster_len();
-        let inactive = snapshots.0.iter().map(|snapshot| snapshot.l1_len().div_ceil(cluster_len));
+        // Those that cannot be right are not followed.
+        let followed = snapshots.0.iter().filter_map(|snapshot| snapshot.checked_l1(header).ok());
+        let inactive = followed.map(|l1| (u64::from(l1.entries) * 8).div_ceil(cluster_len));
         if file_len.div_ceil(cluster_len) > CLUSTERS_MAX || inactive.sum::<u64>() > INACTIVE_L1_CLUSTERS_MAX {
             let text = "the file has more clusters, or longer L1 tables of snapshots, than can be checked";
             return Err(Error::new(ErrorKind::Unsupported, text));
@@ -189,6 +240,15 @@ impl<'a> Subject<'a> {
     /// Clusters of the file, of which the last may be cut off.
     fn file_clusters(&self) -> u64 {
         self.file_len.div_ceil(self.header.geometry.cluster_len())
+    }
+
+    /// How often each cluster of a window is used.
+    fn count(&self, window: Window) -> Counts {
+        let counts = Counts::new(window);
+        // Whoever made the survey has heard of all faults.
+        let (tally, progress) = (Tally::default(), Progress::default());
+        Walk { subject: self, counts: &counts, tally: &tally, judge: false, singles: None, progress }.run();
+        counts
     }
 
     /// The windows for all clusters that can be in use: the file's, and one that begins at its end.

@@ -134,6 +134,30 @@ impl Allocator {
         self.geometry
     }
 
+    /// `len` clusters in a row behind everything that is used, for metadata of this kind.
+    pub fn allocate_row(&mut self, len: u64, kind: Kind) -> Result<HostCluster, Need> {
+        loop {
+            let start = self.free_stretch(len)?;
+            let blocks =
+                self.refcounts.block_of(start).0..=self.refcounts.block_of(HostIndex(start.0 + len)).0;
+            let missing =
+                |block: &usize| self.refcounts.block_at(BlockIndex(*block)).is_ok_and(|at| at.is_none());
+            if let Some(block) = blocks.clone().find(missing) {
+                let first = block as u64 * self.refcounts.block_entries();
+                // It lies where the row would have begun.
+                self.describe(HostIndex(first.max(start.0)))?;
+                continue;
+            }
+            for index in start.0..start.0 + len {
+                self.refcounts.set(HostIndex(index), 1)?;
+            }
+            self.space.fresh = HostIndex(start.0 + len);
+            let host = self.geometry.host_at(start);
+            self.map.add(host.start(), len * self.geometry.cluster_len(), kind);
+            return Ok(host);
+        }
+    }
+
     /// Moves the refcount table away from where it is.
     pub fn relocate_table(&mut self) -> Result<(), Need> {
         self.grow_table(BlockIndex(0))

@@ -1,0 +1,244 @@
+//! Another size for the disk of an image that nobody has open.
+//!
+//! Growing makes the L1 table longer first, then zeroes what would come to light behind the old end, and
+//! changes the size last. Shrinking changes the size first, then drops the entries behind it, and frees last
+//! what nothing leads to any more. A crash in between leaves an image of either size, and leaks at worst.
+
+use super::check::ledger::{Ledger, clear_unknown, sync, write};
+use super::check::{self, Subject};
+use super::driver::Qcow2Driver;
+use super::header::{Header, Incompatible, L1_LEN_MAX, TableLocation};
+use super::parts::{Caches, Parts};
+use super::snapshots::{self, Snapshot};
+use super::tables::ImageNumber;
+use super::types::{DataFile, HostIndex};
+use super::write::metadata_map::Kind;
+use super::write::options::WriteOptions;
+use crate::address::{GuestRange, HostOffset};
+use crate::driver::{BlockDriver, Status, StatusQuery, ZeroRequest};
+use crate::error::{Error, ErrorKind, Result};
+use crate::mover::read_exact;
+use crate::storage::{Durability, Provision, Storage};
+use crate::sync::Arc;
+
+/// Where the size stands in the header (specification).
+const SIZE_AT: HostOffset = HostOffset(24);
+/// Where the number of L1 entries and the place of the table stand in the header (specification).
+const L1_POINTER_AT: HostOffset = HostOffset(36);
+/// Most bytes of entries that are cleared with one write. Our choice.
+const CLEAR_LEN: u64 = 1 << 20;
+/// Bytes of the table cache while zeroes are written. Our choice.
+const TABLE_CACHE_LEN: u64 = 4 << 20;
+
+/// Gives the disk of the image in `image` another size, a multiple of 512, and closes the storage, which must be
+/// writable and nobody else's. `backing` is what lies below. When it returns, all is durable.
+pub fn resize(image: &Arc<dyn Storage>, backing: Option<&Arc<dyn BlockDriver>>, size: u64) -> Result<()> {
+    change(image, backing, size).map_err(|e| e.with_path(&image.facts().path))
+}
+
+fn change(image: &Arc<dyn Storage>, backing: Option<&Arc<dyn BlockDriver>>, size: u64) -> Result<()> {
+    let header = Header::load(image)?;
+    let (snapshots, snapshots_len) = snapshots::load(image, &header)?;
+    let resizer = Resizer { image, backing, snapshots: (&snapshots, snapshots_len), size };
+    resizer.refuse(&header)?;
+    let header = match header.incompatible.contains(Incompatible::DIRTY) {
+        true => {
+            check::rebuild(image, &header, resizer.snapshots)?;
+            Header::load(image)?
+        }
+        false => header,
+    };
+    clear_unknown(image, &header)?;
+    let driver = match size >= header.virtual_size {
+        true => resizer.grow(&header)?,
+        false => {
+            resizer.shrink(&header)?;
+            None
+        }
+    };
+    match driver {
+        // It has made the file longer ahead of use, and takes that back.
+        Some(driver) => driver.close(),
+        None => image.close().map_err(|e| Error::io("cannot close the image", e)),
+    }
+}
+
+struct Resizer<'a> {
+    image: &'a Arc<dyn Storage>,
+    backing: Option<&'a Arc<dyn BlockDriver>>,
+    snapshots: (&'a [Snapshot], u64),
+    size: u64,
+}
+
+impl Resizer<'_> {
+    /// Fails if images like this one are not resized.
+    fn refuse(&self, header: &Header) -> Result<()> {
+        let unsupported = |what: &str| {
+            let text = format!("images with {what} are not resized yet (qemu-img resize)");
+            Err(Error::new(ErrorKind::Unsupported, text))
+        };
+        if header.incompatible.contains(Incompatible::CORRUPT) {
+            let text = "the image is marked as corrupt; repair it first (nbd-img check --repair all)";
+            return Err(Error::new(ErrorKind::Corrupt, text));
+        }
+        if header.extensions.bitmaps.is_some_and(|bitmaps| bitmaps.count > 0) {
+            return unsupported("persistent dirty bitmaps");
+        }
+        if header.geometry.data_file() != DataFile::Internal {
+            return unsupported("an external data file");
+        }
+        if self.snapshots.0.iter().any(|snapshot| !snapshot.has_disk_size()) {
+            let text = "a snapshot does not say which size its disk has, so the image's must not change";
+            return Err(Error::new(ErrorKind::Unsupported, text));
+        }
+        let l1_len = header.geometry.l1_entries_for(self.size).saturating_mul(8);
+        if l1_len > L1_LEN_MAX || i64::try_from(self.size).is_err() {
+            let text = format!(
+                "a disk of {} bytes is too large for clusters of {} bytes",
+                self.size,
+                header.geometry.cluster_len()
+            );
+            return Err(Error::new(ErrorKind::InvalidInput, text));
+        }
+        Ok(())
+    }
+
+    /// Returns the driver that has zeroed something; it is still open.
+    fn grow(&self, header: &Header) -> Result<Option<Arc<Qcow2Driver>>> {
+        let old_size = header.virtual_size;
+        let header = Header { virtual_size: self.size, ..self.grow_l1(header)? };
+        let driver = self.zero_behind(&header, old_size)?;
+        self.write_size()?;
+        Ok(driver)
+    }
+
+    /// Puts a longer L1 table behind everything else, if the new size needs one.
+    fn grow_l1(&self, header: &Header) -> Result<Header> {
+        let entries = header.geometry.l1_entries_for(self.size);
+        if entries <= u64::from(header.l1.entries) {
+            return Ok(header.clone());
+        }
+        let cluster_len = header.geometry.cluster_len();
+        let subject = Subject::load(self.image, header, self.snapshots)?;
+        let used_end = if self.image.facts().grows { 0 } else { check::used_end(&subject) };
+        let mut ledger = Ledger::new(&subject, used_end);
+        let clusters = (entries * 8).div_ceil(cluster_len);
+        let mut place = None;
+        ledger.with_room(|allocator| {
+            place = Some(allocator.allocate_row(clusters, Kind::L1)?);
+            Ok(())
+        })?;
+        let at = place.map_or(HostOffset(0), |host| host.start());
+        let mut table = vec![0; usize::try_from(clusters * cluster_len).unwrap_or(0)];
+        let old_len = u64::from(header.l1.entries) * 8;
+        let old = table.get_mut(..usize::try_from(old_len).unwrap_or(0)).unwrap_or_default();
+        read_exact(self.image, header.l1.at, old)?;
+        write(self.image, at, &table)?;
+        // The table and that it is in use are durable before anything leads there.
+        ledger.write_out()?;
+        let entries = u32::try_from(entries).unwrap_or(u32::MAX);
+        let pointer = [&entries.to_be_bytes()[..], &at.0.to_be_bytes()].concat();
+        write(self.image, L1_POINTER_AT, &pointer)?;
+        sync(self.image)?;
+        let (first, count) = header.geometry.host_span(header.l1.at, old_len);
+        for index in (first.0..first.0 + count).map(HostIndex) {
+            ledger.with_room(|allocator| {
+                let is = allocator.refcounts.get(index)?;
+                allocator.refcounts.set(index, is.saturating_sub(1))
+            })?;
+        }
+        ledger.leave_tables(true)?;
+        let refcount_table = ledger.write_out()?;
+        Ok(Header { l1: TableLocation { at, entries }, refcount_table, ..header.clone() })
+    }
+
+    /// Zeroes what lies behind the old end and does not read as zeroes: the rest of its cluster, what the
+    /// backing file has there, and what was left by who made the disk smaller.
+    fn zero_behind(&self, header: &Header, old_size: u64) -> Result<Option<Arc<Qcow2Driver>>> {
+        let reader = self.driver(header, None)?;
+        let mut runs = Vec::new();
+        let behind = GuestRange::new(old_size, self.size - old_size);
+        let Some(behind) = behind.filter(|range| !range.is_empty()) else { return Ok(None) };
+        let mut at = old_size;
+        reader.status(StatusQuery::Allocation, behind, &mut |len, status| {
+            if !matches!(status, Status::Allocation { zero: true, .. }) {
+                runs.extend(GuestRange::new(at, len));
+            }
+            at += len;
+            std::ops::ControlFlow::Continue(())
+        })?;
+        drop(reader);
+        if runs.is_empty() {
+            return Ok(None);
+        }
+        let driver = self.driver(header, Some(WriteOptions::default()))?;
+        let request = ZeroRequest { provision: Provision::Unmap, fast: false, durability: Durability::Later };
+        for run in runs {
+            driver.write_zeroes(run, request)?;
+        }
+        driver.flush()?;
+        Ok(Some(driver))
+    }
+
+    /// A driver of the image with a header that the file does not have yet.
+    fn driver(&self, header: &Header, write: Option<WriteOptions>) -> Result<Arc<Qcow2Driver>> {
+        Qcow2Driver::open(Parts {
+            image: Arc::clone(self.image),
+            header: header.clone(),
+            data_file: None,
+            backing: self.backing.cloned(),
+            number: ImageNumber(0),
+            caches: Caches::new(TABLE_CACHE_LEN, [header])?,
+            snapshot: None,
+            write,
+        })
+    }
+
+    fn shrink(&self, header: &Header) -> Result<()> {
+        check::ensure_sound(&Subject::load(self.image, header, self.snapshots)?)?;
+        self.write_size()?;
+        self.drop_entries(header)?;
+        let header = Header { virtual_size: self.size, ..header.clone() };
+        check::free_unused(self.image, &header, self.snapshots)
+    }
+
+    /// Clears the L1 entries behind the new end, and those of the L2 table that it lies in. A table that a
+    /// snapshot has, too, stays as it is.
+    fn drop_entries(&self, header: &Header) -> Result<()> {
+        let geometry = header.geometry;
+        let needed = geometry.l1_entries_for(self.size);
+        let l1_end = header.l1.at.0 + u64::from(header.l1.entries) * 8;
+        self.clear(header.l1.at.0 + needed * 8, l1_end)?;
+        let first_cluster = self.size.div_ceil(geometry.cluster_len());
+        let per_table = geometry.l2_coverage_len() / geometry.cluster_len();
+        let number = first_cluster % per_table;
+        if let Some(last) = needed.checked_sub(1).filter(|_| number != 0) {
+            let mut entry = [0; 8];
+            read_exact(self.image, HostOffset(header.l1.at.0 + last * 8), &mut entry)?;
+            let raw = u64::from_be_bytes(entry);
+            let table = geometry.decode_l1(raw).ok().flatten().filter(|_| geometry.is_owned(raw));
+            if let Some(table) = table {
+                let start = table.start().0;
+                let from = start + number * geometry.entry_words() as u64 * 8;
+                self.clear(from, start + geometry.cluster_len())?;
+            }
+        }
+        sync(self.image)
+    }
+
+    fn clear(&self, mut from: u64, to: u64) -> Result<()> {
+        let zeroes = vec![0; usize::try_from(to.saturating_sub(from).min(CLEAR_LEN)).unwrap_or(0)];
+        while from < to {
+            let len = usize::try_from(to - from).unwrap_or(usize::MAX).min(zeroes.len());
+            let part = zeroes.get(..len).unwrap_or_default();
+            write(self.image, HostOffset(from), part)?;
+            from += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn write_size(&self) -> Result<()> {
+        write(self.image, SIZE_AT, &self.size.to_be_bytes())?;
+        sync(self.image)
+    }
+}
