@@ -230,6 +230,34 @@ fn a_named_data_file() {
     assert!(real.contains(&3));
 }
 
+/// Images inside of an archive, as imageio and virt-v2v read those of an OVA: the format stated, and to be found.
+#[test]
+fn inside_of_another_file() {
+    let folder = images();
+    let image = fs::read(folder.path().join("plain.qcow2")).unwrap();
+    let mut archive = vec![0xaa_u8; 1536];
+    archive.extend_from_slice(&image);
+    archive.extend_from_slice(&[0xbb; 1024]);
+    fs::write(folder.path().join("ova.tar"), archive).unwrap();
+    let part = format!(
+        r#"{{"driver":"raw","offset":1536,"size":{},"file":{{"driver":"file","filename":"ova.tar"}}}}"#,
+        image.len()
+    );
+    for image in [format!(r#"json:{{"driver":"qcow2","file":{part}}}"#), format!(r#"json:{{"file":{part}}}"#)]
+    {
+        let [real, ours] = BOTH.map(|program| {
+            let mut serving = program.serves(folder.path(), &["-t", "-r", "--shared=8", &image]);
+            let map = text(&run(tool("nbdinfo").args(["--map", &serving.uri("")])));
+            let copied = run(tool("nbdcopy").args(["--connections=4", &serving.uri(""), "-"]));
+            assert_eq!(serving.end(Signal::TERM).code(), Some(0), "{program:?}");
+            (map, copied)
+        });
+        assert_eq!(ours.0, real.0, "{image}");
+        assert_same(&image, &ours.1, &real.1);
+        assert!(real.1.contains(&5));
+    }
+}
+
 /// A folder with certificates for both sides.
 fn certificates(folder: &tempfile::TempDir) -> PathBuf {
     let tls = folder.path().join("tls");

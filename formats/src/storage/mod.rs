@@ -25,6 +25,7 @@ mod ring;
 mod room;
 mod sigbus;
 mod sparse;
+mod window;
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -39,6 +40,7 @@ pub use memory::{MemoryOptions, MemoryStorage, POISON};
 pub use queue::{Aio, Completed, Operation, OperationKind, Queue};
 pub use recording::{Change, Fate, FileId, Log, Record, RecordingStorage};
 pub use sparse::SparseBytes;
+pub use window::WindowStorage;
 
 use crate::address::{HostOffset, HostRange};
 use crate::sync::Arc;

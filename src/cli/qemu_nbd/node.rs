@@ -190,6 +190,7 @@ impl<'a> Walk<'a> {
             self.file(flat, "file")?;
         } else {
             self.generic(flat, true)?;
+            self.in_file = true;
             self.child(flat)?;
             finish(flat, "format", "")?;
             // What was walked through was the file: its format is still to be found.
