@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use super::policy::{FileIdentity, Gate, Role};
 use super::probe::{magic_name, probe};
-use super::{Backing, Names, OpenOptions};
+use super::{Backing, Names, OpenOptions, part_of};
 use crate::driver::{BlockDriver, Format};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::{BitmapChange, Caches, Header, ImageNumber, Parts, Qcow2Driver, WriteOptions};
@@ -33,7 +33,7 @@ pub fn open_raw(
     let file = FileStorage::open(path, &file_options)?;
     let storage: Arc<dyn Storage> = match format {
         Format::MmapRaw => MappedStorage::new(file)?,
-        Format::Raw | Format::Qcow2 => file,
+        Format::Raw | Format::Qcow2 => part_of(file, options)?,
     };
     // It was probed before it was locked and may be another file by now.
     if probed && probe(&storage)? != Format::Raw {
@@ -54,7 +54,8 @@ pub fn open_qcow2(path: &Path, options: &OpenOptions) -> Result<Arc<dyn BlockDri
     check_qcow2_options(path, options)?;
     let mut chain = Chain { options, layers: Vec::new(), seen: Vec::new() };
     let file_options = chain.top_file_options();
-    let top = chain.open_named_by_operator(path, &file_options)?;
+    let mut top = chain.open_named_by_operator(path, &file_options)?;
+    top.storage = part_of(top.storage, options)?;
     let bottom = chain.descend(top)?;
     chain.assemble(bottom)
 }
@@ -269,6 +270,7 @@ fn check_raw_options(path: &Path, options: &OpenOptions) -> Result<()> {
         OpenOptions { snapshot: Some(_), .. } => "a raw disk has no snapshots (--load-snapshot)",
         OpenOptions { backing: Backing::Path(_), .. } => "a raw disk has no backing file (--backing)",
         OpenOptions { force_share: true, writable: true, .. } => "--force-share is for reading (--read-only)",
+        OpenOptions { part: Some(_), format: Some(Format::MmapRaw), .. } => "mmap-raw maps whole files",
         _ => return Ok(()),
     };
     Err(Error::new(ErrorKind::InvalidInput, what).with_path(path))

@@ -27,8 +27,8 @@ pub use resize::{Resized, SizeChange, resize};
 pub use temporary::temporary;
 
 use crate::driver::{BlockDriver, Format};
-use crate::error::Result;
-use crate::storage::{FileOptions, FileStorage, LockMode, Storage};
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::{FileOptions, FileStorage, LockMode, Storage, WindowStorage};
 use crate::sync::Arc;
 
 /// How to open an image.
@@ -38,6 +38,8 @@ pub struct OpenOptions {
     pub format: Option<Format>,
     /// Whether it will be written.
     pub writable: bool,
+    /// The part of the file that is the image: offset, and length if it does not go up to the end. Only read.
+    pub part: Option<(u64, Option<u64>)>,
     /// Bypass the page cache (O_DIRECT).
     pub direct: bool,
     /// Serve a raw file to the byte instead of rounding its size up to 512.
@@ -66,6 +68,7 @@ impl Default for OpenOptions {
     fn default() -> Self {
         OpenOptions {
             format: None,
+            part: None,
             writable: false,
             direct: false,
             exact_size: false,
@@ -113,12 +116,13 @@ pub struct Opened {
     pub probed: bool,
 }
 
-/// Opens the image at `path`. The file, and every file of its chain, is locked as QEMU locks it; files
-/// that the image names are opened for reading only, and only if [`OpenOptions::names`] allows them. Where no format is stated, the file is looked at first, read-only.
+/// Opens the image at `path`. The file, and every file of its chain, is locked as QEMU locks it; files that the image
+/// names are opened only if [`OpenOptions::names`] allows them, and for reading, but for the data file of an image
+/// that is itself opened for writing. Where no format is stated, the file is looked at first, read-only.
 pub fn open(path: &Path, options: &OpenOptions) -> Result<Opened> {
     let (format, probed) = match options.format {
         Some(format) => (format, false),
-        None => (probe_path(path)?, true),
+        None => (probe::probe(&part_of(look_at(path)?, options)?)?, true),
     };
     let driver = match format {
         Format::Raw | Format::MmapRaw => chain::open_raw(path, options, format, probed)?,
@@ -127,9 +131,25 @@ pub fn open(path: &Path, options: &OpenOptions) -> Result<Opened> {
     Ok(Opened { driver, probed })
 }
 
-/// Looks at the file without locking it: who may not open it is not to be in anybody's way.
+/// The format of the file.
 fn probe_path(path: &Path) -> Result<Format> {
+    probe::probe(&look_at(path)?)
+}
+
+/// Opens the file without locking it: who may not open it is not to be in anybody's way.
+fn look_at(path: &Path) -> Result<Arc<dyn Storage>> {
     let file_options = FileOptions { writable: false, direct: false, lock: LockMode::Off };
-    let storage: Arc<dyn Storage> = FileStorage::open(path, &file_options)?;
-    probe::probe(&storage)
+    Ok(FileStorage::open(path, &file_options)?)
+}
+
+/// What of the file is the image.
+fn part_of(file: Arc<dyn Storage>, options: &OpenOptions) -> Result<Arc<dyn Storage>> {
+    match options.part {
+        None => Ok(file),
+        Some(_) if options.writable => {
+            let what = "an image inside of another file is not written; use --read-only";
+            Err(Error::new(ErrorKind::Unsupported, what).with_path(&file.facts().path))
+        }
+        Some((offset, len)) => Ok(WindowStorage::new(file, offset, len)?),
+    }
 }

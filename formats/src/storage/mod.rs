@@ -26,6 +26,7 @@ mod ring;
 mod room;
 mod sigbus;
 mod sparse;
+mod window;
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -41,6 +42,7 @@ pub use new_file::NewFile;
 pub use queue::{Aio, Completed, Operation, OperationKind, Queue};
 pub use recording::{Change, Fate, FileId, Log, Record, RecordingStorage};
 pub use sparse::SparseBytes;
+pub use window::WindowStorage;
 
 use crate::address::{HostOffset, HostRange};
 use crate::sync::Arc;

@@ -274,7 +274,6 @@ fn refuse_missing(line: &Line, image: &Image) -> Result<(), String> {
     let missing = [
         ("--snapshot", "temporary overlays", line.temporary),
         ("driver=compress", "writing compressed clusters", image.compress && !line.read_only),
-        ("file.offset, file.size", "an image inside of another file", image.file_window != Window::default()),
     ];
     match missing.iter().find(|(_, _, asked)| *asked) {
         Some((flag, what, _)) => Err(format!("{flag}: {what} is not supported by nbd-img yet")),
@@ -432,6 +431,8 @@ fn open_options(line: &Line, image: &Image) -> OpenOptions {
     let defaults = OpenOptions::default();
     OpenOptions {
         format: image.format,
+        part: (image.file_window != Window::default())
+            .then_some((image.file_window.offset, image.file_window.size)),
         backing,
         backing_format,
         data_file: image.data_file.clone(),
