@@ -163,6 +163,26 @@ fn virt_v2v() {
     }
 }
 
+/// virt-v2v's `-s` for images that have to stay as they are: all clients see what was written until the server ends.
+#[test]
+fn writes_to_a_temporary_overlay() {
+    for program in BOTH {
+        let folder = images();
+        let before = fs::read(folder.path().join("plain.qcow2")).unwrap();
+        let line = ["-t", "--shared=0", "--discard=unmap", "-s", "--format", "qcow2", "plain.qcow2"];
+        let mut serving = program.serves(folder.path(), &line);
+        let uri = serving.uri("");
+        for command in ["write -P 7 64k 1k", "read -P 7 64k 1k", "read -P 5 65k 63k"] {
+            run(tool("qemu-io").args(["-f", "raw", "-c", command, &uri]));
+        }
+        assert_eq!(serving.end(Signal::TERM).code(), Some(0), "{program:?}");
+        assert!(
+            fs::read(folder.path().join("plain.qcow2")).unwrap() == before,
+            "{program:?}: the image has changed"
+        );
+    }
+}
+
 /// oVirt imageio and vdsm: images in JSON, several clients, depth of the chain.
 #[test]
 fn ovirt() {

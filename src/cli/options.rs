@@ -266,7 +266,7 @@ fn bitmaps(names: Vec<String>) -> Result<Vec<String>, String> {
 }
 
 /// As QEMU: what may become as large as a disk does not go where memory may be.
-fn temporary_dir(arg: Option<PathBuf>) -> PathBuf {
+pub(super) fn temporary_dir(arg: Option<PathBuf>) -> PathBuf {
     let from_environment =
         || std::env::var_os("TMPDIR").filter(|folder| !folder.is_empty()).map(PathBuf::from);
     arg.or_else(from_environment).unwrap_or_else(|| PathBuf::from("/var/tmp"))

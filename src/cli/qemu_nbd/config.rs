@@ -12,6 +12,7 @@ use nbd_img_formats::open::{Backing, Names, OpenOptions};
 use nbd_img_formats::storage;
 use rustix::process::{Resource, getrlimit};
 
+use super::super::options;
 use super::line::{Complaint, Line};
 use super::node::{self, Aio, BackingNode, Image, Window};
 use super::objects::{self, Endpoint, Kind, Object};
@@ -271,14 +272,10 @@ fn service(
 
 /// What this program cannot do yet. Who teaches it to the server takes it out here.
 fn refuse_missing(line: &Line, image: &Image) -> Result<(), String> {
-    let missing = [
-        ("--snapshot", "temporary overlays", line.temporary),
-        ("driver=compress", "writing compressed clusters", image.compress && !line.read_only),
-    ];
-    match missing.iter().find(|(_, _, asked)| *asked) {
-        Some((flag, what, _)) => Err(format!("{flag}: {what} is not supported by nbd-img yet")),
-        None => Ok(()),
+    if image.compress && !line.read_only {
+        return Err("driver=compress: writing compressed clusters is not supported by nbd-img yet".to_owned());
     }
+    Ok(())
 }
 
 /// Where to listen, or whom to ask.
@@ -418,6 +415,8 @@ fn export(line: &Line, operand: &OsStr) -> Result<ExportSpec, String> {
             Some(Aio::Threads) => storage::Aio::Threads,
         },
         detect_zeroes: detect_zeroes(line, &image),
+        // Nothing is written to what is read-only, so nothing has to be kept.
+        temporary: (line.temporary && !read_only).then(|| options::temporary_dir(None)),
         open: open_options(line, &image),
     })
 }

@@ -110,6 +110,7 @@ fn of_export(export: &ExportSpec) -> String {
         ("detect-unmap", export.detect_zeroes == DetectZeroes::Unmap),
         ("io_uring", export.aio == Aio::IoUring),
         ("threads", export.aio == Aio::Threads),
+        ("temporary", export.temporary.is_some()),
         ("no-backing", open.backing == Backing::None),
     ] {
         if is_so {
@@ -472,12 +473,16 @@ fn socket_activation_decides_where_to_listen() {
 /// What others are teaching the server: each of these lines becomes a row of a table above.
 #[test]
 fn what_is_missing_is_refused_by_name() {
-    for (line, flag) in [
-        (vec!["-s", "f"], "--snapshot"),
-        (vec!["--image-opts", "driver=compress,file.driver=qcow2,file.file.filename=f"], "driver=compress"),
-    ] {
-        let error = effective(&line).unwrap_err();
-        assert!(error.contains(flag) && error.contains("not supported"), "{line:?}: {error}");
+    let line = ["--image-opts", "driver=compress,file.driver=qcow2,file.file.filename=f"];
+    let error = effective(&line).unwrap_err();
+    assert!(error.contains("driver=compress") && error.contains("not supported"), "{line:?}: {error}");
+}
+
+#[test]
+fn temporary_overlays_are_for_those_who_write() {
+    for (line, temporary) in [(vec!["f"], false), (vec!["-s", "f"], true), (vec!["-s", "-r", "f"], false)] {
+        let told = effective(&line).unwrap();
+        assert_eq!(told.contains("temporary"), temporary, "{line:?}: {told}");
     }
 }
 
