@@ -15,7 +15,8 @@
 //! | `clients` | who is connected, and how many may be |
 //! | `ready` | telling the starter that the server listens |
 //! | `end` | signals, draining, flushing, closing |
-//! | [`tls`] | certificates: read, and read again |
+//! | [`tls`] | certificates and keys: read, and read again |
+//! | `psk_file` | the keys of `--tls-psk` |
 //! | `rare` | log lines that others can cause as often as they like |
 
 mod accept;
@@ -27,6 +28,7 @@ mod limits;
 mod listen;
 mod negotiate;
 pub mod options;
+mod psk_file;
 mod rare;
 mod ready;
 pub mod tls;

@@ -168,8 +168,8 @@ async fn turn_to_tls(
     peer: &mut Peer,
 ) -> Result<AsyncFd<Stream>, End> {
     let config =
-        server.tls.as_ref().ok_or_else(|| End::Tls(io::Error::other("TLS is not configured")))?.config();
-    let tls = TlsStream::new(stream.into_inner(), config, received).map_err(End::Tls)?;
+        server.tls.as_ref().ok_or_else(|| End::Tls(io::Error::other("TLS is not configured")))?.server();
+    let tls = TlsStream::new(stream.into_inner(), &config, received).map_err(End::Tls)?;
     let stream = watch_stream(Stream::Tls(Box::new(tls)))?;
     loop {
         let tls = stream.get_ref().tls().ok_or(End::Tls(io::ErrorKind::NotConnected.into()))?;

@@ -162,7 +162,9 @@ impl Qcow2Driver {
 
     /// The image file has become at least this long.
     pub(super) fn note_len(&self, len: u64) {
-        self.data_len.fetch_max(len, Ordering::Relaxed);
+        if !self.geometry().is_external() {
+            self.data_len.fetch_max(len, Ordering::Relaxed);
+        }
     }
 
     /// Looks at a slice that was read before anybody can change it.
@@ -197,7 +199,7 @@ impl BlockDriver for Qcow2Driver {
             return State::Closed;
         }
         match &self.writer {
-            Some(writer) if writer.is_failed() || self.image().is_failed() => State::Failed,
+            Some(writer) if writer.is_failed() || commit::is_sync_failed(self) => State::Failed,
             Some(_) | None => State::Live,
         }
     }
@@ -406,7 +408,7 @@ impl BlockDriver for Qcow2Driver {
 fn open_parts(parts: Parts) -> Result<Qcow2Driver> {
     let Parts { image, header, data_file, backing, number, caches, snapshot, write } = parts;
     if write.is_some() {
-        begin::check(&header, snapshot.as_deref())?;
+        begin::check(&header, snapshot.as_deref(), backing.is_some())?;
     }
     let (snapshots, snapshots_len) = snapshots::load(&image, &header)?;
     let (l1_at, virtual_size) = match &snapshot {
@@ -468,7 +470,7 @@ fn flat_storages(
     data_file: Option<Arc<dyn Storage>>,
     backing: Option<&Arc<dyn BlockDriver>>,
 ) -> Result<Vec<Arc<dyn Storage>>> {
-    if data_file.is_some() != (header.geometry.data_file() != DataFile::Internal) {
+    if data_file.is_some() != header.geometry.is_external() {
         return Err(Error::new(ErrorKind::InvalidInput, "an external data file is missing or not wanted"));
     }
     let mut storages = vec![image];

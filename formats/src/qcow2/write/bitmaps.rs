@@ -11,6 +11,7 @@ use super::super::bitmaps::{ClusterBits, Directory, Flags, LiveBitmap, Stored, S
 use super::super::driver::Qcow2Driver;
 use super::super::header::Header;
 use super::super::types::{Geometry, HostCluster};
+use super::meta::Content;
 use super::metadata_map::Kind;
 use super::{Writer, commit, satisfy};
 use crate::address::{GuestRange, HostOffset};
@@ -284,7 +285,7 @@ impl<'a> Storing<'a> {
         let mut meta = self.writer.lock();
         for (at, len) in &self.old {
             let (first, count) = self.writer.geometry.host_span(*at, *len);
-            meta.free(first, count, true);
+            meta.free(first, count, Content::Metadata);
         }
     }
 
@@ -292,7 +293,7 @@ impl<'a> Storing<'a> {
     pub fn give_back(&self) {
         let mut meta = self.writer.lock();
         for (host, clusters) in &self.new {
-            meta.free(self.writer.geometry.host_index(host.start()), *clusters, true);
+            meta.free(self.writer.geometry.host_index(host.start()), *clusters, Content::Metadata);
         }
     }
 }

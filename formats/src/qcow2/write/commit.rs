@@ -3,6 +3,7 @@
 //!
 //! One thread commits at a time. It freezes copies of what is changed, and then:
 //!
+//! - the data of an external data file. Sync.
 //! - *A*: refcounts (which have only grown, but for clusters whose last pointer is durably gone), new
 //!   refcount blocks, the bodies of new L2 tables. Sync: now every cluster that *B* will point to is
 //!   counted, and has its content.
@@ -18,7 +19,7 @@ use std::collections::HashMap;
 use super::super::driver::Qcow2Driver;
 use super::super::types::SliceNumber;
 use super::allocator::MovedTable;
-use super::meta::{DirtySlice, Extent, Freed};
+use super::meta::{Content, DirtySlice, Extent, Freed};
 use super::pins::Epoch;
 use super::refcounts::BlockWrite;
 use super::{Writer, bitmaps, reclaim};
@@ -57,6 +58,11 @@ pub fn commit(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     meta.committing = true;
     drop(meta);
     Committing { writer }.run(driver)
+}
+
+/// Whether a sync of the image file or of its data file has failed for good.
+pub fn is_sync_failed(driver: &Qcow2Driver) -> bool {
+    driver.image().is_failed() || driver.data_storage().is_failed()
 }
 
 /// Commits if too much is changed.
@@ -116,7 +122,7 @@ impl Committing<'_> {
         let writer = self.writer;
         let mut frozen = freeze(driver, writer);
         let outcome = write_all(driver, &mut frozen);
-        if outcome.is_err() && (frozen.sync_failed || driver.image().is_failed()) {
+        if outcome.is_err() && (frozen.sync_failed || is_sync_failed(driver)) {
             writer.fail("a sync has failed, so nobody knows what is durable");
             return outcome;
         }
@@ -199,7 +205,25 @@ fn freeze(driver: &Qcow2Driver, writer: &Writer) -> Frozen {
     }
 }
 
+impl Frozen {
+    /// Whether nothing goes into the image file.
+    fn is_empty(&self) -> bool {
+        self.blocks.is_empty()
+            && self.slices.is_empty()
+            && self.l1.is_empty()
+            && self.entries.is_empty()
+            && self.moved.is_none()
+    }
+}
+
 fn write_all(driver: &Qcow2Driver, frozen: &mut Frozen) -> Result<()> {
+    if driver.geometry().is_external() {
+        // Before anything that leads to it can be durable.
+        sync(driver.data_storage(), frozen)?;
+        if frozen.is_empty() {
+            return Ok(());
+        }
+    }
     let blocks = frozen.blocks.iter().map(|write| (write.at, &write.bytes));
     let bodies = frozen.bodies.iter().map(|(at, bytes)| (*at, bytes));
     for (at, bytes) in blocks.chain(bodies) {
@@ -208,12 +232,12 @@ fn write_all(driver: &Qcow2Driver, frozen: &mut Frozen) -> Result<()> {
     if let Some((MovedTable { durable: false, .. }, table)) = &frozen.moved {
         write(driver.image(), frozen.table_at, table)?;
     }
-    sync(driver, frozen)?;
+    sync(driver.image(), frozen)?;
     frozen.a_durable = true;
     // Whoever found the image damaged meanwhile has said that nothing is written any more.
     check_writable(driver)?;
     if write_table_changes(driver, frozen)? {
-        sync(driver, frozen)?;
+        sync(driver.image(), frozen)?;
     }
     if frozen.words.is_empty() && frozen.l1.is_empty() {
         return Ok(());
@@ -225,7 +249,7 @@ fn write_all(driver: &Qcow2Driver, frozen: &mut Frozen) -> Result<()> {
     for (index, raw) in &frozen.l1 {
         write(driver.image(), HostOffset(driver.l1_at().0 + *index as u64 * 8), &raw.to_be_bytes())?;
     }
-    sync(driver, frozen)
+    sync(driver.image(), frozen)
 }
 
 /// *A2*. Returns whether there was anything to write.
@@ -256,11 +280,10 @@ fn write(image: &Arc<dyn Storage>, at: HostOffset, bytes: &[u8]) -> Result<()> {
         .map_err(|e| storage_error(image, "cannot write the image's metadata", at, e))
 }
 
-fn sync(driver: &Qcow2Driver, frozen: &mut Frozen) -> Result<()> {
-    let image = driver.image();
-    image.sync().map_err(|e| {
+fn sync(storage: &Arc<dyn Storage>, frozen: &mut Frozen) -> Result<()> {
+    storage.sync().map_err(|e| {
         frozen.sync_failed = true;
-        storage_error(image, "cannot make the image durable", HostOffset(0), e)
+        storage_error(storage, "cannot make the image durable", HostOffset(0), e)
     })
 }
 
@@ -291,7 +314,8 @@ fn put_back(writer: &Writer, frozen: Frozen) {
 
 fn conclude(writer: &Writer, mut frozen: Frozen) {
     let mut freed = std::mem::take(&mut frozen.freed);
-    freed.extend(frozen.left.iter().map(|(first, len)| Freed { first: *first, len: *len, metadata: true }));
+    let left = frozen.left.iter();
+    freed.extend(left.map(|(first, len)| Freed { first: *first, len: *len, content: Content::Metadata }));
     reclaim::join_runs(&mut freed);
     let mut meta = writer.lock();
     meta.allocator.refcounts.written(&frozen.blocks);

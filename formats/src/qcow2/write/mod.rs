@@ -8,6 +8,7 @@
 //! | `prepare` | writes that need not wait: plans, claims and their end |
 //! | `slow` | writes that must wait: new tables, copy-on-write |
 //! | `zero`, `provide` | zeroing and discarding; zeroes with room |
+//! | `data_file` | places in an external data file, and giving their room back |
 //! | `commit`, `reclaim` | making changes durable in an order that a crash cannot hurt; letting clusters go |
 //! | `bitmaps` | recording changes in dirty bitmaps, and storing these |
 //! | `bitmap_change`, `bitmap_header` | adding, removing, ... bitmaps; the header's way to them |
@@ -22,6 +23,7 @@ pub mod bitmap_change;
 mod bitmap_header;
 pub mod bitmaps;
 pub mod commit;
+mod data_file;
 pub mod meta;
 pub mod metadata_map;
 pub mod options;
@@ -40,7 +42,7 @@ use std::ops::{Deref, DerefMut};
 use super::driver::Qcow2Driver;
 use super::header::{Autoclear, Header, Incompatible};
 use super::tables::TableSlice;
-use super::types::Geometry;
+use super::types::{DataFile, Geometry};
 use crate::address::{GuestRange, HostOffset};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{check_writable, read_exact, storage_error};
@@ -70,12 +72,14 @@ pub struct Writer {
     geometry: Geometry,
     /// Version 3: the header has feature bits.
     has_features: bool,
-    /// The autoclear bits, and what is left of them with the first change: those that are kept true here.
+    /// The autoclear bits, and what is left of them with the first change: those whose promise is kept.
     autoclear: (u64, u64),
-    /// Nothing is left to do before the first change.
+    /// The header says all that it has to before the first change.
     begun: AtomicBool,
     /// The dirty bitmaps.
     pub(super) bitmaps: Recorder,
+    /// A raw data file is shorter than the guest's disk, to be changed before the first change.
+    short_data_file: AtomicBool,
     incompatible: u64,
     /// What the metadata was found to contradict itself in at open.
     conflict: Option<String>,
@@ -105,8 +109,12 @@ pub struct MetaGuard<'a> {
 impl Writer {
     /// `repaired`: the header's dirty bit was cleared since the header was read.
     fn new(header: &Header, options: WriteOptions, meta: Meta, bitmaps: Recorder, repaired: bool) -> Self {
+        let raw = match header.geometry.data_file() {
+            DataFile::ExternalRaw => Autoclear::DATA_FILE_RAW,
+            DataFile::Internal | DataFile::External => Autoclear::empty(),
+        };
         let autoclear = header.autoclear.bits();
-        let kept = (header.autoclear & Autoclear::BITMAPS).bits();
+        let kept = (header.autoclear & (Autoclear::BITMAPS | raw)).bits();
         let dirty = if repaired { Incompatible::DIRTY } else { Incompatible::empty() };
         Writer {
             options,
@@ -115,6 +123,7 @@ impl Writer {
             autoclear: (autoclear, kept),
             begun: AtomicBool::new(autoclear == kept && bitmaps.is_idle()),
             bitmaps,
+            short_data_file: AtomicBool::new(false),
             incompatible: (header.incompatible - dirty).bits(),
             conflict: meta.allocator.map.conflict().map(str::to_owned),
             meta: Mutex::new(meta),
@@ -142,6 +151,9 @@ impl Writer {
 
     /// Marks a slice if an entry of it points into metadata.
     pub fn checked_slice(&self, slice: TableSlice) -> TableSlice {
+        if self.geometry.is_external() {
+            return slice;
+        }
         let meta = self.lock();
         let into_metadata = |index| {
             let host = self.geometry.host_of(slice.raw(index));
@@ -186,7 +198,9 @@ impl Writer {
 
     /// Whether nothing is left to do before the first change.
     fn is_begun(&self) -> bool {
-        self.begun.load(Ordering::Acquire) && self.conflict.is_none()
+        self.begun.load(Ordering::Acquire)
+            && self.conflict.is_none()
+            && !self.short_data_file.load(Ordering::Acquire)
     }
 
     /// Gives back what the file was made longer by and not used.
@@ -260,7 +274,8 @@ fn closed() -> Error {
 }
 
 /// Sees to what has to be done once before the first change: features that a writer does not know lose
-/// their promise, and enabled bitmaps are not up to date from now on.
+/// their promise, enabled bitmaps are not up to date from now on, and a raw data file is made as long as the
+/// disk.
 fn begin_changes(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     check_writable(driver)?;
     if let Some(conflict) = &writer.conflict {
@@ -271,6 +286,13 @@ fn begin_changes(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     }
     let _file = writer.file.lock();
     if writer.is_begun() {
+        return Ok(());
+    }
+    if writer.short_data_file.load(Ordering::Acquire) {
+        data_file::lengthen(driver)?;
+        writer.short_data_file.store(false, Ordering::Release);
+    }
+    if writer.begun.load(Ordering::Acquire) {
         return Ok(());
     }
     let image = driver.image();
