@@ -132,6 +132,24 @@ fn the_first_bitmap_finds_room_in_the_header() {
     }
 }
 
+/// The data file is named by the image, so it is opened and locked, and left alone.
+#[test]
+fn an_image_with_a_data_file_has_bitmaps() {
+    let folder = support::scratch("cli-bitmap-data");
+    let path = folder.path();
+    qemu_img(path, &format!("create -f qcow2 -o data_file={}/data,data_file_raw=on disk 8M", path.display()));
+    ok(path, &["add", "disk", "a"]);
+    qemu_io(path, "qcow2", "disk", &["write -P 5 1M 64k"]);
+    assert_eq!(dirty(path, "disk", "a"), [(1 << 20, 65536)]);
+    ok(path, &["clear", "disk", "a"]);
+    assert_eq!(dirty(path, "disk", "a"), []);
+    qemu_io(path, "qcow2", "disk", &["read -P 5 1M 64k"]);
+    let info: Value = serde_json::from_slice(&qemu_img(path, "info --output=json disk")).unwrap();
+    assert_eq!(info["format-specific"]["data"]["data-file-raw"], true);
+    ok(path, &["remove", "disk", "a"]);
+    qemu_img(path, "check disk");
+}
+
 #[test]
 fn bitmaps_of_other_images_are_merged() {
     let folder = support::scratch("cli-bitmap-merge");

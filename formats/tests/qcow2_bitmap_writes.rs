@@ -137,7 +137,7 @@ struct Rig {
 impl Rig {
     fn new(name: &'static str, options: &str, size: u64, granularities: &'static [u64]) -> Self {
         let folder = Folder::new();
-        let options = options.replace("DATA", folder.file("data").to_str().unwrap());
+        let options = options.replace("FOLDER", folder.path().to_str().unwrap());
         let path = folder.create("image.qcow2", &options, size);
         let image = path.to_str().unwrap();
         qemu("qemu-img", ["bitmap", "--add", "-g", "512", image, "off"]);
@@ -270,10 +270,12 @@ fn large_clusters_and_an_odd_end() {
     Rig::new("large clusters", "cluster_size=2M,refcount_bits=1", 5 * MIB + 512, &[512, 2 * MIB]).run();
 }
 
+/// The bitmaps lie in the image, whatever lies in the data file.
 #[test]
-fn data_files() {
-    Rig::new("data file", "data_file=DATA", 4 * MIB, &[512, 65536]).run();
-    Rig::new("raw data file", "data_file=DATA,data_file_raw=on", 4 * MIB, &[512, 65536]).run();
+fn external_data_files() {
+    Rig::new("data file", "data_file=FOLDER/data", 4 * MIB, &[512, 65536]).run();
+    let options = "cluster_size=4k,data_file=FOLDER/data,data_file_raw=on";
+    Rig::new("raw data file", options, 4 * MIB, &[512, 65536]).run();
 }
 
 #[test]

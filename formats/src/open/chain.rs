@@ -278,15 +278,19 @@ fn check_raw_options(path: &Path, options: &OpenOptions) -> Result<()> {
 
 /// Changes a dirty bitmap of the qcow2 image at `path`, which nobody else may have open meanwhile.
 pub fn change_bitmap(path: &Path, name: &str, change: BitmapChange<'_>) -> Result<()> {
-    let file_options = FileOptions { writable: true, direct: false, lock: LockMode::Writer };
-    let image: Arc<dyn Storage> = FileStorage::open(path, &file_options)?;
-    let header = Header::load(&image)?;
+    // What the disk holds does not matter.
+    let options = OpenOptions { writable: true, backing: Backing::None, ..OpenOptions::default() };
+    let mut chain = Chain { options: &options, layers: Vec::new(), seen: Vec::new() };
+    let file_options = chain.top_file_options();
+    let top = chain.open_named_by_operator(path, &file_options)?;
+    chain.descend(top)?;
+    let none = || Error::new(ErrorKind::InvalidInput, "the chain has no image");
+    let Layer { image, header, data_file } = chain.layers.pop().ok_or_else(none)?;
     let caches = Caches::new(0, [&header])?;
     let driver = Qcow2Driver::open(Parts {
         image,
         header,
-        data_file: None,
-        // What the disk holds does not matter.
+        data_file,
         backing: None,
         number: ImageNumber(0),
         caches,

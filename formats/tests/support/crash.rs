@@ -207,10 +207,6 @@ impl Run<'_> {
         self.check_bitmaps_at_end(&Image::parse(&left.image).unwrap());
     }
 
-    fn left(&self, mut bytes_of: impl FnMut(FileId) -> SparseBytes) -> Left {
-        Left { image: bytes_of(IMAGE), data: self.scene.data.is_some().then(|| bytes_of(DATA)) }
-    }
-
     /// After a close the enabled bitmap has what it had, what was written, and nothing else.
     fn check_bitmaps_at_end(&self, image: &Image<'_>) {
         let before = Image::parse(&self.scene.image).unwrap();
@@ -226,6 +222,10 @@ impl Run<'_> {
             assert_eq!(bitmap.flags, old.flags, "{}: flags of {}", self.name(), old.name);
             assert!(image.dirty_granules(bitmap) == expected, "{}: bits of {}", self.name(), old.name);
         }
+    }
+
+    fn left(&self, mut bytes_of: impl FnMut(FileId) -> SparseBytes) -> Left {
+        Left { image: bytes_of(IMAGE), data: self.scene.data.is_some().then(|| bytes_of(DATA)) }
     }
 
     /// Something of the image as it is in the end.
@@ -303,10 +303,10 @@ impl Run<'_> {
         }
         let content = self.scene.read_files(&left.image, left.data())?;
         self.journal.check(&content, cut)?;
+        self.scene.check_bitmaps(&left.image, &content)?;
         if let Some(raw) = self.scene.read_raw(&left.image, left.data())? {
             self.journal.check(&raw, cut).map_err(|what| format!("in the raw data file: {what}"))?;
         }
-        self.scene.check_bitmaps(&left.image, &content)?;
         if random.below(QEMU_ONE_IN) == 0 {
             let files = left.files();
             let maker = Maker::of_files(&files.image, files.data.as_deref());

@@ -16,6 +16,7 @@ use super::{Writer, bitmaps, repair};
 use crate::address::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{read_exact, storage_error};
+use crate::sync::atomic::Ordering;
 
 /// Most clusters of L1 tables over all snapshots. Our choice: thousands of snapshots of a disk of terabytes, and
 /// a few dozen megabytes of memory for knowing where they lie, however long a small file says that they are.
@@ -95,9 +96,7 @@ pub fn begin(
     let space = find_space(driver, &refcounts)?;
     let allocator = Allocator::new(header.geometry, refcounts, map, space);
     let writer = Writer::new(header, options, Meta::new(allocator), recorder, dirty);
-    if short {
-        writer.needs_long_data_file();
-    }
+    writer.short_data_file.store(short, Ordering::Release);
     Ok(writer)
 }
 

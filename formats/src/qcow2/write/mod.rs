@@ -72,14 +72,14 @@ pub struct Writer {
     geometry: Geometry,
     /// Version 3: the header has feature bits.
     has_features: bool,
-    /// The autoclear bits, and what is left of them with the first change: those that are kept true here.
+    /// The autoclear bits, and what is left of them with the first change: those whose promise is kept.
     autoclear: (u64, u64),
-    /// Nothing is left to do before the first change.
+    /// The header says all that it has to before the first change.
     begun: AtomicBool,
-    /// A raw data file is shorter than the guest's disk, to be changed before the first change.
-    short_data_file: AtomicBool,
     /// The dirty bitmaps.
     pub(super) bitmaps: Recorder,
+    /// A raw data file is shorter than the guest's disk, to be changed before the first change.
+    short_data_file: AtomicBool,
     incompatible: u64,
     /// What the metadata was found to contradict itself in at open.
     conflict: Option<String>,
@@ -109,12 +109,12 @@ pub struct MetaGuard<'a> {
 impl Writer {
     /// `repaired`: the header's dirty bit was cleared since the header was read.
     fn new(header: &Header, options: WriteOptions, meta: Meta, bitmaps: Recorder, repaired: bool) -> Self {
-        let autoclear = header.autoclear.bits();
-        let true_here = match header.geometry.data_file() {
-            DataFile::ExternalRaw => Autoclear::BITMAPS | Autoclear::DATA_FILE_RAW,
-            DataFile::Internal | DataFile::External => Autoclear::BITMAPS,
+        let raw = match header.geometry.data_file() {
+            DataFile::ExternalRaw => Autoclear::DATA_FILE_RAW,
+            DataFile::Internal | DataFile::External => Autoclear::empty(),
         };
-        let kept = (header.autoclear & true_here).bits();
+        let autoclear = header.autoclear.bits();
+        let kept = (header.autoclear & (Autoclear::BITMAPS | raw)).bits();
         let dirty = if repaired { Incompatible::DIRTY } else { Incompatible::empty() };
         Writer {
             options,
@@ -122,8 +122,8 @@ impl Writer {
             has_features: header.version >= 3,
             autoclear: (autoclear, kept),
             begun: AtomicBool::new(autoclear == kept && bitmaps.is_idle()),
-            short_data_file: AtomicBool::new(false),
             bitmaps,
+            short_data_file: AtomicBool::new(false),
             incompatible: (header.incompatible - dirty).bits(),
             conflict: meta.allocator.map.conflict().map(str::to_owned),
             meta: Mutex::new(meta),
@@ -136,12 +136,6 @@ impl Writer {
             loading: Mutex::new(()),
             grown: AtomicBool::new(false),
         }
-    }
-
-    /// The raw data file has to be made longer before the first change.
-    fn needs_long_data_file(&self) {
-        self.short_data_file.store(true, Ordering::Release);
-        self.begun.store(false, Ordering::Release);
     }
 
     /// Whether an error has made the image unwritable for good.
@@ -204,7 +198,9 @@ impl Writer {
 
     /// Whether nothing is left to do before the first change.
     fn is_begun(&self) -> bool {
-        self.begun.load(Ordering::Acquire) && self.conflict.is_none()
+        self.begun.load(Ordering::Acquire)
+            && self.conflict.is_none()
+            && !self.short_data_file.load(Ordering::Acquire)
     }
 
     /// Gives back what the file was made longer by and not used.
@@ -278,7 +274,8 @@ fn closed() -> Error {
 }
 
 /// Sees to what has to be done once before the first change: features that a writer does not know lose
-/// their promise, a raw data file is made as long as the disk, and enabled bitmaps are not up to date from now on.
+/// their promise, enabled bitmaps are not up to date from now on, and a raw data file is made as long as the
+/// disk.
 fn begin_changes(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     check_writable(driver)?;
     if let Some(conflict) = &writer.conflict {
@@ -294,6 +291,9 @@ fn begin_changes(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     if writer.short_data_file.load(Ordering::Acquire) {
         data_file::lengthen(driver)?;
         writer.short_data_file.store(false, Ordering::Release);
+    }
+    if writer.begun.load(Ordering::Acquire) {
+        return Ok(());
     }
     let image = driver.image();
     writer.bitmaps.mark_in_use(driver)?;

@@ -94,10 +94,7 @@ pub fn try_discard(driver: &Qcow2Driver, writer: &Writer, range: GuestRange) -> 
     if !writer.options.discard {
         return Ok(true);
     }
-    if zeroes_data_file(driver) {
-        return Ok(false);
-    }
-    if !writer.is_begun() {
+    if zeroes_data_file(driver) || !writer.is_begun() {
         return Ok(false);
     }
     writer.record(range)?;
