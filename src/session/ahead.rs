@@ -14,8 +14,8 @@ use nbd_img_formats::workers::Lane;
 
 use super::engine::Session;
 
-/// How far ahead of the client. 4, 8, 16 and 32 MiB did not differ (one virtual disk, which they drove to
-/// what it gives): twice the least.
+/// How far ahead of the client. 4, 8, 16 and 32 MiB did not differ (one virtual disk): twice the least. What
+/// was asked for so came at 1.1 GB/s there; a thread that reads ahead through a description of its own got 2.
 const WINDOW_LEN: u64 = 8 << 20;
 
 /// Least that is asked for at a time, up to the disk's end: a thread is woken for it.
