@@ -10,7 +10,7 @@
 //! | `zero`, `provide` | zeroing and discarding; zeroes with room |
 //! | `commit`, `reclaim` | making changes durable in an order that a crash cannot hurt; letting clusters go |
 //! | `options` | what is chosen at open |
-//! | `begin`, `repair` | what happens to an image that is opened for writing |
+//! | `begin`, `repair`, `recount` | what happens to an image that is opened for writing |
 //!
 //! The invariants, and why they hold, are in the README of this crate.
 
@@ -24,6 +24,7 @@ pub mod pins;
 pub mod prepare;
 mod provide;
 pub mod reclaim;
+mod recount;
 pub mod refcounts;
 mod repair;
 mod runs;

@@ -110,6 +110,11 @@ impl Refcounts {
         self.blocks.contains_key(&block)
     }
 
+    /// Whether the block is in memory, and all its refcounts are 0.
+    pub fn is_zero(&self, block: BlockIndex) -> bool {
+        self.blocks.get(&block).is_some_and(|block| block.bytes.iter().all(|byte| *byte == 0))
+    }
+
     /// Puts a block into memory that was read from the file, unless it is there.
     pub fn insert(&mut self, block: BlockIndex, bytes: Vec<u8>) {
         let made = || Block { bytes: bytes.into_boxed_slice(), dirty: 0..0, held: false };
