@@ -184,8 +184,6 @@ fn images_that_are_not_written() {
     };
     refused_read_write(add_bitmap, &["bitmap", "--read-only"]);
     refused_read_write(|folder| make(folder, "-o extended_l2=on"), &["extended L2", "--read-only"]);
-    let with_data_file = |folder: &Path| make(folder, "-o data_file=data");
-    refused_read_write(with_data_file, &["external data file", "--read-only"]);
 }
 
 #[test]

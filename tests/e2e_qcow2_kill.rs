@@ -47,8 +47,18 @@ struct Kind {
 const KIND: Kind =
     Kind { name: "", disk_len: 12 << 20, made_by: &[], snapshot: false, cache: "--cache=writeback" };
 
-const KINDS: [Kind; 8] = [
+const KINDS: [Kind; 10] = [
     Kind { name: "64k", made_by: &["convert -f raw -O qcow2 source disk"], ..KIND },
+    Kind {
+        name: "data-file",
+        made_by: &["create -f qcow2 -o cluster_size=4k,data_file=data -b source -F raw disk"],
+        ..KIND
+    },
+    Kind {
+        name: "raw-data-file",
+        made_by: &["convert -f raw -O qcow2 -o data_file=data,data_file_raw=on source disk"],
+        ..KIND
+    },
     Kind {
         name: "overlay-4k",
         made_by: &["create -f qcow2 -o cluster_size=4k -b source -F raw disk"],

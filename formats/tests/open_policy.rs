@@ -337,19 +337,39 @@ fn files_of_the_chain_are_locked_as_readers() {
     assert!(opened.driver.pread(0, &mut [0]).is_err(), "closed");
 }
 
+/// A data file is opened for writing together with its image, and under the same rule: nothing outside.
+#[test]
+fn data_files_outside_are_not_opened_for_writing() {
+    let scene = Scene::new();
+    furnish(&scene);
+    let watch = Watch::on(&scene.secret());
+    let writable = OpenOptions { writable: true, format: Some(Format::Qcow2), ..OpenOptions::default() };
+    for name in evil_names(&scene) {
+        let shown = String::from_utf8_lossy(&name).escape_debug().to_string();
+        let error = refusal(&scene.with_data_file(&name), &writable);
+        assert_eq!(error.kind(), ErrorKind::Denied, "{shown}: {error}");
+        assert!(!watch.saw_something(), "{shown} was opened");
+    }
+    let secret = std::fs::read(scene.secret()).unwrap();
+    let image = scene.with_data_file(b"../out/secret");
+    let allowed = OpenOptions { allow_dirs: vec![scene.folder.file("out")], ..writable.clone() };
+    let driver = open(&image, &allowed).unwrap().driver;
+    driver.pwrite(MIB as u64 / 2, &[9; 100], nbd_img_formats::Durability::Later).unwrap();
+    driver.close().unwrap();
+    let after = std::fs::read(scene.secret()).unwrap();
+    assert!(after[MIB / 2..][..100] == [9; 100] && after[..MIB / 2] == secret[..MIB / 2]);
+    // The image itself is no data file of its own.
+    let error = refusal(&scene.with_data_file(b"data.qcow2"), &writable);
+    assert!(matches!(error.kind(), ErrorKind::Denied | ErrorKind::Locked), "{error}");
+}
+
 /// Images with what is not written yet, and one that somebody else writes: refused, and not touched.
 #[test]
 fn what_is_not_written_is_refused_and_stays_as_it_is() {
     let scene = Scene::new();
-    let cases = [
-        ("extended_l2=on", "subclusters"),
-        ("data_file=data.raw", "data file"),
-        ("", "bitmaps"),
-        ("cluster_size=4k", "lock"),
-    ];
+    let cases = [("extended_l2=on", "subclusters"), ("", "bitmaps"), ("cluster_size=4k", "lock")];
     for (number, (options, said)) in cases.into_iter().enumerate() {
-        let options = options.replace("data.raw", scene.folder.file("data.raw").to_str().unwrap());
-        let image = scene.folder.create(&format!("image{number}.qcow2"), &options, MIB as u64);
+        let image = scene.folder.create(&format!("image{number}.qcow2"), options, MIB as u64);
         qemu_io(&image, &["write -P 1 0 64k".to_owned()]);
         if said == "bitmaps" {
             qemu("qemu-img", ["bitmap", "--add", image.to_str().unwrap(), "dirty"]);
@@ -367,10 +387,8 @@ fn what_is_not_written_is_refused_and_stays_as_it_is() {
         drop(held);
         let after = (std::fs::read(&image).unwrap(), std::fs::metadata(&image).unwrap().modified().unwrap());
         assert!(before == after, "{said}");
-        if said != "data file" {
-            let driver = open_read_only(&image).driver;
-            let refused = driver.pwrite(0, &[1], nbd_img_formats::Durability::Later).unwrap_err();
-            assert_eq!(refused.kind(), ErrorKind::ReadOnly);
-        }
+        let driver = open_read_only(&image).driver;
+        let refused = driver.pwrite(0, &[1], nbd_img_formats::Durability::Later).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::ReadOnly);
     }
 }

@@ -10,7 +10,7 @@ mod support;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use nbd_img_formats::storage::{Change, Log, Storage};
+use nbd_img_formats::storage::{Change, FileId, Log, Storage};
 use nbd_img_formats::sync::Arc;
 use nbd_img_formats::{BlockDriver, Durability, HostOffset};
 use support::crash::{self, Run};
@@ -28,7 +28,7 @@ fn states() -> u64 {
     std::env::var("NBD_IMG_CRASH_STATES").map_or(50_000, |text| text.parse().unwrap())
 }
 
-fn honest(storage: Arc<dyn Storage>) -> Arc<dyn Storage> {
+fn honest(_file: FileId, storage: Arc<dyn Storage>) -> Arc<dyn Storage> {
     storage
 }
 
@@ -46,8 +46,7 @@ fn in_parallel(one: impl Fn(usize) -> ControlFlow<()> + Sync) {
 /// Runs the sequences, each at least once, in scenes and with places that follow from the seed and the
 /// number of the run, until so many states have been looked at: `each` of a run, or one for every record
 /// of its log.
-fn explore_all(name: &str, sequences: &[Vec<Kind>], states: u64, each: Option<u64>) {
-    let scenes = Scene::all();
+fn explore_all(name: &str, scenes: &[Scene], sequences: &[Vec<Kind>], states: u64, each: Option<u64>) {
     let seed = Random::seed(name);
     let (seen, runs) = (AtomicU64::new(0), AtomicUsize::new(0));
     in_parallel(|number| {
@@ -71,17 +70,32 @@ fn explore_all(name: &str, sequences: &[Vec<Kind>], states: u64, each: Option<u6
 /// Cut after every record.
 #[test]
 fn short_sequences() {
-    explore_all("short sequences", &steps::sequences(), states() * 7 / 10, None);
+    explore_all("short sequences", &Scene::all(), &steps::sequences(), states() * 5 / 10, None);
+}
+
+/// The same where the data lies in a file of its own.
+#[test]
+fn short_sequences_with_a_data_file() {
+    let scenes = Scene::with_data_file();
+    explore_all("short sequences, data file", &scenes, &steps::sequences(), states() * 2 / 10, None);
 }
 
 #[test]
 fn long_sequences() {
+    explore_long("long sequences", &Scene::all(), states() * 2 / 10);
+}
+
+#[test]
+fn long_sequences_with_a_data_file() {
+    explore_long("long sequences, data file", &Scene::with_data_file(), states() / 10);
+}
+
+fn explore_long(name: &str, scenes: &[Scene], states: u64) {
     let mut random = Random::new(Random::seed("kinds of long sequences"));
-    let states = states() * 3 / 10;
     let count = (states / STATES_PER_LONG_RUN).max(20);
     let long = |_| (0..8 + random.below(30)).map(|_| random.pick(&KINDS)).collect();
     let sequences: Vec<Vec<Kind>> = (0..count).map(long).collect();
-    explore_all("long sequences", &sequences, states, Some(STATES_PER_LONG_RUN));
+    explore_all(name, scenes, &sequences, states, Some(STATES_PER_LONG_RUN));
 }
 
 /// The refcount table itself gets too small, and moves.
@@ -104,20 +118,27 @@ fn a_growing_refcount_table() {
 /// A flush of an image with nothing to write ends up at one sync, and stays there.
 #[test]
 fn a_clean_flush_is_one_sync() {
-    for scene in Scene::all() {
+    for scene in Scene::all().into_iter().chain(Scene::with_data_file()) {
         let log = Log::new();
-        let recording = log.attach(scene.storage(&scene.image)).unwrap();
-        let driver = scene.open(recording).unwrap();
+        let driver = crash::open_recorded(&scene, &log, &honest);
+        // The data's own comes before those of the image, which has nothing to sync when it is clean.
+        let [changed, clean] = if scene.data.is_some() { [3, 1] } else { [2, 1] };
         let syncs_of_flush = || {
             let before = log.len();
             driver.flush().unwrap();
             log.records()[before..].iter().filter(|record| record.change == Change::Sync).count()
         };
         driver.pwrite(40 * CLUSTER, &[1; 512], Durability::Later).unwrap();
-        assert_eq!(syncs_of_flush(), 2, "{}: an allocation", scene.name);
-        assert_eq!(syncs_of_flush(), 1, "{}: nothing", scene.name);
+        let entries_stay = Image::parse(&scene.image).unwrap().has_raw_data_file();
+        assert_eq!(
+            syncs_of_flush(),
+            if entries_stay { clean } else { changed },
+            "{}: allocation",
+            scene.name
+        );
+        assert_eq!(syncs_of_flush(), clean, "{}: nothing", scene.name);
         driver.pwrite(40 * CLUSTER + 100, &[2; 100], Durability::Later).unwrap();
-        assert_eq!(syncs_of_flush(), 1, "{}: an overwrite in place", scene.name);
+        assert_eq!(syncs_of_flush(), clean, "{}: an overwrite in place", scene.name);
         driver.close().unwrap();
     }
 }
@@ -125,10 +146,9 @@ fn a_clean_flush_is_one_sync() {
 /// Opening and closing without a write leaves every byte as it was.
 #[test]
 fn an_image_that_is_not_written_stays_as_it_is() {
-    for scene in Scene::all() {
+    for scene in Scene::all().into_iter().chain(Scene::with_data_file()) {
         let log = Log::new();
-        let recording = log.attach(scene.storage(&scene.image)).unwrap();
-        let driver = scene.open(recording).unwrap();
+        let driver = crash::open_recorded(&scene, &log, &honest);
         steps::read_all(&*driver).unwrap();
         driver.flush().unwrap();
         driver.close().unwrap();
@@ -225,7 +245,7 @@ fn every_sync_of_a_flush_is_needed() {
     let lies: [(&str, Drops); 3] =
         [("first", |number| number % 2 == 0), ("second", |number| number % 2 == 1), ("every", |_| true)];
     for (name, drops) in lies {
-        let lying = |inner: Arc<dyn Storage>| -> Arc<dyn Storage> {
+        let lying = |_file: FileId, inner: Arc<dyn Storage>| -> Arc<dyn Storage> {
             Wrapped::new(inner, Lying { syncs: AtomicU64::new(0), drops })
         };
         let mut found = 0;
@@ -241,4 +261,26 @@ fn every_sync_of_a_flush_is_needed() {
         }
         assert!(found >= 30, "the {name} sync was dropped, seen in {found} of 40 runs");
     }
+}
+
+/// So is a data file that is not synced, or whose sync comes after the entries that lead to it.
+#[test]
+fn the_sync_of_a_data_file_is_needed() {
+    let scenes = Scene::with_data_file();
+    let lying = |file: FileId, inner: Arc<dyn Storage>| -> Arc<dyn Storage> {
+        let drops: Drops = if file == crash::DATA { |_| true } else { |_| false };
+        Wrapped::new(inner, Lying { syncs: AtomicU64::new(0), drops })
+    };
+    let mut found = 0;
+    for seed in 0..40 {
+        let mut random = Random::new(seed);
+        let kinds = [Kind::WritePart, Kind::Grow, Kind::ZeroUnmap, Kind::WriteCluster, Kind::NewTable];
+        let steps = kinds.map(|kind| Step::random(kind, &mut random));
+        let flush = Step { action: Action::Flush, at: 0, len: 0, by_plan: false };
+        let steps = [&steps[..], &[flush], &steps[..1]].concat();
+        let scene = &scenes[(seed as usize) % scenes.len()];
+        let run = crash::run_without_sync_counts(scene, steps, &lying);
+        found += u64::from(run.explore(200, &mut random).is_err());
+    }
+    assert!(found >= 35, "the sync of the data was dropped, seen in {found} of 40 runs");
 }

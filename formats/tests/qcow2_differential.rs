@@ -52,19 +52,23 @@ const fn kind(options: &'static str, cluster: u64, backing: bool, share: u64) ->
     Kind { options, cluster, backing, share }
 }
 
-const KINDS: [Kind; 16] = [
-    kind("cluster_size=512", 512, false, 12),
-    kind("cluster_size=512,refcount_bits=64", 512, true, 12),
-    kind("cluster_size=512,refcount_bits=2", 512, true, 8),
-    kind("cluster_size=512,refcount_bits=1", 512, false, 6),
-    kind("cluster_size=512,compat=v2", 512, true, 9),
-    kind("cluster_size=1k,refcount_bits=4", 1024, false, 6),
-    kind("cluster_size=1k,refcount_bits=32", 1024, true, 6),
-    kind("cluster_size=2k,refcount_bits=8,compression_type=zstd", 2048, true, 6),
-    kind("cluster_size=4k,refcount_bits=1", 4096, true, 8),
-    kind("cluster_size=4k,compression_type=zstd", 4096, true, 8),
-    kind("cluster_size=4k,compat=v2", 4096, false, 8),
-    kind("cluster_size=8k,lazy_refcounts=on", 8192, true, 4),
+const KINDS: [Kind; 20] = [
+    kind("cluster_size=512", 512, false, 9),
+    kind("cluster_size=512,refcount_bits=64", 512, true, 10),
+    kind("cluster_size=512,refcount_bits=2", 512, true, 7),
+    kind("cluster_size=512,refcount_bits=1", 512, false, 5),
+    kind("cluster_size=512,compat=v2", 512, true, 8),
+    kind("cluster_size=1k,refcount_bits=4", 1024, false, 5),
+    kind("cluster_size=1k,refcount_bits=32", 1024, true, 5),
+    kind("cluster_size=2k,refcount_bits=8,compression_type=zstd", 2048, true, 5),
+    kind("cluster_size=4k,refcount_bits=1", 4096, true, 7),
+    kind("cluster_size=4k,compression_type=zstd", 4096, true, 7),
+    kind("cluster_size=4k,compat=v2", 4096, false, 7),
+    kind("cluster_size=512,data_file=DATA", 512, true, 5),
+    kind("cluster_size=4k,data_file=DATA", 4096, false, 4),
+    kind("cluster_size=512,data_file=DATA,data_file_raw=on", 512, false, 4),
+    kind("cluster_size=64k,data_file=DATA,data_file_raw=on", 65536, false, 2),
+    kind("cluster_size=8k,lazy_refcounts=on", 8192, true, 3),
     kind("cluster_size=16k", 16384, true, 3),
     kind("cluster_size=64k,lazy_refcounts=on", 65536, true, 2),
     kind("cluster_size=64k", 65536, false, 1),
@@ -96,6 +100,14 @@ impl Kind {
 
     fn is_version_2(&self) -> bool {
         self.options.contains("compat=v2")
+    }
+
+    fn has_data_file(&self) -> bool {
+        self.options.contains("data_file=")
+    }
+
+    fn has_raw_data_file(&self) -> bool {
+        self.options.contains("data_file_raw=on")
     }
 
     fn size(&self) -> u64 {
@@ -166,7 +178,7 @@ impl Pair {
     fn new(kind: &'static Kind, random: &mut Random) -> Pair {
         let mut pair = Pair { folder: tempfile::tempdir_in("/dev/shm").unwrap(), kind, base_len: None };
         let size = kind.size();
-        let mut options = kind.options.to_owned();
+        let mut options = kind.options.replace("DATA", text(&pair.data(START)));
         if kind.backing {
             let base = pair.base();
             let base_len = (size / 2 + random.below(size)).next_multiple_of(512).max(100 << 10);
@@ -180,7 +192,11 @@ impl Pair {
         let start = pair.start();
         let path = text(&start);
         maker::run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &options, path, &size.to_string()]);
-        if !options.contains("refcount_bits=1") {
+        if kind.has_data_file() {
+            // Neither snapshots nor compressed clusters.
+            let commands = [format!("write -q -P 9 0 {}", size / 3), format!("write -q -z 8k {}", size / 6)];
+            maker::run("qemu-io", &["-f", "qcow2", "-c", &commands[0], "-c", &commands[1], path]);
+        } else if !options.contains("refcount_bits=1") {
             maker::run("qemu-io", &["-f", "qcow2", "-c", &format!("write -q -P 9 0 {}", size / 6), path]);
             if !["refcount_bits=2", "refcount_bits=4"].iter().any(|narrow| options.contains(narrow)) {
                 // Many blobs lie in one cluster.
@@ -209,20 +225,30 @@ impl Pair {
         self.folder.path().join("ours.qcow2")
     }
 
+    /// The data file of one of the images.
+    fn data(&self, of: &str) -> PathBuf {
+        self.folder.path().join(format!("data.{of}"))
+    }
+
     /// Both copies are as in the beginning.
     fn reset(&self) {
-        for copy in [self.theirs(), self.ours()] {
-            std::fs::copy(self.start(), copy).unwrap();
+        for (copy, name) in [(self.theirs(), THEIRS), (self.ours(), OURS)] {
+            std::fs::copy(self.start(), &copy).unwrap();
+            if self.kind.has_data_file() {
+                std::fs::copy(self.data(START), self.data(name)).unwrap();
+                rename_in(&copy, text(&self.data(START)), text(&self.data(name)));
+            }
         }
     }
 
     /// Nothing is wrong with either file, and nothing lost.
     fn check(&self, with_qemu: bool, said: &dyn Debug) {
         for path in [self.ours(), self.theirs()] {
-            let report = checker::check(&std::fs::read(&path).unwrap()).unwrap();
+            let path = &path;
+            let report = checker::check(&std::fs::read(path).unwrap()).unwrap();
             assert!(report.is_clean(), "{said:?}: {}: {report}", path.display());
             if with_qemu {
-                let (code, qemu) = maker::check_file(&path);
+                let (code, qemu) = maker::check_file(path);
                 assert_eq!(code, 0, "{said:?}: {}: {qemu}", path.display());
             }
         }
@@ -231,11 +257,26 @@ impl Pair {
     /// What was seen in one image is what was seen in the other.
     fn compare(&self, one: &Seen, other: &Seen, said: &dyn Debug) {
         assert!(one.content == other.content, "{said:?}: another content");
-        // Version 2 has no flag for zeroes: QEMU writes them, the driver gives the cluster back.
-        if !self.kind.is_version_2() {
+        // Version 2 has no flag for zeroes: QEMU writes them, the driver gives the cluster back. In a raw data
+        // file both write them, and QEMU sets the flag, too.
+        if !self.kind.is_version_2() && !self.kind.has_raw_data_file() {
             assert_eq!(one.zeroes, other.zeroes, "{said:?}: what is zero by the metadata");
         }
     }
+}
+
+/// Which image a data file is of; all as long, so that one name can take another one's place in a header.
+const START: &str = "start";
+const THEIRS: &str = "qemu-";
+const OURS: &str = "ours-";
+
+/// Puts another name of the same length in the place of the one in an image's first cluster.
+fn rename_in(image: &Path, from: &str, to: &str) {
+    assert_eq!(from.len(), to.len());
+    let mut bytes = std::fs::read(image).unwrap();
+    let at = bytes.windows(from.len()).position(|window| window == from.as_bytes()).unwrap();
+    bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+    std::fs::write(image, bytes).unwrap();
 }
 
 /// A disk as QEMU or the driver sees it.
@@ -352,6 +393,10 @@ fn run(daemon: &mut Daemon, pairs: &mut [Option<Pair>], seed: u64, number: u64) 
     pair.compare(&by_qemu, &by_driver, &said);
     pair.check(with_check, &said);
     readers::assert_read(pair, &pair.theirs(), &by_driver.content, &said);
+    if kind.has_raw_data_file() {
+        let data = std::fs::read(pair.data(THEIRS)).unwrap();
+        assert!(data.starts_with(&by_driver.content), "{said:?}: the raw data file");
+    }
     daemon.read(&pair.theirs()).assert_is(&by_driver, &said);
     Seen::by_driver(&*open_for(&pair.ours(), false)).assert_is(&by_qemu, &said);
 }

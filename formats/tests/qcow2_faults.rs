@@ -10,12 +10,12 @@ mod support;
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use nbd_img_formats::storage::{CallClass, Fault, Faults, MemoryStorage, Storage};
+use nbd_img_formats::storage::{CallClass, Fault, Faults, Storage};
 use nbd_img_formats::sync::Arc;
 use nbd_img_formats::{BlockDriver, Durability, Error, State};
 use support::checker;
 use support::random::Random;
-use support::scene::{CLUSTER, SIZE, Scene};
+use support::scene::{CLUSTER, SIZE, Scene, Storages};
 use support::steps::{self, Action, KINDS, Kind, Step};
 use support::units::{Journal, Writer, painted};
 use support::wrapped::{Limited, NeverClosed, Wrapped};
@@ -57,7 +57,7 @@ struct Trial<'a> {
     steps: &'a [Step],
     fault: Option<Fault>,
     faults: Arc<Faults>,
-    memory: Arc<MemoryStorage>,
+    memory: Storages,
     /// What the guest reads while the image is live: a step that has succeeded is there.
     live: Journal,
     /// What is in the file at the worst: only what was flushed is there.
@@ -76,7 +76,7 @@ impl<'a> Trial<'a> {
             steps,
             fault,
             faults: Faults::new(),
-            memory: scene.storage(&scene.image),
+            memory: scene.storages(&scene.files()),
             live: Journal::new(&scene.content),
             disk: Journal::new(&scene.content),
             time: 1,
@@ -94,8 +94,10 @@ impl<'a> Trial<'a> {
 
     /// Runs it all; returns how many calls of each class there were.
     fn run(mut self) -> [u64; CLASSES.len()] {
-        let storage = self.faults.attach(Wrapped::new(self.memory.clone(), NeverClosed));
-        let driver = self.scene.open(storage).unwrap();
+        let attach = |memory| -> Arc<dyn Storage> { self.faults.attach(Wrapped::new(memory, NeverClosed)) };
+        let image = attach(self.memory.image.clone());
+        let data = self.memory.data.clone().map(|data| attach(data));
+        let driver = self.scene.open_files(image, data).unwrap();
         let before = CLASSES.map(|class| self.faults.count(class));
         if let Some(fault) = self.fault {
             self.faults.arm(fault);
@@ -219,19 +221,35 @@ impl<'a> Trial<'a> {
 
     /// The file is sound, holds what it must, and can be opened and written again.
     fn check_file(&self, state: State, closed: bool) {
-        let memory: Arc<dyn Storage> = self.memory.clone();
+        let memory: Arc<dyn Storage> = self.memory.image.clone();
+        let data: Arc<dyn Storage> = match &self.memory.data {
+            Some(data) => data.clone(),
+            None => memory.clone(),
+        };
         let report = checker::check_storage(&*memory).unwrap();
         assert!(report.is_sound(), "{}: closed {closed}\n{report}", self.name());
-        let content = self.scene.read(&&*memory).unwrap_or_else(|what| panic!("{}: {what}", self.name()));
+        let content = self.scene.read_files(&&*memory, &&*data);
+        let content = content.unwrap_or_else(|what| panic!("{}: {what}", self.name()));
+        let raw =
+            self.scene.read_raw(&&*memory, &&*data).unwrap_or_else(|what| panic!("{}: {what}", self.name()));
         let journal = if state == State::Live && closed { &self.live } else { &self.disk };
         journal
             .check(&content, usize::MAX)
             .unwrap_or_else(|what| panic!("{}: in the file: {what}", self.name()));
+        if let Some(raw) = raw {
+            // A write that failed has perhaps reached it, and is not to be seen through the image.
+            let journal = if self.failed.is_empty() { journal } else { &self.disk };
+            journal
+                .check(&raw, usize::MAX)
+                .unwrap_or_else(|what| panic!("{}: in the raw data file: {what}", self.name()));
+        }
         assert!(state != State::Live || closed, "{}: close failed", self.name());
         if self.fault.is_none() {
             assert!(report.is_clean(), "{}: {report}", self.name());
         }
-        let driver = self.scene.open(Wrapped::new(memory.clone(), NeverClosed)).unwrap();
+        let again =
+            self.memory.data.clone().map(|data| -> Arc<dyn Storage> { Wrapped::new(data, NeverClosed) });
+        let driver = self.scene.open_files(Wrapped::new(memory.clone(), NeverClosed), again).unwrap();
         driver.pwrite(130 * CLUSTER, &painted(130 * CLUSTER, 2 * CLUSTER, 600), Durability::Fua).unwrap();
         driver.pwrite(64, &painted(64, 64, 600), Durability::Later).unwrap();
         driver.close().unwrap();
@@ -260,7 +278,17 @@ fn ways(class: CallClass, call: u64) -> Vec<Fault> {
 #[test]
 fn every_call_may_fail() {
     let seed = Random::seed("every call may fail");
-    let (scenes, scripts) = (Scene::all(), scripts(seed));
+    fail_every_call(seed, &Scene::all(), &scripts(seed));
+}
+
+/// The same where the data lies in a file of its own, whose calls count, too.
+#[test]
+fn every_call_may_fail_with_a_data_file() {
+    let seed = Random::seed("every call may fail, data file");
+    fail_every_call(seed, &Scene::with_data_file(), &scripts(seed));
+}
+
+fn fail_every_call(seed: u64, scenes: &[Scene], scripts: &[Vec<Kind>]) {
     let (next, trials) = (AtomicUsize::new(0), AtomicU64::new(0));
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
@@ -307,7 +335,8 @@ fn calls_of_a_growing_refcount_table_may_fail() {
 /// there is room again writing goes on.
 #[test]
 fn a_full_file_system_is_survived() {
-    for scene in Scene::all().into_iter().filter(|scene| scene.device_len.is_none()) {
+    let grows = |scene: &Scene| scene.device_len.is_none() && !scene.data_on_device;
+    for scene in Scene::all().into_iter().chain(Scene::with_data_file()).filter(grows) {
         let mut outcomes = [0; 2];
         for more in 0..150 {
             let refused = survive(&scene, more * CLUSTER, more);
@@ -319,9 +348,13 @@ fn a_full_file_system_is_survived() {
 
 /// Whether there was too little room.
 fn survive(scene: &Scene, more: u64, seed: u64) -> bool {
-    let memory = scene.storage(&scene.image);
-    let storage = Wrapped::new(memory.clone(), Limited::new(scene.image.len() as u64, more));
-    let driver = scene.open(storage.clone()).unwrap();
+    let memory = scene.storages(&scene.files());
+    let storage = Wrapped::new(memory.image.clone(), Limited::new(scene.image.len() as u64, more));
+    // Half of it is full.
+    let limited = |data| Wrapped::new(data, Limited::new(SIZE / 2, more));
+    let data_storage = memory.data.clone().map(|data| limited(data));
+    let data = data_storage.clone().map(|data| data as Arc<dyn Storage>);
+    let driver = scene.open_files(storage.clone(), data).unwrap();
     let mut random = Random::new(seed);
     let mut journal = Journal::new(&scene.content);
     let mut refused = false;
@@ -345,12 +378,16 @@ fn survive(scene: &Scene, more: u64, seed: u64) -> bool {
     let content = steps::read_all(&*driver).unwrap();
     journal.check(&content, usize::MAX).unwrap_or_else(|what| panic!("{name}: {what}"));
     storage.hooks.make_room();
+    if let Some(data) = &data_storage {
+        data.hooks.make_room();
+    }
     driver.pwrite(0, &painted(0, SIZE, 100), Durability::Later).unwrap_or_else(|e| panic!("{name}: {e}"));
     driver.close().unwrap_or_else(|e| panic!("{name}: {e}"));
-    let memory: Arc<dyn Storage> = memory;
-    let report = checker::check_storage(&*memory).unwrap();
+    let image: &dyn Storage = &*memory.image;
+    let data: &dyn Storage = memory.data.as_deref().map_or(image, |data| data);
+    let report = checker::check_storage(image).unwrap();
     assert!(report.is_clean(), "{name}: {report}");
-    assert!(scene.read(&&*memory).unwrap() == painted(0, SIZE, 100), "{name}");
+    assert!(scene.read_files(&image, &data).unwrap() == painted(0, SIZE, 100), "{name}");
     refused
 }
 

@@ -44,24 +44,26 @@ impl Case {
         }
     }
 
+    /// What the options call `DATA` is a file in the folder.
     fn make(&self, folder: &Folder) -> PathBuf {
         let path = folder.file("image.qcow2");
         let name = path.to_str().unwrap();
+        let options = &*self.options.replace("DATA", folder.file("data").to_str().unwrap());
         if self.compressed {
             let raw = folder.file("content.raw");
             mixed_content(&raw, self.size, 5);
             let raw = raw.to_str().unwrap();
-            qemu("qemu-img", ["convert", "-c", "-O", "qcow2", "-o", self.options, "-f", "raw", raw, name]);
+            qemu("qemu-img", ["convert", "-c", "-O", "qcow2", "-o", options, "-f", "raw", raw, name]);
         } else if let Some(len) = self.backing {
             let base = folder.file("base.raw");
             mixed_content(&base, len, 9);
             let size = self.size.to_string();
             let base = base.to_str().unwrap();
             let arguments =
-                ["create", "-q", "-f", "qcow2", "-o", self.options, "-b", base, "-F", "raw", name, &size];
+                ["create", "-q", "-f", "qcow2", "-o", options, "-b", base, "-F", "raw", name, &size];
             qemu("qemu-img", arguments);
         } else {
-            folder.create("image.qcow2", self.options, self.size);
+            folder.create("image.qcow2", options, self.size);
         }
         for snapshot in 0..self.snapshots {
             let write = format!("write -P {} {} 9000", snapshot + 1, snapshot as u64 * 20_000);
@@ -109,7 +111,17 @@ impl Case {
         let content = read_all(&*driver);
         driver.close().unwrap();
         assert_image(&folder, &path, &content);
+        self.assert_raw_data_file(&folder, &content);
         assert!(self.saved(&folder, &path) == saved, "{}: a snapshot has changed", self.name);
+    }
+
+    /// Who reads a raw data file alone sees the same. (QEMU makes it as long as whole clusters are.)
+    fn assert_raw_data_file(&self, folder: &Folder, content: &[u8]) {
+        if self.options.contains("data_file_raw=on") {
+            let data = std::fs::read(folder.file("data")).unwrap();
+            let (disk, behind) = data.split_at(content.len());
+            assert!(disk == content && behind.iter().all(|byte| *byte == 0), "{}: the data file", self.name);
+        }
     }
 
     fn run_concurrently(self) {
@@ -121,6 +133,7 @@ impl Case {
         let content = read_all(&*driver);
         driver.close().unwrap();
         assert_image(&folder, &path, &content);
+        self.assert_raw_data_file(&folder, &content);
         assert!(self.saved(&folder, &path) == saved, "{}: a snapshot has changed", self.name);
     }
 }
@@ -175,6 +188,26 @@ fn snapshots_stay_as_they_are() {
 }
 
 #[test]
+fn data_files() {
+    for (name, options) in [
+        ("data file 512", "cluster_size=512,data_file=DATA"),
+        ("data file 4k", "cluster_size=4k,data_file=DATA"),
+        ("data file 64k", "cluster_size=64k,data_file=DATA,preallocation=metadata"),
+        ("raw data file 512", "cluster_size=512,data_file=DATA,data_file_raw=on"),
+        ("raw data file 64k", "cluster_size=64k,data_file=DATA,data_file_raw=on,lazy_refcounts=on"),
+    ] {
+        Case::new(name, options, MIB + 5 * 512).run();
+    }
+    let options = "cluster_size=4k,data_file=DATA";
+    for (name, len) in [("data file, as long", MIB), ("data file, shorter", MIB / 2 + 700)] {
+        Case { backing: Some(len), ..Case::new(name, options, MIB) }.run();
+    }
+    Case { discard: false, ..Case::new("data file, no discard", options, MIB) }.run();
+    Case { table_cache_len: 0, ..Case::new("data file, tiny cache", "cluster_size=512,data_file=DATA", MIB) }
+        .run();
+}
+
+#[test]
 fn odds() {
     Case { discard: false, ..Case::new("no discard", "cluster_size=4k", MIB) }.run();
     Case { table_cache_len: 0, ..Case::new("tiny cache", "cluster_size=512", MIB) }.run();
@@ -191,5 +224,10 @@ fn eight_threads() {
     Case { backing: Some(2 * MIB), ..tiny }.run_concurrently();
     Case { snapshots: 2, ..Case::new("threads snapshots", "cluster_size=1k", MIB) }.run_concurrently();
     Case { compressed: true, ..Case::new("threads compressed", "cluster_size=64k", 4 * MIB) }
+        .run_concurrently();
+    let outside = |name, options| Case { table_cache_len: 0, ..Case::new(name, options, MIB) };
+    outside("threads data file", "cluster_size=4k,data_file=DATA").run_concurrently();
+    outside("threads raw data file", "cluster_size=512,data_file=DATA,data_file_raw=on").run_concurrently();
+    Case { backing: Some(MIB), ..outside("threads data overlay", "cluster_size=512,data_file=DATA") }
         .run_concurrently();
 }

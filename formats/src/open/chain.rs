@@ -1,7 +1,8 @@
 //! From a file to a driver: the image, and the chain of files below it.
 //!
 //! The chain is walked from the top in a loop, every file through the policy, and the drivers are then
-//! put on each other from the bottom. Nothing below the top is ever opened for writing.
+//! put on each other from the bottom. Nothing below the top is ever opened for writing: only the image that
+//! the operator named, and the data file of that image.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +11,7 @@ use super::probe::{magic_name, probe};
 use super::{Backing, OpenOptions};
 use crate::driver::{BlockDriver, Format};
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::{Caches, DataFile, Header, ImageNumber, Parts, Qcow2Driver, WriteOptions};
+use crate::qcow2::{Caches, Header, ImageNumber, Parts, Qcow2Driver, WriteOptions};
 use crate::raw::{RawDriver, RawOptions};
 use crate::storage::{FileOptions, FileStorage, LockMode, MappedStorage, Storage};
 use crate::sync::Arc;
@@ -52,8 +53,7 @@ pub fn open_raw(
 pub fn open_qcow2(path: &Path, options: &OpenOptions) -> Result<Arc<dyn BlockDriver>> {
     check_qcow2_options(path, options)?;
     let mut chain = Chain { options, layers: Vec::new(), seen: Vec::new() };
-    let lock = if options.writable { LockMode::Writer } else { reader_lock(options) };
-    let file_options = FileOptions { writable: options.writable, direct: options.direct, lock };
+    let file_options = chain.top_file_options();
     let top = chain.open_named_by_operator(path, &file_options)?;
     let bottom = chain.descend(top)?;
     chain.assemble(bottom)
@@ -95,10 +95,11 @@ impl Chain<'_> {
         gate: &Arc<Gate>,
         name: &[u8],
         role: Role,
+        file_options: &FileOptions,
     ) -> Result<Link> {
-        let named = gate.open(image, name, role)?;
+        let named = gate.open(image, name, role, file_options.writable)?;
         self.note(named.identity, image, &named.path)?;
-        let storage = FileStorage::from_fd(named.file, &named.path, &self.backing_file_options())?;
+        let storage = FileStorage::from_fd(named.file, &named.path, file_options)?;
         Ok(Link { storage, path: named.path, gate: Arc::clone(gate) })
     }
 
@@ -129,14 +130,18 @@ impl Chain<'_> {
     }
 
     fn open_data_file(&mut self, link: &Link, header: &Header) -> Result<Option<Arc<dyn Storage>>> {
-        if header.geometry.data_file() == DataFile::Internal {
+        if !header.geometry.is_external() {
             return Ok(None);
         }
         let name = header.extensions.data_file_name.as_deref().ok_or_else(|| {
             Error::new(ErrorKind::Unsupported, "the image needs an external data file and does not name it")
                 .with_path(&link.path)
         })?;
-        let data_file = self.open_named_by_image(&link.path, &link.gate, name, Role::DataFile)?;
+        // An image and its data are written together.
+        let top = self.layers.is_empty();
+        let file_options = if top { self.top_file_options() } else { self.backing_file_options() };
+        let data_file =
+            self.open_named_by_image(&link.path, &link.gate, name, Role::DataFile, &file_options)?;
         Ok(Some(data_file.storage))
     }
 
@@ -149,7 +154,8 @@ impl Chain<'_> {
                 self.open_named_by_operator(path, &self.backing_file_options()).map(Some)
             }
             (Backing::Follow, Some(name)) => {
-                self.open_named_by_image(&link.path, &link.gate, name, Role::Backing).map(Some)
+                let file_options = self.backing_file_options();
+                self.open_named_by_image(&link.path, &link.gate, name, Role::Backing, &file_options).map(Some)
             }
         }
     }
@@ -183,6 +189,12 @@ impl Chain<'_> {
             backing = Some(Qcow2Driver::open(parts)?);
         }
         backing.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "the chain has no image"))
+    }
+
+    fn top_file_options(&self) -> FileOptions {
+        let options = self.options;
+        let lock = if options.writable { LockMode::Writer } else { reader_lock(options) };
+        FileOptions { writable: options.writable, direct: options.direct, lock }
     }
 
     fn backing_file_options(&self) -> FileOptions {

@@ -2,7 +2,7 @@
 //!
 //! An image can come from anywhere, so a name in it is opened only if it is a plain path to a regular
 //! file below the folder of the image that the operator named, or below a folder that he allows; and then
-//! only for reading. Where symbolic links lead is decided by the kernel while it opens (openat2), not by
+//! for reading, but for the data file of an image that is itself opened for writing. Where symbolic links lead is decided by the kernel while it opens (openat2), not by
 //! a look beforehand. Nothing outside is ever opened, not even to find out what it is.
 
 use std::ffi::OsStr;
@@ -29,7 +29,7 @@ pub enum Role {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FileIdentity(u64, u64);
 
-/// A file that an image named and that the policy let through, open for reading.
+/// A file that an image named and that the policy let through, open.
 pub struct Named {
     /// The file.
     pub file: OwnedFd,
@@ -91,8 +91,8 @@ impl Gate {
     }
 
     /// Opens the file that `image` calls `name`. Fails with `Denied` if the policy does not allow it.
-    pub fn open(&self, image: &Path, name: &[u8], role: Role) -> Result<Named> {
-        let request = Request { image, name, role };
+    pub fn open(&self, image: &Path, name: &[u8], role: Role, writable: bool) -> Result<Named> {
+        let request = Request { image, name, role, writable };
         request.check_plain()?;
         let path = self.lexical_path(&request)?;
         let real = std::fs::canonicalize(&path).map_err(|e| request.cannot_open(e))?;
@@ -157,7 +157,8 @@ impl Root {
             | FileType::CharacterDevice
             | FileType::Unknown => return Err(request.denied("is not a regular file")),
         }
-        let file = self.openat2(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY, request)?;
+        let access = if request.writable { OFlags::RDWR } else { OFlags::RDONLY };
+        let file = self.openat2(path, access | OFlags::NONBLOCK | OFlags::NOCTTY, request)?;
         let opened = rustix::fs::fstat(&file).map_err(|e| request.cannot_open(e.into()))?;
         if FileIdentity::from_stat(&opened) != identity {
             return Err(request.denied("was replaced while it was being opened"));
@@ -185,6 +186,7 @@ struct Request<'a> {
     image: &'a Path,
     name: &'a [u8],
     role: Role,
+    writable: bool,
 }
 
 impl Request<'_> {
@@ -215,6 +217,7 @@ impl Request<'_> {
     fn cannot_open(&self, error: std::io::Error) -> Error {
         let remedy = match self.role {
             Role::Backing => " (--backing PATH|none replaces it)",
+            Role::DataFile if self.writable => " (--read-only only reads it)",
             Role::DataFile => "",
         };
         Error::io(format!("{self} cannot be opened{remedy}"), error).with_path(self.image)

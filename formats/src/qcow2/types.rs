@@ -81,7 +81,7 @@ pub enum EntryFault {
     ZeroFlagInVersion2,
     /// A compressed cluster in an image with an external data file.
     CompressedWithDataFile,
-    /// The offset in a raw data file is not the guest's.
+    /// The offset in an external data file is not the guest's.
     NotTheGuestOffset,
     /// The offset is not below 2^56.
     OffsetTooLarge,
@@ -165,6 +165,11 @@ impl Geometry {
     /// Where data clusters lie.
     pub fn data_file(self) -> DataFile {
         self.data_file
+    }
+
+    /// Whether data clusters lie in a file of their own: each at the guest's offset, and not counted.
+    pub fn is_external(self) -> bool {
+        self.data_file != DataFile::Internal
     }
 
     /// Bytes in a subcluster of an image with extended L2 entries.
@@ -280,10 +285,19 @@ impl Geometry {
         L2_ZERO | host.map_or(0, |host| host.0 | L2_COPIED)
     }
 
-    /// The cluster of an L2 entry that may be overwritten in place: plain data that nothing else refers to.
-    pub fn overwritable(self, raw: u64) -> Option<HostCluster> {
-        let plain = raw & (L2_RESERVED | L2_ZERO | L2_COMPRESSED) == 0 && raw & L2_COPIED != 0;
-        if plain { self.host_cluster(raw).ok().flatten() } else { None }
+    /// The cluster of the L2 entry of `cluster` that may be overwritten in place: plain data that nothing
+    /// else refers to.
+    pub fn overwritable(self, raw: u64, cluster: GuestCluster) -> Option<HostCluster> {
+        if raw & (L2_RESERVED | L2_ZERO | L2_COMPRESSED) != 0 || !self.is_sole(raw) {
+            return None;
+        }
+        let host = self.data_cluster(raw).ok().flatten()?;
+        (!self.is_external() || host == self.place_of(cluster)).then_some(host)
+    }
+
+    /// Where a cluster of the guest lies in an external data file (specification, incompatible bit 2).
+    pub fn place_of(self, cluster: GuestCluster) -> HostCluster {
+        HostCluster(self.start_of(cluster))
     }
 
     /// The entry with the copied flag set or not.
@@ -297,9 +311,24 @@ impl Geometry {
         (raw & L2_COMPRESSED == 0 && offset != 0).then_some(HostOffset(offset))
     }
 
+    /// The host offset that an entry of any table names, whether it makes sense or not.
+    pub fn offset_in(self, raw: u64) -> HostOffset {
+        HostOffset(raw & OFFSET_MASK)
+    }
+
+    /// Whether an L2 entry is that of a compressed cluster.
+    pub fn is_compressed(self, raw: u64) -> bool {
+        raw & L2_COMPRESSED != 0
+    }
+
     /// Whether an L1 or L2 entry says that nothing else refers to its cluster.
     pub fn is_owned(self, raw: u64) -> bool {
         raw & L2_COPIED != 0
+    }
+
+    /// Whether nothing but this L2 entry refers to its cluster: in an external data file nothing can.
+    pub fn is_sole(self, raw: u64) -> bool {
+        self.is_external() || self.is_owned(raw)
     }
 
     /// Where the L2 table of an L1 entry lies, `None` if there is none.
@@ -320,9 +349,7 @@ impl Geometry {
             return Err(EntryFault::ReservedBits);
         }
         let host = self.data_cluster(raw)?;
-        if let (DataFile::ExternalRaw, Some(host)) = (self.data_file, host)
-            && host.0 != self.start_of(cluster)
-        {
+        if self.is_external() && host.is_some_and(|host| host != self.place_of(cluster)) {
             return Err(EntryFault::NotTheGuestOffset);
         }
         if self.extended_l2 {
@@ -345,8 +372,7 @@ impl Geometry {
     /// In an external data file offset 0 is a cluster like any other; the copied flag, which is always
     /// set there, tells it from "none" (specification, "External data file").
     fn data_cluster(self, raw: u64) -> Result<Option<HostCluster>, EntryFault> {
-        let external = self.data_file != DataFile::Internal;
-        if external && raw & OFFSET_MASK == 0 && raw & L2_COPIED != 0 {
+        if self.is_external() && raw & OFFSET_MASK == 0 && raw & L2_COPIED != 0 {
             return Ok(Some(HostCluster(0)));
         }
         self.host_cluster(raw)
@@ -361,7 +387,7 @@ impl Geometry {
     }
 
     fn decode_compressed(self, raw: u64) -> Result<L2Entry, EntryFault> {
-        if self.data_file != DataFile::Internal {
+        if self.is_external() {
             return Err(EntryFault::CompressedWithDataFile);
         }
         let offset_bits = 62 - (self.cluster_bits - 8);
@@ -420,7 +446,7 @@ impl fmt::Display for EntryFault {
             EntryFault::Misaligned => "its offset is not aligned to a cluster",
             EntryFault::ZeroFlagInVersion2 => "it has the zero flag, which version 2 does not have",
             EntryFault::CompressedWithDataFile => "it is compressed although there is an external data file",
-            EntryFault::NotTheGuestOffset => "its offset in the raw data file is not the guest's",
+            EntryFault::NotTheGuestOffset => "its offset in the external data file is not the guest's",
             EntryFault::OffsetTooLarge => "its offset is too large",
             EntryFault::BadSubclusters => "its subclusters contradict each other",
         })

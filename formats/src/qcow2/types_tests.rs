@@ -71,11 +71,20 @@ fn compressed_descriptors_split_by_cluster_length() {
 #[test]
 fn external_data_files_use_offset_zero() {
     let external = Geometry::new(16, false, 3, DataFile::External);
-    let entry = external.decode_l2(L2_COPIED, 0, GuestCluster(5));
+    let entry = external.decode_l2(L2_COPIED, 0, GuestCluster(0));
     assert_eq!(entry, Ok(L2Entry::Data { host: HostCluster(0), copied: true }));
-    assert_eq!(external.decode_l2(0, 0, GuestCluster(5)), Ok(L2Entry::Unallocated));
-    let raw = Geometry::new(16, false, 3, DataFile::ExternalRaw);
-    assert_eq!(raw.decode_l2(L2_COPIED, 0, GuestCluster(5)), Err(EntryFault::NotTheGuestOffset));
+    assert_eq!(external.overwritable(L2_COPIED, GuestCluster(0)), Some(HostCluster(0)));
+    assert_eq!(external.overwritable(0, GuestCluster(0)), None);
+    assert_eq!(external.decode_l2(0, 0, GuestCluster(0)), Ok(L2Entry::Unallocated));
+    for data_file in [DataFile::External, DataFile::ExternalRaw] {
+        let geometry = Geometry::new(16, false, 3, data_file);
+        for raw in [L2_COPIED, 0x40000, L2_COPIED | 0x60000] {
+            let fault = Err(EntryFault::NotTheGuestOffset);
+            assert_eq!(geometry.decode_l2(raw, 0, GuestCluster(5)), fault, "{raw:#x}");
+            assert_eq!(geometry.overwritable(raw, GuestCluster(5)), None);
+        }
+        assert_eq!(geometry.overwritable(0x50000, GuestCluster(5)), Some(HostCluster(0x50000)));
+    }
     let fault = external.decode_l2(L2_COMPRESSED, 0, GuestCluster(0));
     assert_eq!(fault, Err(EntryFault::CompressedWithDataFile));
 }

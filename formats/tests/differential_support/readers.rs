@@ -46,10 +46,11 @@ impl Reader {
                 // It also refuses what is not made here: subclusters and dirty images.
                 Reader::Imago => true,
                 // It keeps pieces of 4 KiB of a table, and panics where a table is shorter. Where the backing file
-                // has ended, it leaves the buffer as it was.
+                // has ended, it leaves the buffer as it was. It looks for all data in the image itself.
                 Reader::Qcow2Rs => {
                     let end = pair.kind.size().next_multiple_of(pair.kind.cluster);
-                    pair.kind.cluster >= 4096 && pair.base_len.is_none_or(|len| len >= end)
+                    let inside = !pair.kind.options.contains("data_file");
+                    inside && pair.kind.cluster >= 4096 && pair.base_len.is_none_or(|len| len >= end)
                 }
             }
     }

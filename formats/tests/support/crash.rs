@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 
+use nbd_img_formats::qcow2::Qcow2Driver;
 use nbd_img_formats::storage::{Change, Fate, FileId, Log, SparseBytes, Storage};
 use nbd_img_formats::sync::Arc;
 use nbd_img_formats::{BlockDriver, HostOffset};
@@ -11,12 +12,14 @@ use super::image::Image;
 use super::maker::Maker;
 use super::qemu_io::QemuIo;
 use super::random::Random;
-use super::scene::{CLUSTER, Scene};
+use super::scene::{CLUSTER, Files, Scene};
 use super::steps::{Action, Step, read_all};
 use super::units::{Journal, UNIT_LEN, Writer, writer_of};
 
-/// The image file: the only one that is recorded.
-const IMAGE: FileId = FileId(0);
+/// The image file.
+pub const IMAGE: FileId = FileId(0);
+/// Its external data file.
+pub const DATA: FileId = FileId(1);
 
 /// One state in so many is also given to `qemu-img check`, and to qemu-io to read it and to write on.
 const QEMU_ONE_IN: u64 = 100;
@@ -25,8 +28,8 @@ const QEMU_READ_LEN: usize = 256 << 10;
 /// One state in so many is opened again and written.
 const REOPEN_ONE_IN: u64 = 50;
 
-/// What lies between the driver and the recording storage.
-pub type Between<'a> = &'a dyn Fn(Arc<dyn Storage>) -> Arc<dyn Storage>;
+/// What lies between the driver and the recording storage of a file.
+pub type Between<'a> = &'a dyn Fn(FileId, Arc<dyn Storage>) -> Arc<dyn Storage>;
 
 /// A sequence that has been carried out.
 pub struct Run<'a> {
@@ -50,8 +53,7 @@ pub fn run_without_sync_counts<'a>(scene: &'a Scene, steps: Vec<Step>, between: 
 
 fn run_with<'a>(scene: &'a Scene, steps: Vec<Step>, between: Between<'_>, count_syncs: bool) -> Run<'a> {
     let log = Log::new();
-    let recording = log.attach(scene.storage(&scene.image)).unwrap();
-    let driver = scene.open(between(recording)).unwrap();
+    let driver = open_recorded(scene, &log, between);
     let mut run = Run { scene, steps, log, journal: Journal::new(&scene.content), count_syncs };
     for number in 0..run.steps.len() {
         run.step(&*driver, number);
@@ -69,6 +71,30 @@ fn run_with<'a>(scene: &'a Scene, steps: Vec<Step>, between: Between<'_>, count_
     driver.close().unwrap();
     run.check_end();
     run
+}
+
+/// Opens a copy of the scene's files, whose changes go into `log`.
+pub fn open_recorded(scene: &Scene, log: &Arc<Log>, between: Between<'_>) -> Arc<Qcow2Driver> {
+    let storages = scene.storages(&scene.files());
+    let image = between(IMAGE, log.attach(storages.image).unwrap());
+    let data = storages.data.map(|data| between(DATA, log.attach(data).unwrap()));
+    scene.open_files(image, data).unwrap()
+}
+
+/// What a crash has left of an image's files.
+struct Left {
+    image: SparseBytes,
+    data: Option<SparseBytes>,
+}
+
+impl Left {
+    fn data(&self) -> &SparseBytes {
+        self.data.as_ref().unwrap_or(&self.image)
+    }
+
+    fn files(&self) -> Files {
+        Files { image: content_of(&self.image), data: self.data.as_ref().map(content_of) }
+    }
 }
 
 impl Run<'_> {
@@ -128,9 +154,13 @@ impl Run<'_> {
     /// table or the header changed.
     fn check_syncs(&self, began: usize) {
         let records = self.log.records().split_off(began);
-        let syncs = records.iter().filter(|record| record.change == Change::Sync).count();
-        let writes = records.iter().any(|record| matches!(record.change, Change::Write { .. }));
+        let of = |file| records.iter().filter(move |record| record.file == file);
+        let syncs = of(IMAGE).filter(|record| record.change == Change::Sync).count();
+        let writes = of(IMAGE).any(|record| matches!(record.change, Change::Write { .. }));
+        let data_syncs = of(DATA).filter(|record| record.change == Change::Sync).count();
+        assert_eq!(data_syncs, usize::from(self.scene.data.is_some()), "{}: syncs of data", self.name());
         let allowed = match (syncs, writes) {
+            (0, false) => self.scene.data.is_some(),
             (1, writes) => !writes || self.only_counts_written(began),
             (2, writes) => writes,
             (3, _) => self.table_changed(began),
@@ -147,7 +177,8 @@ impl Run<'_> {
         let blocks = Image::parse(&bytes).unwrap().refcount_table;
         let in_block =
             |at: u64| blocks.iter().any(|block| *block != 0 && (*block..*block + 512).contains(&at));
-        self.log.records().split_off(began).iter().all(|record| match &record.change {
+        let records = self.log.records().split_off(began);
+        records.iter().filter(|record| record.file == IMAGE).all(|record| match &record.change {
             Change::Write { at, .. } => in_block(at.0),
             Change::Zero { .. }
             | Change::Discard { .. }
@@ -165,11 +196,18 @@ impl Run<'_> {
 
     /// After a close nothing is lost either.
     fn check_end(&self) {
-        let bytes = self.log.replay(IMAGE, self.log.len());
-        let report = checker::check(&bytes).unwrap();
+        let left = self.left(|file| self.log.replay(file, self.log.len()));
+        let report = checker::check(&left.image).unwrap();
         assert!(report.is_clean(), "{}: after a close:\n{report}", self.name());
-        let content = self.scene.read(&bytes).unwrap();
+        let content = self.scene.read_files(&left.image, left.data()).unwrap();
         assert!(content == self.journal.now(), "{}: the closed image has another content", self.name());
+        if let Some(raw) = self.scene.read_raw(&left.image, left.data()).unwrap() {
+            assert!(raw == content, "{}: the raw data file has another content", self.name());
+        }
+    }
+
+    fn left(&self, mut bytes_of: impl FnMut(FileId) -> SparseBytes) -> Left {
+        Left { image: bytes_of(IMAGE), data: self.scene.data.is_some().then(|| bytes_of(DATA)) }
     }
 
     /// Something of the image as it is in the end.
@@ -189,13 +227,14 @@ impl Run<'_> {
         let first = random.below(self.cuts());
         for number in 0..count {
             let cut = ((first + number * self.cuts() / count) % self.cuts()) as usize;
-            let (bytes, fates) = self.crash(cut, random);
-            self.check_state(&bytes, cut, random).map_err(|what| {
+            let (left, fates) = self.crash(cut, random);
+            self.check_state(&left, cut, random).map_err(|what| {
                 let records = self.log.records();
                 let mut said = format!("{what}\n{}\ncut {cut} of:\n", self.name());
                 for (index, record) in records.iter().enumerate().take(cut) {
                     let fate = fates.iter().find(|(number, _)| *number == index).map(|(_, fate)| fate);
-                    said += &format!("  {index} {} {fate:?}\n", describe(&record.change));
+                    let (file, change) = (record.file.0, describe(&record.change));
+                    said += &format!("  {index} file {file}: {change} {fate:?}\n");
                 }
                 said
             })?;
@@ -203,10 +242,22 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn crash(&self, cut: usize, random: &mut Random) -> (SparseBytes, Vec<(usize, Fate)>) {
+    fn crash(&self, cut: usize, random: &mut Random) -> (Left, Vec<(usize, Fate)>) {
         let mut fates = Vec::new();
+        // One file may lose all and the other one nothing.
+        let left = self.left(|file| self.crash_file(file, cut, random, &mut fates));
+        (left, fates)
+    }
+
+    fn crash_file(
+        &self,
+        file: FileId,
+        cut: usize,
+        random: &mut Random,
+        fates: &mut Vec<(usize, Fate)>,
+    ) -> SparseBytes {
         let style = random.below(8);
-        let bytes = self.log.after_crash(IMAGE, cut, |number, record| {
+        self.log.after_crash(file, cut, |number, record| {
             let choice = match style {
                 0 => 0,
                 1 => 1,
@@ -224,19 +275,22 @@ impl Run<'_> {
             };
             fates.push((number, fate));
             fate
-        });
-        (bytes, fates)
+        })
     }
 
-    fn check_state(&self, bytes: &SparseBytes, cut: usize, random: &mut Random) -> Result<(), String> {
-        let report = checker::check(bytes)?;
+    fn check_state(&self, left: &Left, cut: usize, random: &mut Random) -> Result<(), String> {
+        let report = checker::check(&left.image)?;
         if !report.is_sound() {
             return Err(format!("the image is corrupt:\n{report}"));
         }
-        let content = self.scene.read(bytes)?;
+        let content = self.scene.read_files(&left.image, left.data())?;
         self.journal.check(&content, cut)?;
+        if let Some(raw) = self.scene.read_raw(&left.image, left.data())? {
+            self.journal.check(&raw, cut).map_err(|what| format!("in the raw data file: {what}"))?;
+        }
         if random.below(QEMU_ONE_IN) == 0 {
-            let maker = Maker::of(&content_of(bytes));
+            let files = left.files();
+            let maker = Maker::of_files(&files.image, files.data.as_deref());
             let (code, said) = maker.check();
             if code != report.exit_code() {
                 return Err(format!("qemu-img check exits with {code}: {said}\nours:\n{report}"));
@@ -244,7 +298,7 @@ impl Run<'_> {
             self.qemu_goes_on(&maker, content, random)?;
         }
         if random.below(REOPEN_ONE_IN) == 0 {
-            self.write_on(bytes, random)?;
+            self.write_on(left, random)?;
         }
         Ok(())
     }
@@ -260,7 +314,8 @@ impl Run<'_> {
         let mut expected = content;
         let (at, len) = (random.below(150) * CLUSTER, 1 + random.below(20 * CLUSTER));
         let read = with_qemu_io(|qemu| {
-            qemu.open_qcow2(&maker.path(), backing);
+            let data = maker.data_path();
+            qemu.open_qcow2(&maker.path(), backing, self.scene.data.is_some().then_some(&*data));
             let read = qemu.read(0, read_len);
             let said = qemu.command(&format!("write -q -P 90 {at} {len}"));
             qemu.command("close");
@@ -270,8 +325,8 @@ impl Run<'_> {
             return Err("qemu-io reads something else".to_owned());
         }
         expected[at as usize..(at + len) as usize].fill(90);
-        let bytes = maker.bytes();
-        if self.scene.read(&bytes)? != expected {
+        let (bytes, data) = (maker.bytes(), maker.data_bytes());
+        if self.scene.read_files(&bytes, data.as_ref().unwrap_or(&bytes))? != expected {
             return Err(format!("after qemu-io has written {at} {len} there is something else"));
         }
         let report = checker::check(&bytes)?;
@@ -279,11 +334,12 @@ impl Run<'_> {
     }
 
     /// The image goes on being written after the crash.
-    fn write_on(&self, bytes: &SparseBytes, random: &mut Random) -> Result<(), String> {
-        let storage = self.scene.storage(&content_of(bytes));
-        let driver =
-            self.scene.open(storage.clone()).map_err(|e| format!("it cannot be opened again: {e}"))?;
-        let mut journal = Journal::new(&self.scene.read(bytes)?);
+    fn write_on(&self, left: &Left, random: &mut Random) -> Result<(), String> {
+        let storages = self.scene.storages(&left.files());
+        let data = storages.data.clone().map(|data| data as Arc<dyn Storage>);
+        let driver = self.scene.open_files(storages.image.clone(), data);
+        let driver = driver.map_err(|e| format!("it cannot be opened again: {e}"))?;
+        let mut journal = Journal::new(&self.scene.read_files(&left.image, left.data())?);
         for number in 0..4 {
             let kind = random.pick(&super::steps::KINDS);
             let step = Step::random(kind, random);
@@ -294,8 +350,9 @@ impl Run<'_> {
             }
         }
         driver.flush().map_err(|e| format!("writing on: {e}"))?;
-        let disk: &dyn Storage = &*storage;
-        let content = self.scene.read(&disk)?;
+        let disk: &dyn Storage = &*storages.image;
+        let data: &dyn Storage = storages.data.as_deref().map_or(disk, |data| data);
+        let content = self.scene.read_files(&disk, &data)?;
         if content != journal.now() {
             return Err("what was written after the crash is not there".to_owned());
         }

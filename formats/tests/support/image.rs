@@ -10,6 +10,7 @@ const INCOMPATIBLE_DIRTY: u64 = 1;
 const INCOMPATIBLE_CORRUPT: u64 = 1 << 1;
 const INCOMPATIBLE_DATA_FILE: u64 = 1 << 2;
 const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
+const AUTOCLEAR_DATA_FILE_RAW: u64 = 1 << 1;
 const INCOMPATIBLE_KNOWN: u64 = 0x1f;
 const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 
@@ -224,6 +225,11 @@ impl<'a> Image<'a> {
         self.incompatible & INCOMPATIBLE_DATA_FILE != 0
     }
 
+    /// Whether the data file is to be read as a raw disk, too.
+    pub fn has_raw_data_file(&self) -> bool {
+        self.has_data_file() && self.bytes.be64(88) & AUTOCLEAR_DATA_FILE_RAW != 0
+    }
+
     /// How many clusters the file has, a last part of one counted.
     pub fn file_clusters(&self) -> u64 {
         self.bytes.length().div_ceil(self.cluster_len())
@@ -248,7 +254,9 @@ impl<'a> Image<'a> {
         if entry & ZERO != 0 && self.l2_entry_len() == 8 {
             return Entry::Zero { host: (host != 0).then_some(host) };
         }
-        if host == 0 && !self.has_data_file() { Entry::Unallocated } else { Entry::Data { host } }
+        // In a data file 0 is a place like any other, which the copied flag tells from none.
+        let nowhere = host == 0 && !(self.has_data_file() && entry & COPIED != 0);
+        if nowhere { Entry::Unallocated } else { Entry::Data { host } }
     }
 
     /// The refcount of a cluster as the file has it.

@@ -6,27 +6,56 @@ use std::process::{Command, Output};
 /// An image file that QEMU's tools work on; it goes away with this value.
 pub struct Maker {
     folder: tempfile::TempDir,
+    /// The image's data lies in a file beside it.
+    has_data_file: bool,
 }
 
 impl Maker {
     /// `qemu-img create -o options`, in memory.
     pub fn new(options: &str, size: u64) -> Self {
-        let maker = Maker { folder: tempfile::tempdir_in("/dev/shm").unwrap() };
-        let path = maker.path();
-        run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, text(&path), &size.to_string()]);
-        maker
+        Maker::empty(false).create(options, size)
+    }
+
+    /// The same with an external data file, which the image names by its path.
+    pub fn with_data_file(options: &str, size: u64) -> Self {
+        let maker = Maker::empty(true);
+        let options = format!("{options},data_file={}", text(&maker.data_path()));
+        maker.create(&options, size)
     }
 
     /// A file with these bytes.
     pub fn of(bytes: &[u8]) -> Self {
-        let maker = Maker { folder: tempfile::tempdir_in("/dev/shm").unwrap() };
+        Maker::of_files(bytes, None)
+    }
+
+    /// An image with these bytes, and its data file, if it has one.
+    pub fn of_files(bytes: &[u8], data: Option<&[u8]>) -> Self {
+        let maker = Maker::empty(data.is_some());
         std::fs::write(maker.path(), bytes).unwrap();
+        if let Some(data) = data {
+            std::fs::write(maker.data_path(), data).unwrap();
+        }
         maker
+    }
+
+    fn empty(has_data_file: bool) -> Self {
+        Maker { folder: tempfile::tempdir_in("/dev/shm").unwrap(), has_data_file }
+    }
+
+    fn create(self, options: &str, size: u64) -> Self {
+        let path = self.path();
+        run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, text(&path), &size.to_string()]);
+        self
     }
 
     /// Where the image is.
     pub fn path(&self) -> PathBuf {
         self.folder.path().join("image.qcow2")
+    }
+
+    /// Where its external data file is.
+    pub fn data_path(&self) -> PathBuf {
+        self.folder.path().join("data")
     }
 
     /// Another file beside it.
@@ -82,9 +111,15 @@ impl Maker {
         std::fs::read(self.path()).unwrap()
     }
 
+    /// Those of its data file.
+    pub fn data_bytes(&self) -> Option<Vec<u8>> {
+        self.has_data_file.then(|| std::fs::read(self.data_path()).unwrap())
+    }
+
     /// What `qemu-img check` exits with, and what it says.
     pub fn check(&self) -> (i32, String) {
-        check_file(&self.path())
+        let data = self.data_path();
+        check_files(&self.path(), self.has_data_file.then_some(&*data))
     }
 }
 
@@ -95,8 +130,14 @@ pub fn qemu_check(bytes: &[u8]) -> (i32, String) {
 
 /// What `qemu-img check` says of a file, whatever has become of its backing file.
 pub fn check_file(path: &Path) -> (i32, String) {
-    let file = format!(r#"{{"driver":"file","filename":"{}"}}"#, text(path));
-    let image = format!(r#"json:{{"driver":"qcow2","backing":null,"file":{file}}}"#);
+    check_files(path, None)
+}
+
+/// The same, with a data file that counts instead of the one that the image names.
+pub fn check_files(path: &Path, data: Option<&Path>) -> (i32, String) {
+    let node = |path| format!(r#"{{"driver":"file","filename":"{}"}}"#, text(path));
+    let data = data.map_or_else(String::new, |data| format!(r#","data-file":{}"#, node(data)));
+    let image = format!(r#"json:{{"driver":"qcow2","backing":null,"file":{}{data}}}"#, node(path));
     let output = try_run("qemu-img", &["check", &image]);
     let said = [output.stdout, output.stderr].concat();
     (output.status.code().unwrap(), String::from_utf8_lossy(&said).into_owned())

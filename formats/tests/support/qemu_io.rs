@@ -37,8 +37,9 @@ impl QemuIo {
         qemu
     }
 
-    /// Opens an image for writing; `backing` is a raw file that counts instead of what the image names.
-    pub fn open_qcow2(&mut self, path: &Path, backing: Option<&Path>) {
+    /// Opens an image for writing; `backing` is a raw file that counts instead of what the image names, and so
+    /// is `data` for its data file.
+    pub fn open_qcow2(&mut self, path: &Path, backing: Option<&Path>, data: Option<&Path>) {
         let file = "driver=qcow2,discard=unmap,file.driver=file,file.filename";
         let mut command = format!("open -o {file}={}", text(path));
         if let Some(backing) = backing {
@@ -46,6 +47,9 @@ impl QemuIo {
                 ",backing.driver=raw,backing.file.driver=file,backing.file.filename={}",
                 text(backing)
             );
+        }
+        if let Some(data) = data {
+            command += &format!(",data-file.driver=file,data-file.filename={}", text(data));
         }
         let said = self.command(&command);
         assert_eq!(said, "", "{command}");

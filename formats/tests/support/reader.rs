@@ -15,6 +15,16 @@ pub enum Disk {
 
 /// All bytes of a disk. What is not allocated comes from `backing`; behind its end there are zeroes.
 pub fn read_disk(bytes: &dyn Bytes, disk: Disk, backing: &[u8]) -> Result<Vec<u8>, String> {
+    read_files(bytes, bytes, disk, backing)
+}
+
+/// The same of an image whose data clusters lie in `data`.
+pub fn read_files(
+    bytes: &dyn Bytes,
+    data: &dyn Bytes,
+    disk: Disk,
+    backing: &[u8],
+) -> Result<Vec<u8>, String> {
     let image = Image::parse(bytes)?;
     let (l1_at, l1_entries, size) = match disk {
         Disk::Active => (image.l1_at, image.l1_entries, image.size),
@@ -36,18 +46,25 @@ pub fn read_disk(bytes: &dyn Bytes, disk: Disk, backing: &[u8]) -> Result<Vec<u8
             let at = at + number as u64 * image.cluster_len();
             if at < size {
                 let len = image.cluster_len().min(size - at) as usize;
-                read_cluster(&image, entry, &mut content[at as usize..at as usize + len])?;
+                let part = &mut content[at as usize..at as usize + len];
+                if let Entry::Data { host } = image.decode(entry)
+                    && image.has_data_file()
+                    && host != at
+                {
+                    return Err(format!("the cluster of {at:#x} lies at {host:#x} of the data file"));
+                }
+                read_cluster(&image, data, entry, part)?;
             }
         }
     }
     Ok(content)
 }
 
-fn read_cluster(image: &Image<'_>, entry: u64, buf: &mut [u8]) -> Result<(), String> {
+fn read_cluster(image: &Image<'_>, data: &dyn Bytes, entry: u64, buf: &mut [u8]) -> Result<(), String> {
     match image.decode(entry) {
         Entry::Unallocated => {}
         Entry::Zero { .. } => buf.fill(0),
-        Entry::Data { host } => image.bytes.fill(buf, host),
+        Entry::Data { host } => data.fill(buf, host),
         Entry::Compressed { host, len } => {
             let mut blob = vec![0; len as usize];
             image.bytes.fill(&mut blob, host);

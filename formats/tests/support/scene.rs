@@ -18,6 +18,7 @@ use nbd_img_formats::storage::{MemoryOptions, MemoryStorage, Storage};
 use nbd_img_formats::sync::Arc;
 use nbd_img_formats::{BlockDriver, Durability, HostOffset, Result};
 
+use super::image::{Bytes, Image};
 use super::maker::{self, Maker};
 use super::reader::{self, Disk};
 use super::units::{Writer, painted};
@@ -31,10 +32,15 @@ const IMAGE: Writer = 0xf000_0001;
 /// Who wrote the backing file.
 const BACKING: Writer = 0xf000_0002;
 
+/// Who wrote what lies in a data file where no entry leads.
+const STALE: Writer = 0xf000_0003;
+
 /// An image, and what is known of it.
 pub struct Scene {
     pub name: &'static str,
     pub image: Vec<u8>,
+    /// What its external data file holds, if it has one.
+    pub data: Option<Vec<u8>>,
     pub backing: Option<Vec<u8>>,
     /// What the guest sees.
     pub content: Vec<u8>,
@@ -42,6 +48,8 @@ pub struct Scene {
     pub snapshots: Vec<Vec<u8>>,
     /// The image lies on a device of this length: it does not grow, and nothing on it is known to be zero.
     pub device_len: Option<u64>,
+    /// So does its data file.
+    pub data_on_device: bool,
     /// Which clusters are compressed.
     pub compressed: std::ops::Range<u64>,
 }
@@ -65,6 +73,48 @@ impl Scene {
             Scene::mixed("overlay on a device", "refcount_bits=2", Some(SIZE), true).on_device(),
             Scene::empty("empty", "refcount_bits=16"),
         ]
+    }
+
+    /// Images whose data lies in a file of its own: `all` have theirs in the image.
+    pub fn with_data_file() -> Vec<Scene> {
+        let device = Scene::external("data file on a device", "refcount_bits=64", None);
+        let raw_device = Scene::external("raw data file on a device", "data_file_raw=on", None);
+        vec![
+            Scene::external("data file", "refcount_bits=64", None),
+            Scene::external("data file of an overlay", "refcount_bits=16", Some(150 * CLUSTER)),
+            Scene::external("raw data file", "refcount_bits=64,data_file_raw=on", None),
+            Scene { data_on_device: true, ..device },
+            Scene { data_on_device: true, ..raw_device },
+        ]
+    }
+
+    /// As in the table above, but for compressed clusters and the snapshot, with a data file. Where no entry
+    /// leads it holds old content, unless it is to be read as a raw disk.
+    pub fn external(name: &'static str, options: &str, backing_len: Option<u64>) -> Scene {
+        let backing = backing_len.map(|len| painted(0, len, BACKING));
+        let mut options = format!("cluster_size=512,{options}");
+        let below = Maker::of(backing.as_deref().unwrap_or_default());
+        let below_path = below.path();
+        if backing.is_some() {
+            options += &format!(",backing_fmt=raw,backing_file={}", maker::text(&below_path));
+        }
+        let maker = Maker::with_data_file(&options, SIZE);
+        for (from, clusters) in [(64, 16), (0, 16), (28, 4)] {
+            let at = from * CLUSTER;
+            maker.write(at, &painted(at, clusters * CLUSTER, IMAGE), false);
+        }
+        maker.io(&[format!("write -q -z {} {}", 28 * CLUSTER, 4 * CLUSTER)]);
+        maker.io(&[format!("write -q -z -u {} {}", 24 * CLUSTER, 4 * CLUSTER)]);
+        if !options.contains("data_file_raw") {
+            let mut data = maker.data_bytes().unwrap();
+            for clusters in [24..28, 32..48, 130..140] {
+                let (at, end) = ((clusters.start * CLUSTER) as usize, (clusters.end * CLUSTER) as usize);
+                data[at..end].copy_from_slice(&painted(at as u64, (end - at) as u64, STALE));
+            }
+            std::fs::write(maker.data_path(), data).unwrap();
+        }
+        assert_eq!(maker.check().0, 0);
+        Scene::finish(name, &maker, backing, 0..0)
     }
 
     /// An image without anything in it.
@@ -132,13 +182,24 @@ impl Scene {
         backing: Option<Vec<u8>>,
         compressed: std::ops::Range<u64>,
     ) -> Scene {
-        let image = maker.bytes();
+        let (image, data) = (maker.bytes(), maker.data_bytes());
         let below = backing.as_deref().unwrap_or_default();
-        let content = reader::read_disk(&image, Disk::Active, below).unwrap();
-        let snapshots = super::image::Image::parse(&image).unwrap().snapshots.len();
+        let content =
+            reader::read_files(&image, data.as_ref().unwrap_or(&image), Disk::Active, below).unwrap();
+        let snapshots = Image::parse(&image).unwrap().snapshots.len();
         let snapshots =
             (0..snapshots).map(|n| reader::read_disk(&image, Disk::Snapshot(n), below).unwrap()).collect();
-        Scene { name, image, backing, content, snapshots, device_len: None, compressed }
+        Scene {
+            name,
+            image,
+            data,
+            backing,
+            content,
+            snapshots,
+            device_len: None,
+            data_on_device: false,
+            compressed,
+        }
     }
 
     /// The same image on a device that has room for everything to be written once more.
@@ -157,9 +218,42 @@ impl Scene {
         storage
     }
 
+    /// A storage with `data` in it, which is the content of this scene's data file, or what became of it.
+    pub fn data_storage(&self, data: &[u8]) -> Arc<MemoryStorage> {
+        let options = match self.data_on_device {
+            false => MemoryOptions { len: 0, grows: true, poisoned: false },
+            true => MemoryOptions { len: SIZE, grows: false, poisoned: true },
+        };
+        let storage = MemoryStorage::with(options).unwrap();
+        storage.pwrite(data, HostOffset(0), Durability::Later).unwrap();
+        storage
+    }
+
+    /// Storages with these files in them.
+    pub fn storages(&self, files: &Files) -> Storages {
+        Storages {
+            image: self.storage(&files.image),
+            data: files.data.as_ref().map(|data| self.data_storage(data)),
+        }
+    }
+
+    /// Its files.
+    pub fn files(&self) -> Files {
+        Files { image: self.image.clone(), data: self.data.clone() }
+    }
+
     /// Opens the image in `storage` for writing, over this scene's backing file.
     pub fn open(&self, storage: Arc<dyn Storage>) -> Result<Arc<Qcow2Driver>> {
-        self.open_with(storage, WriteOptions::default())
+        self.open_files(storage, None)
+    }
+
+    /// The same, with a data file.
+    pub fn open_files(
+        &self,
+        image: Arc<dyn Storage>,
+        data: Option<Arc<dyn Storage>>,
+    ) -> Result<Arc<Qcow2Driver>> {
+        open_parts(image, data, self.backing_driver(), Some(WriteOptions::default()), 0)
     }
 
     /// The same with other options.
@@ -174,15 +268,50 @@ impl Scene {
     }
 
     /// What the guest sees in `image`, and in its snapshots: these must be as they were.
-    pub fn read(&self, image: &dyn super::image::Bytes) -> std::result::Result<Vec<u8>, String> {
+    pub fn read(&self, image: &dyn Bytes) -> std::result::Result<Vec<u8>, String> {
+        self.read_files(image, image)
+    }
+
+    /// The same of an image whose data lies in `data`.
+    pub fn read_files(&self, image: &dyn Bytes, data: &dyn Bytes) -> std::result::Result<Vec<u8>, String> {
         let below = self.backing.as_deref().unwrap_or_default();
         for (number, content) in self.snapshots.iter().enumerate() {
             if reader::read_disk(image, Disk::Snapshot(number), below)? != *content {
                 return Err(format!("snapshot {number} has changed"));
             }
         }
-        reader::read_disk(image, Disk::Active, below)
+        reader::read_files(image, data, Disk::Active, below)
     }
+
+    /// What whoever reads a raw data file without the image sees, if it is one.
+    pub fn read_raw(
+        &self,
+        image: &dyn Bytes,
+        data: &dyn Bytes,
+    ) -> std::result::Result<Option<Vec<u8>>, String> {
+        if !Image::parse(image)?.has_raw_data_file() {
+            return Ok(None);
+        }
+        if data.length() < SIZE {
+            return Err(format!("the raw data file has {} bytes", data.length()));
+        }
+        let mut content = vec![0; SIZE as usize];
+        data.fill(&mut content, 0);
+        Ok(Some(content))
+    }
+}
+
+/// The bytes of an image's files.
+#[derive(Clone)]
+pub struct Files {
+    pub image: Vec<u8>,
+    pub data: Option<Vec<u8>>,
+}
+
+/// The files of an image.
+pub struct Storages {
+    pub image: Arc<MemoryStorage>,
+    pub data: Option<Arc<MemoryStorage>>,
 }
 
 /// Opens the image in `storage` over a backing driver; `write: None` is read-only.
@@ -192,12 +321,23 @@ pub fn open_over(
     write: Option<WriteOptions>,
     table_cache_len: u64,
 ) -> Result<Arc<Qcow2Driver>> {
+    open_parts(storage, None, backing, write, table_cache_len)
+}
+
+/// The same, with a data file.
+pub fn open_parts(
+    storage: Arc<dyn Storage>,
+    data_file: Option<Arc<dyn Storage>>,
+    backing: Option<Arc<dyn BlockDriver>>,
+    write: Option<WriteOptions>,
+    table_cache_len: u64,
+) -> Result<Arc<Qcow2Driver>> {
     let header = Header::load(&storage)?;
     let caches = Caches::new(table_cache_len, [&header])?;
     Qcow2Driver::open(Parts {
         image: storage,
         header,
-        data_file: None,
+        data_file,
         backing,
         number: ImageNumber(0),
         caches,

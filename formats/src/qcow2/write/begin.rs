@@ -2,25 +2,27 @@
 //!
 //! Nothing is written here, but by the repair of an image whose refcounts are not to be trusted.
 
-use super::super::driver::{Qcow2Driver, WriteOptions};
+use super::super::driver::Qcow2Driver;
 use super::super::header::{Compatible, Header, Incompatible, TableLocation};
 use super::super::snapshots::Snapshot;
 use super::super::types::{DataFile, HostIndex};
 use super::allocator::{Allocator, HOST_END, Space};
 use super::meta::Meta;
 use super::metadata_map::{Kind, MetadataMap};
+use super::options::WriteOptions;
 use super::refcounts::{BlockIndex, Refcounts};
 use super::{Writer, repair};
 use crate::address::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{read_exact, storage_error};
+use crate::sync::atomic::Ordering;
 
 /// Most clusters of L1 tables over all snapshots. Our choice: thousands of snapshots of a disk of terabytes, and
 /// a few dozen megabytes of memory for knowing where they lie, however long a small file says that they are.
 const INACTIVE_L1_CLUSTERS_MAX: u64 = 1 << 19;
 
 /// Fails if images like this one are not written.
-pub fn check(header: &Header, snapshot: Option<&str>) -> Result<()> {
+pub fn check(header: &Header, snapshot: Option<&str>, has_backing: bool) -> Result<()> {
     let unsupported = |what: &str| {
         let text = format!("images with {what} are not written yet; use --read-only");
         Err(Error::new(ErrorKind::Unsupported, text))
@@ -40,10 +42,30 @@ pub fn check(header: &Header, snapshot: Option<&str>) -> Result<()> {
     if header.geometry.extended_l2() {
         return unsupported("extended L2 entries (subclusters)");
     }
-    if header.geometry.data_file() != DataFile::Internal {
-        return unsupported("an external data file");
+    if header.geometry.is_external() && header.snapshots.entries > 0 {
+        return unsupported("an external data file and internal snapshots");
+    }
+    if header.geometry.data_file() == DataFile::ExternalRaw && has_backing {
+        return unsupported("a raw external data file and a backing file");
     }
     Ok(())
+}
+
+/// Looks at the data file; returns whether a raw one has to become longer before the first change.
+fn check_data_file(driver: &Qcow2Driver) -> Result<bool> {
+    let storage = driver.data_storage();
+    let facts = storage.facts();
+    if !facts.writable {
+        let what = "the data file was opened read-only";
+        return Err(Error::new(ErrorKind::ReadOnly, what).with_path(&facts.path));
+    }
+    let fail = |e| storage_error(storage, "cannot tell the data file's length", HostOffset(0), e);
+    let short = storage.len().map_err(fail)? < driver.disk_end();
+    if short && !facts.grows {
+        let what = "the device with the data is smaller than the disk; use --read-only";
+        return Err(Error::new(ErrorKind::InvalidInput, what).with_path(&facts.path));
+    }
+    Ok(short && driver.geometry().data_file() == DataFile::ExternalRaw)
 }
 
 /// What the image needs to be written.
@@ -56,6 +78,7 @@ pub fn begin(
     if !driver.image().facts().writable {
         return Err(Error::new(ErrorKind::ReadOnly, "the file was opened read-only"));
     }
+    let short = header.geometry.is_external() && check_data_file(driver)?;
     let dirty = header.incompatible.contains(Incompatible::DIRTY);
     let mut table = header.refcount_table;
     if dirty {
@@ -67,7 +90,9 @@ pub fn begin(
     let map = map_metadata(driver, header, &refcounts, snapshots)?;
     let space = find_space(driver, &refcounts)?;
     let allocator = Allocator::new(header.geometry, refcounts, map, space);
-    Ok(Writer::new(header, options, Meta::new(allocator), dirty))
+    let writer = Writer::new(header, options, Meta::new(allocator), dirty);
+    writer.short_data_file.store(short, Ordering::Release);
+    Ok(writer)
 }
 
 /// The refcount table in memory.

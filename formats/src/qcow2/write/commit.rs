@@ -3,6 +3,7 @@
 //!
 //! One thread commits at a time. It freezes copies of what is changed, and then:
 //!
+//! - the data of an external data file. Sync.
 //! - *A*: refcounts (which have only grown, but for clusters whose last pointer is durably gone), new
 //!   refcount blocks, the bodies of new L2 tables. Sync: now every cluster that *B* will point to is
 //!   counted, and has its content.
@@ -18,14 +19,15 @@ use std::collections::HashMap;
 use super::super::driver::Qcow2Driver;
 use super::super::types::SliceNumber;
 use super::allocator::MovedTable;
-use super::meta::{DirtySlice, Extent, Freed};
+use super::meta::{Content, DirtySlice, Extent, Freed};
 use super::pins::Epoch;
 use super::refcounts::BlockWrite;
 use super::{Writer, reclaim};
 use crate::address::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{check_writable, storage_error};
-use crate::storage::Durability;
+use crate::storage::{Durability, Storage};
+use crate::sync::Arc;
 use crate::sync::atomic::Ordering;
 
 /// Where the refcount table's offset and clusters stand in the header (specification).
@@ -56,6 +58,11 @@ pub fn commit(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     meta.committing = true;
     drop(meta);
     Committing { writer }.run(driver)
+}
+
+/// Whether a sync of the image file or of its data file has failed for good.
+pub fn is_sync_failed(driver: &Qcow2Driver) -> bool {
+    driver.image().is_failed() || driver.data_storage().is_failed()
 }
 
 /// Commits if too much is changed.
@@ -112,7 +119,7 @@ impl Committing<'_> {
         let writer = self.writer;
         let mut frozen = freeze(driver, writer);
         let outcome = write_all(driver, &mut frozen);
-        if outcome.is_err() && (frozen.sync_failed || driver.image().is_failed()) {
+        if outcome.is_err() && (frozen.sync_failed || is_sync_failed(driver)) {
             writer.fail("a sync has failed, so nobody knows what is durable");
             return outcome;
         }
@@ -195,33 +202,51 @@ fn freeze(driver: &Qcow2Driver, writer: &Writer) -> Frozen {
     }
 }
 
+impl Frozen {
+    /// Whether nothing goes into the image file.
+    fn is_empty(&self) -> bool {
+        self.blocks.is_empty()
+            && self.slices.is_empty()
+            && self.l1.is_empty()
+            && self.entries.is_empty()
+            && self.moved.is_none()
+    }
+}
+
 fn write_all(driver: &Qcow2Driver, frozen: &mut Frozen) -> Result<()> {
+    if driver.geometry().is_external() {
+        // Before anything that leads to it can be durable.
+        sync(driver.data_storage(), frozen)?;
+        if frozen.is_empty() {
+            return Ok(());
+        }
+    }
     let blocks = frozen.blocks.iter().map(|write| (write.at, &write.bytes));
     let bodies = frozen.bodies.iter().map(|(at, bytes)| (*at, bytes));
     for (at, bytes) in blocks.chain(bodies) {
-        write(driver, at, bytes)?;
+        write(driver.image(), at, bytes)?;
     }
     if let Some((MovedTable { durable: false, .. }, table)) = &frozen.moved {
-        write(driver, frozen.table_at, table)?;
+        write(driver.image(), frozen.table_at, table)?;
     }
-    sync(driver, frozen)?;
+    sync(driver.image(), frozen)?;
     frozen.a_durable = true;
     // Whoever found the image damaged meanwhile has said that nothing is written any more.
     check_writable(driver)?;
     if write_table_changes(driver, frozen)? {
-        sync(driver, frozen)?;
+        sync(driver.image(), frozen)?;
     }
     if frozen.words.is_empty() && frozen.l1.is_empty() {
         return Ok(());
     }
     check_writable(driver)?;
     for (at, bytes) in &frozen.words {
-        write(driver, *at, bytes)?;
+        write(driver.image(), *at, bytes)?;
     }
     for (index, raw) in &frozen.l1 {
-        write(driver, HostOffset(driver.l1_at().0 + *index as u64 * 8), &raw.to_be_bytes())?;
+        write(driver.image(), HostOffset(driver.l1_at().0 + *index as u64 * 8), &raw.to_be_bytes())?;
     }
-    sync(driver, frozen)
+    sync(driver.image(), frozen)
 }
 
 /// *A2*. Returns whether there was anything to write.
@@ -229,35 +254,33 @@ fn write_table_changes(driver: &Qcow2Driver, frozen: &Frozen) -> Result<bool> {
     // What a body in *A* has need not be written again.
     if !matches!(frozen.moved, Some((MovedTable { durable: false, .. }, _))) {
         for (index, raw) in &frozen.entries {
-            write(driver, HostOffset(frozen.table_at.0 + *index as u64 * 8), &raw.to_be_bytes())?;
+            write(driver.image(), HostOffset(frozen.table_at.0 + *index as u64 * 8), &raw.to_be_bytes())?;
         }
     }
     let Some((moved, _)) = &frozen.moved else { return Ok(!frozen.entries.is_empty()) };
-    write_table_pointer(driver, frozen.table_at, moved.clusters)?;
+    write_table_pointer(driver.image(), frozen.table_at, moved.clusters)?;
     Ok(true)
 }
 
 /// Points the header to the refcount table at `at`.
-pub fn write_table_pointer(driver: &Qcow2Driver, at: HostOffset, clusters: u64) -> Result<()> {
+pub fn write_table_pointer(image: &Arc<dyn Storage>, at: HostOffset, clusters: u64) -> Result<()> {
     let clusters = u32::try_from(clusters)
         .map_err(|_| Error::new(ErrorKind::NoSpace, "the refcount table is too large"))?;
     let mut pointer = at.0.to_be_bytes().to_vec();
     pointer.extend(clusters.to_be_bytes());
-    write(driver, TABLE_POINTER_AT, &pointer)
+    write(image, TABLE_POINTER_AT, &pointer)
 }
 
-fn write(driver: &Qcow2Driver, at: HostOffset, bytes: &[u8]) -> Result<()> {
-    let image = driver.image();
+fn write(image: &Arc<dyn Storage>, at: HostOffset, bytes: &[u8]) -> Result<()> {
     image
         .pwrite(bytes, at, Durability::Later)
         .map_err(|e| storage_error(image, "cannot write the image's metadata", at, e))
 }
 
-fn sync(driver: &Qcow2Driver, frozen: &mut Frozen) -> Result<()> {
-    let image = driver.image();
-    image.sync().map_err(|e| {
+fn sync(storage: &Arc<dyn Storage>, frozen: &mut Frozen) -> Result<()> {
+    storage.sync().map_err(|e| {
         frozen.sync_failed = true;
-        storage_error(image, "cannot make the image durable", HostOffset(0), e)
+        storage_error(storage, "cannot make the image durable", HostOffset(0), e)
     })
 }
 
@@ -288,7 +311,8 @@ fn put_back(writer: &Writer, frozen: Frozen) {
 
 fn conclude(writer: &Writer, mut frozen: Frozen) {
     let mut freed = std::mem::take(&mut frozen.freed);
-    freed.extend(frozen.left.iter().map(|(first, len)| Freed { first: *first, len: *len, metadata: true }));
+    let left = frozen.left.iter();
+    freed.extend(left.map(|(first, len)| Freed { first: *first, len: *len, content: Content::Metadata }));
     reclaim::join_runs(&mut freed);
     let mut meta = writer.lock();
     meta.allocator.refcounts.written(&frozen.blocks);

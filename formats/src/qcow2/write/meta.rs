@@ -9,8 +9,9 @@ use std::ops::Range;
 
 use super::super::driver::Qcow2Driver;
 use super::super::tables::{SliceKey, TableSlice};
-use super::super::types::{Blob, GuestCluster, HostCluster, HostIndex, L2Entry, SliceNumber};
-use super::allocator::Allocator;
+use super::super::types::{Blob, Geometry, GuestCluster, HostCluster, HostIndex, L2Entry, SliceNumber};
+use super::allocator::{Allocator, Handed, Need};
+use super::data_file::Places;
 use super::pins::Epoch;
 use crate::sync::Arc;
 
@@ -18,6 +19,8 @@ use crate::sync::Arc;
 pub struct Meta {
     /// Refcounts, metadata and free clusters.
     pub allocator: Allocator,
+    /// What is known of the places in an external data file.
+    pub places: Places,
     /// Guest clusters whose mapping somebody is about to change: nobody else may.
     pub claims: HashSet<GuestCluster>,
     /// Writes that were planned with claims, until they are finished.
@@ -83,8 +86,19 @@ pub struct Freed {
     pub first: HostIndex,
     /// How many.
     pub len: u64,
-    /// They held metadata.
-    pub metadata: bool,
+    /// What they held.
+    pub content: Content,
+}
+
+/// What clusters hold, or have held.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Content {
+    /// Data of the guest, in the image file.
+    Data,
+    /// Metadata.
+    Metadata,
+    /// Data of the guest, in an external data file; the clusters are numbered as the guest's.
+    DataFile,
 }
 
 impl Meta {
@@ -92,6 +106,7 @@ impl Meta {
     pub fn new(allocator: Allocator) -> Self {
         Meta {
             allocator,
+            places: Places::default(),
             claims: HashSet::new(),
             writes: HashMap::new(),
             next_write: 1,
@@ -193,12 +208,50 @@ impl Meta {
         self.dirty_l1.insert(index);
     }
 
+    /// A host cluster for a cluster of the guest that has none, if one that reads as zeroes is at hand.
+    pub fn allocate_zeroed(
+        &mut self,
+        geometry: Geometry,
+        cluster: GuestCluster,
+    ) -> Result<Option<HostCluster>, Need> {
+        if !geometry.is_external() {
+            return self.allocator.allocate_zeroed();
+        }
+        let zeroed = self.places.is_zeroed(cluster);
+        Ok(zeroed.then(|| self.places.take(geometry, cluster).host))
+    }
+
+    /// Any host cluster for a cluster of the guest that has none.
+    pub fn allocate(&mut self, geometry: Geometry, cluster: GuestCluster) -> Result<Handed, Need> {
+        if geometry.is_external() {
+            Ok(self.places.take(geometry, cluster))
+        } else {
+            self.allocator.allocate()
+        }
+    }
+
+    /// A data cluster that was allocated, and has not got an entry, goes back.
+    pub fn give_back(&mut self, geometry: Geometry, host: HostCluster) {
+        self.free_data(geometry, geometry.host_index(host.start()), 1);
+    }
+
     /// The clusters of an entry that is gone have lost a pointer. Fails, changing nothing, if one of them
     /// is metadata.
     pub fn free_entry(&mut self, driver: &Qcow2Driver, entry: L2Entry) -> Result<(), &'static str> {
         let (first, len) = self.check_entry(driver, entry)?;
-        self.free(first, len, false);
+        self.free_data(driver.geometry(), first, len);
         Ok(())
+    }
+
+    fn free_data(&mut self, geometry: Geometry, first: HostIndex, len: u64) {
+        if !geometry.is_external() {
+            return self.free(first, len, Content::Data);
+        }
+        for index in (first.0..first.0 + len).map(HostIndex) {
+            if self.places.lose(index) {
+                self.free(index, 1, Content::DataFile);
+            }
+        }
     }
 
     /// The host clusters of an entry, as first and count. Fails if one of them is metadata.
@@ -217,6 +270,9 @@ impl Meta {
             L2Entry::Split { .. } => return Err("an entry with subclusters cannot be changed"),
         };
         let (first, len) = geometry.host_span(at, len);
+        if geometry.is_external() {
+            return Ok((first, len));
+        }
         let metadata = |index| self.allocator.map.kind(HostIndex(index)).is_some();
         if (first.0..first.0 + len).any(metadata) {
             return Err("an L2 entry points into metadata");
@@ -225,18 +281,18 @@ impl Meta {
     }
 
     /// These clusters have lost a pointer each.
-    pub fn free(&mut self, first: HostIndex, len: u64, metadata: bool) {
+    pub fn free(&mut self, first: HostIndex, len: u64, content: Content) {
         if len == 0 {
             return;
         }
         if let Some(last) = self.freed.last_mut()
-            && last.metadata == metadata
+            && last.content == content
             && last.first.0 + last.len == first.0
         {
             last.len += len;
             return;
         }
-        self.freed.push(Freed { first, len, metadata });
+        self.freed.push(Freed { first, len, content });
     }
 }
 

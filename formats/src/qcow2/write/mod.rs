@@ -8,15 +8,17 @@
 //! | `prepare` | writes that need not wait: plans, claims and their end |
 //! | `slow` | writes that must wait: new tables, copy-on-write |
 //! | `zero`, `provide` | zeroing and discarding; zeroes with room |
+//! | `data_file` | places in an external data file, and giving their room back |
 //! | `commit`, `reclaim` | making changes durable in an order that a crash cannot hurt; letting clusters go |
 //! | `options` | what is chosen at open |
-//! | `begin`, `repair`, `recount` | what happens to an image that is opened for writing |
+//! | `begin`, `repair` | what happens to an image that is opened for writing |
 //!
 //! The invariants, and why they hold, are in the README of this crate.
 
 pub mod allocator;
 pub mod begin;
 pub mod commit;
+mod data_file;
 pub mod meta;
 pub mod metadata_map;
 pub mod options;
@@ -24,7 +26,6 @@ pub mod pins;
 pub mod prepare;
 mod provide;
 pub mod reclaim;
-mod recount;
 pub mod refcounts;
 mod repair;
 mod runs;
@@ -34,9 +35,9 @@ pub mod zero;
 use std::ops::{Deref, DerefMut};
 
 use super::driver::Qcow2Driver;
-use super::header::{Header, Incompatible};
+use super::header::{Autoclear, Header, Incompatible};
 use super::tables::TableSlice;
-use super::types::Geometry;
+use super::types::{DataFile, Geometry};
 use crate::address::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{check_writable, read_exact, storage_error};
@@ -50,9 +51,9 @@ use options::WriteOptions;
 use pins::Pins;
 
 /// Where the incompatible features stand in the header (specification).
-const INCOMPATIBLE_AT: HostOffset = HostOffset(72);
+pub const INCOMPATIBLE_AT: HostOffset = HostOffset(72);
 /// Where the autoclear features stand in the header (specification).
-const AUTOCLEAR_AT: HostOffset = HostOffset(88);
+pub const AUTOCLEAR_AT: HostOffset = HostOffset(88);
 /// Bits of a pin's key that tell its epoch; above them is the number of a planned write.
 const KEY_EPOCH_BITS: u32 = 8;
 /// Least and most by which the file is made longer at a time; between them it is half of the file.
@@ -67,6 +68,10 @@ pub struct Writer {
     has_features: bool,
     /// The autoclear bits to be cleared before the first change; 0 when they are.
     autoclear: AtomicU64,
+    /// The autoclear bits whose promise is kept.
+    kept_autoclear: u64,
+    /// A raw data file is shorter than the guest's disk, to be changed before the first change.
+    short_data_file: AtomicBool,
     incompatible: u64,
     /// What the metadata was found to contradict itself in at open.
     conflict: Option<String>,
@@ -96,12 +101,18 @@ pub struct MetaGuard<'a> {
 impl Writer {
     /// `repaired`: the header's dirty bit was cleared since the header was read.
     fn new(header: &Header, options: WriteOptions, meta: Meta, repaired: bool) -> Self {
+        let kept = match header.geometry.data_file() {
+            DataFile::ExternalRaw => Autoclear::DATA_FILE_RAW,
+            DataFile::Internal | DataFile::External => Autoclear::empty(),
+        };
         let dirty = if repaired { Incompatible::DIRTY } else { Incompatible::empty() };
         Writer {
             options,
             geometry: header.geometry,
             has_features: header.version >= 3,
-            autoclear: AtomicU64::new(header.autoclear.bits()),
+            autoclear: AtomicU64::new((header.autoclear - kept).bits()),
+            kept_autoclear: kept.bits(),
+            short_data_file: AtomicBool::new(false),
             incompatible: (header.incompatible - dirty).bits(),
             conflict: meta.allocator.map.conflict().map(str::to_owned),
             meta: Mutex::new(meta),
@@ -129,6 +140,9 @@ impl Writer {
 
     /// Marks a slice if an entry of it points into metadata.
     pub fn checked_slice(&self, slice: TableSlice) -> TableSlice {
+        if self.geometry.is_external() {
+            return slice;
+        }
         let meta = self.lock();
         let into_metadata = |index| {
             let host = self.geometry.host_of(slice.raw(index));
@@ -162,7 +176,9 @@ impl Writer {
 
     /// Whether nothing is left to do before the first change.
     fn is_begun(&self) -> bool {
-        self.autoclear.load(Ordering::Acquire) == 0 && self.conflict.is_none()
+        self.autoclear.load(Ordering::Acquire) == 0
+            && self.conflict.is_none()
+            && !self.short_data_file.load(Ordering::Acquire)
     }
 
     /// Gives back what the file was made longer by and not used.
@@ -236,7 +252,7 @@ fn closed() -> Error {
 }
 
 /// Sees to what has to be done once before the first change: features that a writer does not know lose
-/// their promise.
+/// their promise, and a raw data file is made as long as the disk.
 fn begin_changes(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     check_writable(driver)?;
     if let Some(conflict) = &writer.conflict {
@@ -249,11 +265,18 @@ fn begin_changes(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     if writer.is_begun() {
         return Ok(());
     }
-    let image = driver.image();
-    let write = image.pwrite(&[0; 8], AUTOCLEAR_AT, Durability::Later);
-    write.map_err(|e| storage_error(image, "cannot write the header", AUTOCLEAR_AT, e))?;
-    image.sync().map_err(|e| storage_error(image, "cannot make the header durable", AUTOCLEAR_AT, e))?;
-    writer.autoclear.store(0, Ordering::Release);
+    if writer.short_data_file.load(Ordering::Acquire) {
+        data_file::lengthen(driver)?;
+        writer.short_data_file.store(false, Ordering::Release);
+    }
+    if writer.autoclear.load(Ordering::Acquire) != 0 {
+        let image = driver.image();
+        let kept = writer.kept_autoclear.to_be_bytes();
+        let write = image.pwrite(&kept, AUTOCLEAR_AT, Durability::Later);
+        write.map_err(|e| storage_error(image, "cannot write the header", AUTOCLEAR_AT, e))?;
+        image.sync().map_err(|e| storage_error(image, "cannot make the header durable", AUTOCLEAR_AT, e))?;
+        writer.autoclear.store(0, Ordering::Release);
+    }
     Ok(())
 }
 

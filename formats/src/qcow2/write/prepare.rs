@@ -105,7 +105,7 @@ pub fn end_claims(driver: &Qcow2Driver, writer: &Writer, claims: Vec<Claim>, wri
 
 fn drop_claim(writer: &Writer, meta: &mut Meta, claim: &Claim) {
     if claim.allocated {
-        meta.free(writer.geometry.host_index(claim.host.start()), 1, false);
+        meta.give_back(writer.geometry, claim.host);
     }
     claim.slice.release();
     meta.claims.remove(&claim.cluster);
@@ -204,7 +204,7 @@ impl Pass<'_> {
             rest = rest.skip(piece.len());
             let cluster = geometry.cluster_of(piece.offset());
             let raw = slice.raw(geometry.index_in_slice(cluster));
-            let mut host = geometry.overwritable(raw).filter(|_| !slice.is_suspect());
+            let mut host = geometry.overwritable(raw, cluster).filter(|_| !slice.is_suspect());
             if host.is_some() {
                 self.settled &= slice.changed_in() <= durable;
             } else {
@@ -262,7 +262,7 @@ impl<'a> Changing<'a> {
         }
         let geometry = self.driver.geometry();
         let raw = self.slice.raw(geometry.index_in_slice(cluster));
-        if let Some(host) = geometry.overwritable(raw) {
+        if let Some(host) = geometry.overwritable(raw, cluster) {
             return Some(host);
         }
         let entry = self.slice.entry(cluster).ok()?;
@@ -271,7 +271,7 @@ impl<'a> Changing<'a> {
             L2Entry::Zero { host } => host.is_none(),
             L2Entry::Data { .. } | L2Entry::Compressed(_) | L2Entry::Split { .. } => false,
         };
-        if reads_zero && let Some(host) = self.meta.allocator.allocate_zeroed().ok()? {
+        if reads_zero && let Some(host) = self.meta.allocate_zeroed(geometry, cluster).ok()? {
             self.meta.set_entry(self.driver, self.slice, cluster, geometry.encode_owned(host));
             return Some(host);
         }
@@ -286,13 +286,11 @@ impl<'a> Changing<'a> {
         raw: u64,
     ) -> Option<HostCluster> {
         let (host, allocated, zeroed) = match entry {
-            L2Entry::Zero { host: Some(host) } if self.driver.geometry().is_owned(raw) => {
-                (host, false, false)
-            }
+            L2Entry::Zero { host: Some(host) } if self.driver.geometry().is_sole(raw) => (host, false, false),
             L2Entry::Split { .. } => return None,
             L2Entry::Unallocated | L2Entry::Zero { .. } | L2Entry::Data { .. } | L2Entry::Compressed(_) => {
                 self.meta.check_entry(self.driver, entry).ok()?;
-                let handed = self.meta.allocator.allocate().ok()?;
+                let handed = self.meta.allocate(self.driver.geometry(), cluster).ok()?;
                 (handed.host, true, handed.zeroed)
             }
         };

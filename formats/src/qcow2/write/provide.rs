@@ -120,17 +120,21 @@ fn take(
     let raw = slice.raw(geometry.index_in_slice(cluster));
     let entry = slice.entry(cluster).map_err(|_| Stop::Fault("an L2 entry is bad"))?;
     meta.check_entry(driver, entry).map_err(Stop::Fault)?;
-    if let Some(host) = geometry.overwritable(raw) {
+    if let Some(host) = geometry.overwritable(raw, cluster) {
         batch.add_run(driver, host, false);
         return Ok(());
     }
     let kept = match entry {
-        L2Entry::Zero { host } => host.filter(|_| geometry.is_owned(raw)),
+        L2Entry::Zero { host } => host.filter(|_| geometry.is_sole(raw)),
         L2Entry::Unallocated | L2Entry::Data { .. } | L2Entry::Compressed(_) | L2Entry::Split { .. } => None,
     };
     let (host, zeroed) = match kept {
         Some(host) => (host, false),
-        None => meta.allocator.allocate().map(|handed| (handed.host, handed.zeroed)).map_err(Stop::Need)?,
+        None => {
+            let handed = meta.allocate(geometry, cluster).map_err(Stop::Need)?;
+            // What a data file has behind its end is zeroes, too, but cannot be reserved there.
+            (handed.host, handed.zeroed && !geometry.is_external())
+        }
     };
     // Held by the caller, so it is in the cache: this cannot fail.
     driver.tables().hold(key, slice);
@@ -151,7 +155,9 @@ struct Run {
 impl Run {
     fn make_room(&self, driver: &Qcow2Driver) -> Result<()> {
         let storage = driver.data_storage();
-        let range = HostRange::new(self.at, self.len).unwrap_or_default();
+        // In a data file both offsets are the same.
+        let len = slow::part_on_disk(driver, self.at.0, self.len);
+        let range = HostRange::new(self.at, len).unwrap_or_default();
         let fail = |e| storage_error(storage, "cannot make room for zeroes", self.at, e);
         if self.zeroed && storage.reserve(range).map_err(fail)? {
             return Ok(());

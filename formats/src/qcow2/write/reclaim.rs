@@ -6,9 +6,9 @@
 
 use super::super::driver::Qcow2Driver;
 use super::super::types::HostIndex;
-use super::meta::Freed;
+use super::meta::{Content, Freed};
 use super::pins::Epoch;
-use super::{MetaGuard, Writer, corrupt, satisfy};
+use super::{MetaGuard, Writer, corrupt, data_file, satisfy};
 use crate::address::HostRange;
 use crate::error::Result;
 use crate::storage::Provision;
@@ -54,7 +54,7 @@ pub fn tidy(driver: &Qcow2Driver, writer: &Writer) {
 pub fn join_runs(freed: &mut Vec<Freed>) {
     freed.sort_unstable_by_key(|run| run.first);
     freed.dedup_by(|next, run| {
-        let joins = run.metadata == next.metadata && run.first.0 + run.len == next.first.0;
+        let joins = run.content == next.content && run.first.0 + run.len == next.first.0;
         if joins {
             run.len += next.len;
         }
@@ -122,6 +122,9 @@ fn run(driver: &Qcow2Driver, writer: &Writer, when: When, mut meta: MetaGuard<'_
 
 /// The part of a run that its first refcount block describes, and the rest.
 fn split_by_block(writer: &Writer, run: Freed) -> (Freed, Option<Freed>) {
+    if run.content == Content::DataFile {
+        return data_file::split(run);
+    }
     let entries = writer.lock().allocator.refcounts.block_entries();
     let len = (entries - run.first.0 % entries).min(run.len);
     let rest = Freed { first: HostIndex(run.first.0 + len), len: run.len - len, ..run };
@@ -130,6 +133,10 @@ fn split_by_block(writer: &Writer, run: Freed) -> (Freed, Option<Freed>) {
 
 /// Takes one off the refcount of every cluster of the run. All of it happens or nothing.
 fn let_go(driver: &Qcow2Driver, writer: &Writer, run: Freed, when: When) -> Result<()> {
+    if run.content == Content::DataFile {
+        data_file::let_go(driver, writer, run, when);
+        return Ok(());
+    }
     let last = loop {
         let counted = count_down(writer, run);
         match counted {
@@ -168,7 +175,7 @@ fn count_down(
         if allocator.refcounts.get(index)? == 0 {
             return Err(Need::Fault("a cluster in use has refcount 0"));
         }
-        if !run.metadata && allocator.map.kind(index).is_some() {
+        if run.content == Content::Data && allocator.map.kind(index).is_some() {
             return Err(Need::Fault("an L2 entry pointed into metadata"));
         }
     }

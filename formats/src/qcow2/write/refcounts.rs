@@ -110,11 +110,6 @@ impl Refcounts {
         self.blocks.contains_key(&block)
     }
 
-    /// Whether the block is in memory, and all its refcounts are 0.
-    pub fn is_zero(&self, block: BlockIndex) -> bool {
-        self.blocks.get(&block).is_some_and(|block| block.bytes.iter().all(|byte| *byte == 0))
-    }
-
     /// Puts a block into memory that was read from the file, unless it is there.
     pub fn insert(&mut self, block: BlockIndex, bytes: Vec<u8>) {
         let made = || Block { bytes: bytes.into_boxed_slice(), dirty: 0..0, held: false };
@@ -129,6 +124,16 @@ impl Refcounts {
         self.dirty_blocks.insert(block);
         if let Some(entry) = self.table.get_mut(block.0) {
             *entry = at.0;
+            self.dirty_entries.insert(block.0);
+        }
+    }
+
+    /// Takes the block out of the table, and its refcounts with it.
+    pub fn forget(&mut self, block: BlockIndex) {
+        self.blocks.remove(&block);
+        self.dirty_blocks.remove(&block);
+        if let Some(entry) = self.table.get_mut(block.0) {
+            *entry = 0;
             self.dirty_entries.insert(block.0);
         }
     }
@@ -151,7 +156,7 @@ impl Refcounts {
             return Ok(0);
         }
         let block = self.blocks.get(&number).ok_or(Need::Block(number))?;
-        Ok(self.read(block, index.0 % self.block_entries()))
+        Ok(count_in(&block.bytes, self.bits, index.0 % self.block_entries()))
     }
 
     /// Sets the refcount of a cluster whose block is in memory.
@@ -259,15 +264,16 @@ impl Refcounts {
             self.blocks.retain(|index, block| block.held || !block.dirty.is_empty() || kept == Some(*index));
         }
     }
+}
 
-    fn read(&self, block: &Block, at: u64) -> u64 {
-        let bits = u64::from(self.bits);
-        let from = usize::try_from(at * bits / 8).unwrap_or(usize::MAX);
-        let width = usize::try_from(bits.div_ceil(8)).unwrap_or(1);
-        let field = block.bytes.get(from..).and_then(|rest| rest.get(..width)).unwrap_or_default();
-        let value = field.iter().fold(0u64, |value, byte| value << 8 | u64::from(*byte));
-        if bits < 8 { value >> ((at * bits) % 8) & (u64::MAX >> (64 - bits)) } else { value }
-    }
+/// Refcount number `at` of a block with refcounts of `bits` bits.
+pub fn count_in(block: &[u8], bits: u32, at: u64) -> u64 {
+    let bits = u64::from(bits);
+    let from = usize::try_from(at * bits / 8).unwrap_or(usize::MAX);
+    let width = usize::try_from(bits.div_ceil(8)).unwrap_or(1);
+    let field = block.get(from..).and_then(|rest| rest.get(..width)).unwrap_or_default();
+    let value = field.iter().fold(0u64, |value, byte| value << 8 | u64::from(*byte));
+    if bits < 8 { value >> ((at * bits) % 8) & (u64::MAX >> (64 - bits)) } else { value }
 }
 
 #[cfg(test)]

@@ -56,6 +56,23 @@ impl RunSet {
         true
     }
 
+    /// Takes a cluster out of the set; returns whether it was there.
+    pub fn remove(&mut self, index: HostIndex) -> bool {
+        let run = self.runs.range(..=index.0).next_back().map(|(start, len)| (*start, *len));
+        let Some((start, len)) = run.filter(|(start, len)| index.0 < start + len) else { return false };
+        match index.0 - start {
+            0 => self.runs.remove(&start),
+            before => self.runs.insert(start, before),
+        };
+        // One run may become two: the limit is for what is put in.
+        let behind = start + len - index.0 - 1;
+        if behind > 0 {
+            self.runs.insert(index.0 + 1, behind);
+        }
+        self.len -= 1;
+        true
+    }
+
     /// Takes the first cluster out of the set.
     pub fn pop(&mut self) -> Option<HostIndex> {
         let (start, len) = self.runs.pop_first()?;
@@ -100,6 +117,18 @@ mod tests {
         let all: Vec<u64> = std::iter::from_fn(|| set.pop()).map(|index| index.0).collect();
         assert_eq!(all, (10..=20).chain([30]).collect::<Vec<_>>());
         assert_eq!(set.len(), 0);
+    }
+
+    #[test]
+    fn what_is_removed_is_gone_and_nothing_else() {
+        let mut set = RunSet::default();
+        assert!(set.insert(HostIndex(10), 5));
+        for (index, there) in [(9, false), (15, false), (12, true), (12, false), (10, true), (14, true)] {
+            assert_eq!(set.remove(HostIndex(index)), there, "{index}");
+        }
+        assert_eq!(set.len(), 2);
+        let left: Vec<u64> = std::iter::from_fn(|| set.pop()).map(|index| index.0).collect();
+        assert_eq!(left, [11, 13]);
     }
 
     #[test]

@@ -8,9 +8,10 @@ use super::super::map::{self, Layer, LayerRun};
 use super::super::tables::{SliceKey, TableSlice};
 use super::super::types::{GuestCluster, HostCluster, L2Entry, SliceNumber};
 use super::allocator::Need;
-use super::meta::{Claim, Extent};
+use super::meta::{Claim, Content, Extent};
 use super::metadata_map::Kind;
-use super::{MetaGuard, Writer, begin_changes, check_changing, closed, commit, corrupt, prepare, satisfy};
+use super::{MetaGuard, Writer, begin_changes, check_changing, closed, commit, corrupt, data_file};
+use super::{prepare, satisfy};
 use crate::address::{GuestRange, HostOffset};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::storage_error;
@@ -89,11 +90,11 @@ fn step(
         drop(meta);
         return Err(corrupt(driver, writer, what));
     }
-    if let Some(host) = geometry.overwritable(raw) {
+    if let Some(host) = geometry.overwritable(raw, cluster) {
         return Ok(Step::InPlace(host));
     }
     if reads_zero_without_cluster(driver, cluster, entry) {
-        match meta.allocator.allocate_zeroed() {
+        match meta.allocate_zeroed(geometry, cluster) {
             Ok(Some(host)) => {
                 meta.set_entry(driver, slice, cluster, geometry.encode_owned(host));
                 return Ok(Step::InPlace(host));
@@ -105,12 +106,12 @@ fn step(
         }
     }
     let (host, allocated, zeroed) = match entry {
-        L2Entry::Zero { host: Some(host) } if geometry.is_owned(raw) => (host, false, false),
+        L2Entry::Zero { host: Some(host) } if geometry.is_sole(raw) => (host, false, false),
         L2Entry::Unallocated
         | L2Entry::Zero { .. }
         | L2Entry::Data { .. }
         | L2Entry::Compressed(_)
-        | L2Entry::Split { .. } => match meta.allocator.allocate() {
+        | L2Entry::Split { .. } => match meta.allocate(geometry, cluster) {
             Ok(handed) => (handed.host, true, handed.zeroed),
             Err(need) => return Ok(Step::Need(need)),
         },
@@ -155,7 +156,8 @@ fn copy(driver: &Qcow2Driver, claim: ClaimGuard, old: L2Entry, offset: u64, buf:
         write_data(driver, host.start(), buf)?;
         return claim.publish(driver);
     }
-    if claim.is_zeroed() && rest_is_zero(driver, old, offset, buf.len() as u64)? {
+    let perhaps = claim.is_zeroed() || geometry.is_external();
+    if perhaps && rest_is_zero(driver, old, offset, buf.len() as u64)? && claim.finds_zeroes(driver)? {
         write_data(driver, host.at(within), buf)?;
         return claim.publish(driver);
     }
@@ -171,8 +173,15 @@ fn copy(driver: &Qcow2Driver, claim: ClaimGuard, old: L2Entry, offset: u64, buf:
     let there = driver.disk_end().saturating_sub(tail_at).min(tail.len() as u64);
     let there = usize::try_from(there).unwrap_or(0);
     read_old(driver, old, tail_at, tail.get_mut(..there).unwrap_or_default())?;
-    write_data(driver, host.start(), &bytes)?;
+    let end = part_on_disk(driver, start, geometry.cluster_len());
+    write_data(driver, host.start(), bytes.get(..usize::try_from(end).unwrap_or(0)).unwrap_or_default())?;
     claim.publish(driver)
+}
+
+/// How many of the `len` bytes of clusters from the guest's `start` on have a place in the file: a data file
+/// ends with the disk, which may end inside of its last cluster.
+pub fn part_on_disk(driver: &Qcow2Driver, start: u64, len: u64) -> u64 {
+    if driver.geometry().is_external() { len.min(driver.disk_end().saturating_sub(start)) } else { len }
 }
 
 /// Whether the cluster reads as zeroes where a write of `len` bytes at `offset` does not reach.
@@ -243,7 +252,7 @@ pub fn own_table(driver: &Qcow2Driver, writer: &Writer, offset: u64) -> Result<(
             meta.mark(number, &slice, Extent::Body);
         }
         if let Some(old) = old {
-            meta.free(geometry.host_index(old.start()), 1, true);
+            meta.free(geometry.host_index(old.start()), 1, Content::Metadata);
         }
         meta.set_l1(driver, index, geometry.encode_owned(host));
         return Ok(());
@@ -315,9 +324,19 @@ impl ClaimGuard {
         claim.map(|claim| claim.host).ok_or_else(|| Error::new(ErrorKind::Failed, "a claim has ended"))
     }
 
-    /// Whether it reads as zeroes there.
+    /// Whether it is known to read as zeroes there.
     fn is_zeroed(&self) -> bool {
         self.claim.as_ref().is_some_and(|claim| claim.zeroed)
+    }
+
+    /// Whether it reads as zeroes there, which a data file may have to be asked for.
+    fn finds_zeroes(&self, driver: &Qcow2Driver) -> Result<bool> {
+        match &self.claim {
+            Some(claim) if !claim.zeroed && driver.geometry().is_external() => {
+                data_file::is_hole(driver, &self.writer, &claim.slice, claim.cluster)
+            }
+            Some(_) | None => Ok(self.is_zeroed()),
+        }
     }
 
     /// Maps the cluster.

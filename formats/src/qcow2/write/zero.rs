@@ -5,15 +5,16 @@
 use super::super::driver::Qcow2Driver;
 use super::super::map;
 use super::super::tables::{SliceKey, TableSlice};
-use super::super::types::{GuestCluster, HostCluster, L2Entry};
+use super::super::types::{DataFile, GuestCluster, HostCluster, L2Entry};
 use super::meta::Meta;
 use super::slow::{self, reads_zero_without_cluster, whole_clusters};
 use super::{Writer, begin_changes, check_changing, commit, corrupt, provide};
-use crate::address::GuestRange;
+use crate::address::{GuestRange, HostOffset, HostRange};
 use crate::driver::ZeroRequest;
 use crate::error::{Error, ErrorKind, Result};
+use crate::mover::storage_error;
 use crate::plan::MapMode;
-use crate::storage::Provision;
+use crate::storage::{Durability, Provision};
 use crate::sync::Arc;
 
 /// Bytes of zeroes that are written at a time. Our choice.
@@ -43,6 +44,9 @@ pub fn write_zeroes(
     request: ZeroRequest,
 ) -> Result<()> {
     begin_changes(driver, writer)?;
+    if zeroes_data_file(driver) && request.provision != Provision::Allocate {
+        return zero_data_file(driver, range, request);
+    }
     let whole = whole_clusters(driver, range);
     if request.fast && !is_fast(driver, range, whole, request.provision)? {
         let what = "zeroing this range takes writing zeroes";
@@ -73,7 +77,7 @@ pub fn try_write_zeroes(
     };
     // Version 2 has no zeroes but those of a disk that has nothing there: a matter for who may write some.
     let whole = whole_clusters(driver, range);
-    if !driver.geometry().zero_flag() || whole.len() != range.len() {
+    if zeroes_data_file(driver) || !driver.geometry().zero_flag() || whole.len() != range.len() {
         return Ok(false);
     }
     try_change_clusters(driver, writer, whole, goal)
@@ -84,6 +88,9 @@ pub fn try_discard(driver: &Qcow2Driver, writer: &Writer, range: GuestRange) -> 
     if !writer.options.discard {
         return Ok(true);
     }
+    if zeroes_data_file(driver) {
+        return Ok(false);
+    }
     try_change_clusters(driver, writer, whole_clusters(driver, range), Goal::Discard)
 }
 
@@ -93,7 +100,38 @@ pub fn discard(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) ->
         return Ok(());
     }
     begin_changes(driver, writer)?;
+    if zeroes_data_file(driver) {
+        return discard_data_file(driver, whole_clusters(driver, range));
+    }
     change_clusters(driver, writer, whole_clusters(driver, range), Goal::Discard)
+}
+
+/// Whether zeroes have to be in the data file, too: whoever reads a raw one without the image has to see
+/// what the guest sees. Then its entries stay as they are, and there is nothing that a crash could part.
+fn zeroes_data_file(driver: &Qcow2Driver) -> bool {
+    driver.geometry().data_file() == DataFile::ExternalRaw
+}
+
+fn zero_data_file(driver: &Qcow2Driver, range: GuestRange, request: ZeroRequest) -> Result<()> {
+    let storage = driver.data_storage();
+    let at = HostOffset(range.offset());
+    let host = HostRange::new(at, range.len()).unwrap_or_default();
+    storage.zero(host, request.provision, request.fast).map_err(|e| {
+        if request.fast && e.raw_os_error() == Some(libc::EOPNOTSUPP) {
+            let what = "the data file cannot be zeroed there without writing zeroes";
+            return Error::new(ErrorKind::WouldBeSlow, what).with_path(&storage.facts().path);
+        }
+        storage_error(storage, "cannot zero", at, e)
+    })
+}
+
+/// Zeroes, where the data file takes them without being written: a discard may leave old content on a device.
+fn discard_data_file(driver: &Qcow2Driver, range: GuestRange) -> Result<()> {
+    let request = ZeroRequest { provision: Provision::Unmap, fast: true, durability: Durability::Later };
+    match zero_data_file(driver, range, request) {
+        Err(error) if error.kind() == ErrorKind::WouldBeSlow => Ok(()),
+        outcome => outcome,
+    }
 }
 
 /// What of the range lies before and behind its whole clusters.
@@ -335,7 +373,7 @@ fn change_entry(
 ) -> std::result::Result<(), Stop> {
     let geometry = driver.geometry();
     let entry = slice.entry(cluster).map_err(|_| Stop::Fault("an L2 entry is bad"))?;
-    let owned = geometry.is_owned(slice.raw(geometry.index_in_slice(cluster)));
+    let owned = geometry.is_sole(slice.raw(geometry.index_in_slice(cluster)));
     let kept: Option<HostCluster> = match entry {
         L2Entry::Zero { .. } | L2Entry::Data { .. } | L2Entry::Compressed(_) if goal == Goal::Unallocated => {
             return Ok(());
