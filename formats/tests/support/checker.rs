@@ -32,12 +32,8 @@ pub struct Report {
 impl Report {
     /// Whether nothing is wrong, leaks apart.
     pub fn is_sound(&self) -> bool {
-        self.is_sound_but_for_sharing() && self.shared.is_empty()
-    }
-
-    /// Whether nothing is wrong, leaks and [`shared`](Self::shared) data apart.
-    pub fn is_sound_but_for_sharing(&self) -> bool {
-        self.corruptions.is_empty() && self.overlaps.is_empty() && !self.dirty && !self.corrupt
+        let doubly = !self.overlaps.is_empty() || !self.shared.is_empty();
+        self.corruptions.is_empty() && !doubly && !self.dirty && !self.corrupt
     }
 
     /// Whether nothing is wrong and nothing is lost.
