@@ -155,6 +155,33 @@ fn pointing(image: &Image<'_>, bytes: &[u8], host: u64) -> Vec<u8> {
     bytes
 }
 
+/// A copied flag beside offset 0 in the L1 table says nothing: there is no table, and a write makes one.
+#[test]
+fn a_flag_without_an_offset_is_no_table() {
+    for scene in Scene::all() {
+        let mut bytes = scene.image.clone();
+        let l1 = Image::parse(&scene.image).unwrap().l1_at as usize;
+        assert_eq!(scene.image.be64(l1 as u64 + 16), 0, "{}", scene.name);
+        bytes[l1 + 16] = 0x80;
+        let memory = scene.storage(&bytes);
+        let driver = scene.open(Wrapped::new(memory.clone(), NeverClosed)).unwrap();
+        let at = 140 * CLUSTER;
+        let request = nbd_img_formats::ZeroRequest {
+            provision: nbd_img_formats::Provision::Allocate,
+            fast: false,
+            durability: Durability::Later,
+        };
+        driver.write_zeroes(nbd_img_formats::GuestRange::new(at - 640, 320).unwrap(), request).unwrap();
+        driver.pwrite(at, &painted(at, CLUSTER, 1), Durability::Later).unwrap();
+        driver.close().unwrap();
+        let memory: Arc<dyn Storage> = memory;
+        let report = checker::check_storage(&*memory).unwrap();
+        assert!(report.is_clean(), "{}:\n{report}", scene.name);
+        let disk = scene.read(&&*memory).unwrap();
+        assert!(disk[at as usize..][..CLUSTER as usize] == painted(at, CLUSTER, 1), "{}", scene.name);
+    }
+}
+
 /// What an entry of the table is made to name, for which the image must not be written.
 fn damages(image: &Image<'_>, bytes: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
     let owned = bytes.to_vec();
