@@ -112,5 +112,5 @@ fn a_cluster_used_twice_is_seen() {
     }
     assert_eq!(maker::qemu_check(&bytes).0, 0);
     let report = checker::check(&bytes).unwrap();
-    assert!(report.corruptions.is_empty() && report.overlaps.len() == 1, "{report}");
+    assert!(report.corruptions.is_empty() && report.shared.len() == 1, "{report}");
 }

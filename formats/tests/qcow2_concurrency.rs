@@ -5,7 +5,7 @@
 //! storage is poisoned.
 //!
 //! Under `RUSTFLAGS="--cfg shuttle" cargo test -p nbd-img-formats --test qcow2_concurrency` the scenarios
-//! of `shuttle_scenarios.rs` run instead, under every interleaving that shuttle chooses:
+//! of `shuttle_scenarios.rs` and `shuttle_durability.rs` run instead, under every interleaving that shuttle chooses:
 //! `NBD_IMG_SCHEDULES` says how many of each.
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are not told apart from a program's code.
@@ -15,6 +15,10 @@ mod support;
 #[cfg(shuttle)]
 #[path = "qcow2_support/shuttle_scenarios.rs"]
 mod shuttle_scenarios;
+
+#[cfg(shuttle)]
+#[path = "qcow2_support/shuttle_durability.rs"]
+mod shuttle_durability;
 
 #[cfg(not(shuttle))]
 mod threads {

@@ -11,7 +11,9 @@ use nbd_img_formats::qcow2::WriteOptions;
 use nbd_img_formats::storage::MemoryStorage;
 use nbd_img_formats::sync::Arc;
 use nbd_img_formats::{BlockDriver, Durability, ErrorKind, HostOffset, Storage};
+use support::image::{COPIED, Image};
 use support::scene::open_over;
+use support::wrapped::{NeverClosed, Wrapped};
 
 /// A storage with an image of version 3 that has one L1 entry, with these bytes of the header and the file set.
 fn image(
@@ -58,6 +60,57 @@ fn refcounts_of_clusters_that_cannot_be_are_of_no_use() {
             let _ = driver.close();
         });
     }
+}
+
+/// Says that the refcounts are to be rebuilt.
+const DIRTY: (u64, &[u8]) = (79, &[1]);
+
+/// What the repair of an image says that it cannot rebuild.
+fn refused(storage: Arc<MemoryStorage>) -> String {
+    let opened = bounded("repair", || open_over(storage, None, Some(WriteOptions::default()), 0));
+    let error = opened.err().unwrap();
+    assert!(matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported), "{error}");
+    error.to_string()
+}
+
+/// A million entries of the L1 table lead to one L2 table: it is read once, and counted a million times.
+#[test]
+fn a_table_that_is_led_to_often_is_walked_once() {
+    let cluster = 64u64 << 10;
+    let (l1, entries) = (2 * cluster, 1u64 << 20);
+    let l2 = l1 + entries * 8;
+    let l1_table: Vec<u8> = (0..entries).flat_map(|_| l2.to_be_bytes()).collect();
+    let l2_table = (l2 + cluster).to_be_bytes();
+    let size = (entries as u32).to_be_bytes();
+    let pokes: [(u64, &[u8]); 5] =
+        [DIRTY, (36, &size), (l1, &l1_table), (l2, &l2_table), (l2 + 2 * cluster - 1, &[0])];
+    let text = refused(image(16, 4, 1, &pokes));
+    assert!(text.contains("more often than can be counted"), "{text}");
+    let storage = image(16, 6, 1, &pokes);
+    let storage = Wrapped::new(storage, NeverClosed);
+    let driver = bounded("repair", || open_over(storage.clone(), None, Some(WriteOptions::default()), 0));
+    let driver = driver.unwrap();
+    driver.pwrite(0, &[1; 512], Durability::Later).unwrap();
+    driver.close().unwrap();
+    let bytes: &dyn Storage = &*storage;
+    let image = Image::parse(&bytes).unwrap();
+    assert_eq!(image.refcount(l2 / cluster), entries - 1, "one of them has its own table now");
+    assert_eq!(image.refcount(l2 / cluster + 1), entries - 1, "and its own data");
+}
+
+/// Entries that are spread over petabytes cost neither counters nor refcount blocks for what is between them: behind the
+/// end of the file they make no sense, and a file that reaches there is longer than any that is rebuilt.
+#[test]
+fn what_tables_name_far_away_is_not_counted_at_any_price() {
+    let cluster = 2u64 << 20;
+    let (l1, l2) = (2 * cluster, 3 * cluster);
+    let l1_table = (l2 | COPIED).to_be_bytes();
+    let l2_table: Vec<u8> = (1..70_000u64).flat_map(|number| (number << 36).to_be_bytes()).collect();
+    let mut pokes = vec![DIRTY, (l1, &l1_table[..]), (l2, &l2_table), (l2 + cluster - 1, &[0])];
+    let text = refused(image(21, 6, 1, &pokes));
+    assert!(text.contains("outside of the file"), "{text}");
+    pokes.push((70_000 << 36, &[0]));
+    refused(image(21, 6, 1, &pokes));
 }
 
 /// Two thousand snapshots that claim the longest L1 tables, each elsewhere, in an image of 200 KiB.

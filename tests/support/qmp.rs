@@ -1,8 +1,8 @@
 //! QEMU's programs that a test drives over QMP (one JSON object a line on a Unix socket).
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
+use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -27,22 +27,25 @@ impl Monitor {
     /// A qemu-storage-daemon in `folder`.
     pub fn storage_daemon(folder: &Path, args: &[&str]) -> Self {
         let mut command = tool("qemu-storage-daemon");
-        command.args(args).args(["--chardev", "socket,id=qmp,server=on,wait=off,path=qmp.sock"]);
-        Self::start(folder, command.args(["--monitor", "chardev=qmp"]))
+        command.args(args).args(["--chardev", "socket,id=qmp,path=qmp.sock", "--monitor", "chardev=qmp"]);
+        Self::start(folder, &mut command)
     }
 
     /// A virtual machine in `folder` that is stopped before its first instruction, without any device but those of
     /// `args`.
     pub fn stopped_machine(folder: &Path, args: &[&str]) -> Self {
-        Self::start(folder, machine(args).args(["-qmp", "unix:qmp.sock,server=on,wait=off"]))
+        Self::start(folder, machine(args).args(["-qmp", "unix:qmp.sock"]))
     }
 
+    /// The program connects to the test, never the other way round: QEMU sets its monitor up in one thread while
+    /// another one may accept already, and who comes in between is greeted twice, or not heard at all.
     fn start(folder: &Path, command: &mut Command) -> Self {
         let socket = folder.join("qmp.sock");
         let _ = fs::remove_file(&socket); // of an earlier one
+        let listener = UnixListener::bind(&socket).unwrap();
         let mut child =
             command.current_dir(folder).stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
-        let commands = connect(&socket, &mut child);
+        let commands = accept(&listener, &mut child);
         commands.set_read_timeout(Some(PATIENCE)).unwrap();
         let answers = BufReader::new(commands.try_clone().unwrap());
         let mut monitor = Self { child, commands, answers, events: Vec::new(), commands_sent: 0 };
@@ -70,10 +73,6 @@ impl Monitor {
             let line = self.line();
             if line.get("event").is_some() {
                 self.events.push(line);
-                continue;
-            }
-            // Whoever connects while the daemon sets its monitor up is greeted twice.
-            if line.get("QMP").is_some() {
                 continue;
             }
             assert_eq!(line["id"], id, "{command}: {line}");
@@ -121,12 +120,18 @@ pub fn machine(args: &[&str]) -> Command {
     command
 }
 
-fn connect(socket: &Path, child: &mut Child) -> UnixStream {
+fn accept(listener: &UnixListener, child: &mut Child) -> UnixStream {
     let begin = Instant::now();
+    listener.set_nonblocking(true).unwrap();
     loop {
-        match UnixStream::connect(socket) {
-            Ok(stream) => return stream,
-            Err(e) => assert!(begin.elapsed() < PATIENCE, "{}: {e}", socket.display()),
+        match listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false).unwrap();
+                return stream;
+            }
+            Err(e) => {
+                assert!(e.kind() == ErrorKind::WouldBlock && begin.elapsed() < PATIENCE, "no monitor: {e}");
+            }
         }
         if let Some(status) = child.try_wait().unwrap() {
             panic!("the program ended with {status}");

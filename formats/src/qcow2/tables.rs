@@ -98,7 +98,9 @@ impl L1Table {
             let len = L1_CHUNK_LEN.min(usize::try_from(table_len - done).unwrap_or(L1_CHUNK_LEN));
             let part = chunk.get_mut(..len).unwrap_or_default();
             read_exact(storage, HostOffset(location.at.0 + done), part)?;
-            entries.extend(words_of(part).map(AtomicU64::new));
+            // Offset 0 is no table, whatever the flag beside it says (specification).
+            let known = |raw| if geometry.decode_l1(raw) == Ok(None) { 0 } else { raw };
+            entries.extend(words_of(part).map(|raw| AtomicU64::new(known(raw))));
             done += len as u64;
         }
         Ok(L1Table { entries: entries.into_boxed_slice(), geometry })

@@ -16,39 +16,44 @@ use crate::support::scene::{self, CLUSTER, Scene};
 use crate::support::units::painted;
 use crate::support::wrapped::{NeverClosed, Wrapped};
 
-const LATER: Durability = Durability::Later;
+pub const LATER: Durability = Durability::Later;
 
 fn schedules() -> usize {
     std::env::var("NBD_IMG_SCHEDULES").map_or(300, |text| text.parse().unwrap())
 }
 
 /// A scene's image in a storage whose free space is poisoned.
-struct Stage {
-    scene: Arc<Scene>,
-    storage: Arc<dyn Storage>,
-    faults: Arc<Faults>,
-    driver: Arc<dyn BlockDriver>,
+pub struct Stage {
+    pub scene: Arc<Scene>,
+    pub storage: Arc<dyn Storage>,
+    pub faults: Arc<Faults>,
+    pub driver: Arc<dyn BlockDriver>,
 }
 
 impl Stage {
     fn new(scene: &Arc<Scene>) -> Stage {
+        Stage::over(scene, |storage| storage)
+    }
+
+    /// One whose driver has what `wrap` makes of the storage.
+    pub fn over(scene: &Arc<Scene>, wrap: impl FnOnce(Arc<dyn Storage>) -> Arc<dyn Storage>) -> Stage {
         let options = MemoryOptions { len: 0, grows: true, poisoned: true };
         let memory = MemoryStorage::with(options).unwrap();
         memory.pwrite(&scene.image, HostOffset(0), LATER).unwrap();
         let storage: Arc<dyn Storage> = Wrapped::new(memory, NeverClosed);
         let faults = Faults::new();
-        let failing = faults.attach(Arc::clone(&storage));
+        let failing = faults.attach(wrap(Arc::clone(&storage)));
         let driver = scene::open_over(failing, scene.backing_driver(), Some(Default::default()), 0).unwrap();
         Stage { scene: Arc::clone(scene), storage, faults, driver }
     }
 
-    fn spawn(&self, body: impl FnOnce(&dyn BlockDriver) + Send + 'static) -> thread::JoinHandle<()> {
+    pub fn spawn(&self, body: impl FnOnce(&dyn BlockDriver) + Send + 'static) -> thread::JoinHandle<()> {
         let driver = Arc::clone(&self.driver);
         thread::spawn(move || body(&*driver))
     }
 
     /// The image is closed and clean, and holds `content` at `at`.
-    fn finish(self, at: u64, content: &[u8]) {
+    pub fn finish(self, at: u64, content: &[u8]) {
         let mut got = vec![0; content.len()];
         self.driver.pread(at, &mut got).unwrap();
         assert!(got == content, "the driver reads something else at {at}");
@@ -69,22 +74,27 @@ fn file_of(storage: &dyn Storage) -> Vec<u8> {
     bytes
 }
 
-fn overlay() -> Arc<Scene> {
+pub fn overlay() -> Arc<Scene> {
     Arc::new(Scene::mixed("overlay", "refcount_bits=16", Some(150 * CLUSTER), true))
 }
 
-fn plain() -> Arc<Scene> {
+pub fn plain() -> Arc<Scene> {
     Arc::new(Scene::mixed("plain", "refcount_bits=64", None, true))
 }
 
 /// The scenario as often as there are schedules: half of them at random, half by priorities.
 fn explore(scene: Arc<Scene>, scenario: fn(Stage)) {
+    explore_on(scene, Stage::new, scenario);
+}
+
+/// The same on what is made of the scene.
+pub fn explore_on<S: 'static>(scene: Arc<Scene>, make: fn(&Arc<Scene>) -> S, scenario: fn(S)) {
     let again = Arc::clone(&scene);
     let half = schedules().div_ceil(2);
     let random = Runner::new(RandomScheduler::new(half), config());
-    random.run(move || scenario(Stage::new(&scene)));
+    random.run(move || scenario(make(&scene)));
     let priorities = Runner::new(PctScheduler::new(3, half), config());
-    priorities.run(move || scenario(Stage::new(&again)));
+    priorities.run(move || scenario(make(&again)));
 }
 
 fn config() -> Config {
@@ -94,13 +104,13 @@ fn config() -> Config {
     config
 }
 
-fn join<const N: usize>(threads: [thread::JoinHandle<()>; N]) {
+pub fn join<const N: usize>(threads: [thread::JoinHandle<()>; N]) {
     for thread in threads {
         thread.join().unwrap();
     }
 }
 
-fn write(driver: &dyn BlockDriver, at: u64, len: u64, writer: u32) {
+pub fn write(driver: &dyn BlockDriver, at: u64, len: u64, writer: u32) {
     driver.pwrite(at, &painted(at, len, writer), LATER).unwrap();
 }
 

@@ -1,6 +1,6 @@
 //! Our own `qemu-img check`: counts the references to every cluster of a qcow2 image and compares.
 //!
-//! What QEMU calls a corruption is one here; `overlaps` are wrong too, but QEMU does not look for them
+//! What QEMU calls a corruption is one here; `overlaps` and `shared` are wrong too, but QEMU does not look for them
 //! as long as the refcounts agree. Proven against `qemu-img check` in `qcow2_checker.rs`.
 
 use std::fmt;
@@ -14,8 +14,11 @@ use super::image::{Bytes, COPIED, Entry, Image, L1_RESERVED, L2_RESERVED, OFFSET
 pub struct Report {
     /// What makes the image wrong: one text each.
     pub corruptions: Vec<String>,
-    /// Clusters that are used for two things of which one is metadata, or twice in the active disk.
+    /// Clusters that are used for two things of which one is metadata.
     pub overlaps: Vec<String>,
+    /// Clusters that hold data twice in the active disk, or blobs and other data. Counted right they do no harm,
+    /// but nobody makes them on purpose.
+    pub shared: Vec<String>,
     /// Clusters inside the file that are counted and not used.
     pub leaks: Vec<u64>,
     /// Clusters behind the end of the file that are counted and not used. QEMU does not look there.
@@ -29,12 +32,18 @@ pub struct Report {
 impl Report {
     /// Whether nothing is wrong, leaks apart.
     pub fn is_sound(&self) -> bool {
-        self.corruptions.is_empty() && self.overlaps.is_empty() && !self.dirty && !self.corrupt
+        let doubly = !self.overlaps.is_empty() || !self.shared.is_empty();
+        self.corruptions.is_empty() && !doubly && !self.dirty && !self.corrupt
     }
 
     /// Whether nothing is wrong and nothing is lost.
     pub fn is_clean(&self) -> bool {
-        self.is_sound() && self.leaks.is_empty() && self.leaks_behind_end.is_empty()
+        self.is_sound() && self.has_no_leaks()
+    }
+
+    /// Whether nothing is lost.
+    pub fn has_no_leaks(&self) -> bool {
+        self.leaks.is_empty() && self.leaks_behind_end.is_empty()
     }
 
     /// What `qemu-img check` exits with.
@@ -49,11 +58,12 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for text in self.corruptions.iter().chain(&self.overlaps).take(20) {
+        for text in self.corruptions.iter().chain(&self.overlaps).chain(&self.shared).take(20) {
             writeln!(f, "  {text}")?;
         }
         let (corruptions, overlaps) = (self.corruptions.len(), self.overlaps.len());
-        write!(f, "  {corruptions} corruptions, {overlaps} overlaps, leaks {:x?}", self.leaks)?;
+        write!(f, "  {corruptions} corruptions, {overlaps} overlaps, {} shared", self.shared.len())?;
+        write!(f, ", leaks {:x?}", self.leaks)?;
         write!(f, ", behind the end {:x?}, dirty {}", self.leaks_behind_end, self.dirty)?;
         write!(f, ", corrupt {}", self.corrupt)
     }
@@ -255,12 +265,15 @@ impl<'a, 'b> Walk<'a, 'b> {
                 Kind::Data => &mut used.data,
                 Kind::Blob => &mut used.blobs,
             } += 1;
-            if used.overlaps() {
-                let at = cluster * cluster_len;
-                self.report
-                    .overlaps
-                    .push(format!("{what}: the cluster at {at:#x} is used for something else"));
-            }
+            let list = match (used.overlaps(), used.metadata + used.l2) {
+                (false, _) => continue,
+                (true, 0) => &mut self.report.shared,
+                (true, _) => &mut self.report.overlaps,
+            };
+            list.push(format!(
+                "{what}: the cluster at {:#x} is used for something else",
+                cluster * cluster_len
+            ));
         }
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! The first two bytes choose compression, cluster length and how many sectors the entry claims; the rest is the
 //! blob, at the end of the file. What the driver decompresses has to be what the tests' own reader
-//! does; like QEMU it refuses more: windows that are too large, and streams that go wrong behind the cluster's end.
+//! does. It refuses more, as QEMU does: windows that are too large, and streams that do not end with the cluster and go
+//! wrong behind it. No writer makes either; bytes behind a stream that has ended are never looked at.
 
 use nbd_img_formats::storage::MemoryStorage;
 use nbd_img_formats::sync::Arc;

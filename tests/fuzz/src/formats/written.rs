@@ -22,7 +22,7 @@ use super::damage::damaged;
 use super::open::{How, bytes_of, open};
 use super::small::{Shape, content};
 use crate::support::checker::{self, Report};
-use crate::support::image::{Bytes, Image, OFFSET_MASK};
+use crate::support::image::{Bytes, COPIED, Image};
 use crate::support::reader::{Disk, read_disk};
 use crate::support::session;
 
@@ -90,17 +90,12 @@ fn look_at(bytes: &Vec<u8>, backing: &[u8]) -> Option<Judged> {
     if !small || bytes.be64(24) > 1 << 20 {
         return None;
     }
+    let bytes = &without_flags_of_nothing(bytes)?;
     let image = Image::parse(bytes).ok()?;
     let backing = if bytes.be64(8) == 0 || bytes.be32(16) == 0 { &[] } else { backing };
     let large = |entries: u64| entries > 256;
-    // The checker takes an L1 entry with a flag and no offset for a table at 0, as QEMU's does; to the driver it
-    // is none.
-    let odd =
-        |at, entries| bytes.table(at, entries).iter().any(|entry| *entry != 0 && entry & OFFSET_MASK == 0);
     if image.incompatible & NOT_JUDGED != 0
         || image.snapshots.iter().any(|snapshot| large(snapshot.l1_entries) || snapshot.size > 1 << 20)
-        || odd(image.l1_at, image.l1_entries)
-        || image.snapshots.iter().any(|snapshot| odd(snapshot.l1_at, snapshot.l1_entries))
         || image.bitmaps.iter().any(|bitmap| large(bitmap.table_entries))
     {
         return None;
@@ -111,6 +106,25 @@ fn look_at(bytes: &Vec<u8>, backing: &[u8]) -> Option<Judged> {
     let snapshots: std::result::Result<_, _> =
         snapshots.map(|number| read_disk(bytes, Disk::Snapshot(number), backing)).collect();
     Some(Judged { content, snapshots: snapshots.ok()?, report })
+}
+
+/// The image without L1 entries of a copied flag and nothing else. Offset 0 is no table by the format, and neither to
+/// the driver nor to QEMU's; QEMU's check, which the tests' own follows, takes them for a table at 0.
+fn without_flags_of_nothing(bytes: &Vec<u8>) -> Option<Vec<u8>> {
+    let image = Image::parse(bytes).ok()?;
+    let mut changed = bytes.clone();
+    let snapshots = image.snapshots.iter().map(|snapshot| (snapshot.l1_at, snapshot.l1_entries.min(256)));
+    for (at, entries) in snapshots.chain([(image.l1_at, image.l1_entries)]) {
+        for (index, entry) in bytes.table(at, entries).into_iter().enumerate() {
+            let at = usize::try_from(at).ok()?.saturating_add(index * 8);
+            if entry == COPIED
+                && let Some(word) = changed.get_mut(at..at.saturating_add(8))
+            {
+                word.fill(0);
+            }
+        }
+    }
+    Some(changed)
 }
 
 /// An image that is written, and what is known of it.
@@ -166,18 +180,20 @@ impl Written {
             false => judged,
             true => {
                 let repaired = self.look_at();
-                // Data that two entries lead to is counted twice by then and copied before it is written; data
-                // behind the end of the file reads as zeroes.
+                // By the format two entries may lead to one cluster of data if it is counted twice, and nobody knows
+                // whose it was: so it stays, and who writes copies it first. It cannot be judged any further, for when
+                // one of them has gone the other lacks its copied flag, which does no harm, but is wrong to any check.
+                // Data in an L2 table is counted twice, too: QEMU's check, which the repair follows, sees nothing
+                // wrong with it, and nothing is ever written there.
                 if let Some(Judged { report, .. }) = &repaired {
-                    let harmless = |text: &String| text.contains("outside of the file");
-                    let sound = report.corruptions.iter().all(harmless) && !report.dirty;
+                    let sound = report.corruptions.is_empty() && !report.dirty && !report.corrupt;
                     assert!(sound, "a repair has left this behind:\n{report}");
                 }
                 repaired.filter(|judged| judged.report.is_sound())
             }
         };
         if let Some(judged) = judged {
-            self.clean = judged.report.is_clean();
+            self.clean = judged.report.has_no_leaks();
             self.snapshots = judged.snapshots;
             self.model = Some(judged.content);
         }
@@ -345,15 +361,18 @@ impl Written {
         drop(driver);
         self.expect(closed);
         let Some(model) = &self.model else { return };
-        // A leaked cluster far behind the end makes the file long, and the refcount table with it.
+        // New clusters come behind the last one that is counted. Where damage has counted one far behind the end, the
+        // file becomes long and the refcount table with it (up to what the format's readers allow, which then is
+        // its end); that is more than can be looked at here.
         let large = bytes_of(&self.storage).is_none_or(|bytes| bytes.be32(56) > REFCOUNT_TABLE_CLUSTERS_MAX);
         if large {
             self.model = None;
             return;
         }
         let judged = self.look_at().expect("a sound image cannot be looked at after its close");
-        assert!(judged.report.is_sound(), "after the close:\n{}", judged.report);
-        assert!(!self.clean || judged.report.is_clean(), "after the close:\n{}", judged.report);
+        let report = &judged.report;
+        assert!(report.is_sound(), "after the close:\n{report}");
+        assert!(!self.clean || report.has_no_leaks(), "after the close:\n{report}");
         assert!(judged.content == *model, "the image holds something else after its close");
         assert!(judged.snapshots == self.snapshots, "a snapshot has changed");
     }
