@@ -80,6 +80,18 @@ fn short_sequences_with_a_data_file() {
     explore_all("short sequences, data file", &scenes, &steps::sequences(), states() * 2 / 10, None);
 }
 
+/// The same with subclusters.
+#[test]
+fn short_sequences_with_subclusters() {
+    let scenes = Scene::with_subclusters();
+    explore_all("short sequences, subclusters", &scenes, &steps::sequences(), states() * 2 / 10, None);
+}
+
+#[test]
+fn long_sequences_with_subclusters() {
+    explore_long("long sequences, subclusters", &Scene::with_subclusters(), states() / 10);
+}
+
 #[test]
 fn long_sequences() {
     explore_long("long sequences", &Scene::all(), states() * 2 / 10);

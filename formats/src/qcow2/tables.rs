@@ -9,7 +9,7 @@
 
 use super::flight::Flights;
 use super::header::TableLocation;
-use super::types::{EntryFault, Geometry, GuestCluster, HostCluster, L2Entry, SliceNumber};
+use super::types::{EntryFault, EntryWords, Geometry, GuestCluster, HostCluster, L2Entry, SliceNumber};
 use crate::address::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::read_exact;
@@ -214,16 +214,48 @@ impl TableSlice {
         self.holds.fetch_sub(1, Ordering::Release);
     }
 
+    /// Index of the first word of the cluster's entry.
+    pub fn first_word(&self, cluster: GuestCluster) -> usize {
+        self.geometry.index_in_slice(cluster).saturating_mul(self.geometry.entry_words())
+    }
+
+    /// The entry of `cluster` as it stands. Both words of an entry are of the same moment, or of a change that
+    /// is between them: see [`set_entry`](Self::set_entry).
+    pub fn entry_words(&self, cluster: GuestCluster) -> EntryWords {
+        let first = self.first_word(cluster);
+        if !self.geometry.extended_l2() {
+            return EntryWords { raw: self.raw(first), bitmap: 0 };
+        }
+        loop {
+            let (raw, bitmap) = (self.raw(first), self.raw(first + 1));
+            if self.raw(first) == raw {
+                return EntryWords { raw, bitmap };
+            }
+        }
+    }
+
     /// The entry of `cluster`, checked.
     pub fn entry(&self, cluster: GuestCluster) -> std::result::Result<L2Entry, EntryFault> {
-        let words = self.geometry.entry_words();
-        let first = self.geometry.index_in_slice(cluster).saturating_mul(words);
-        let raw = self.raw(first);
-        let bitmap = match words {
-            2 => self.raw(first + 1),
-            _ => 0,
-        };
+        let EntryWords { raw, bitmap } = self.entry_words(cluster);
         self.geometry.decode_l2(raw, bitmap, cluster)
+    }
+
+    /// Changes the entry of `cluster`, under the conditions of [`set`](Self::set). Who looks in between sees
+    /// the old state: a cluster comes before the subclusters in it, and goes after them. Only those of a
+    /// compressed one come before it, as they mean nothing there.
+    pub fn set_entry(&self, cluster: GuestCluster, entry: EntryWords, commit: u64) {
+        let first = self.first_word(cluster);
+        if !self.geometry.extended_l2() {
+            return self.set(first, entry.raw, commit);
+        }
+        let cluster_first = entry.raw != 0 && !self.geometry.is_compressed(self.raw(first));
+        if cluster_first {
+            self.set(first, entry.raw, commit);
+        }
+        self.set(first + 1, entry.bitmap, commit);
+        if !cluster_first {
+            self.set(first, entry.raw, commit);
+        }
     }
 }
 

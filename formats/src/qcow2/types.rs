@@ -116,6 +116,19 @@ pub enum Subcluster {
     Data,
 }
 
+/// Every subcluster of a cluster, and the one unit of a cluster that has none.
+pub const ALL_UNITS: u32 = u32::MAX;
+
+/// An L2 entry as it stands in its table: the word of its cluster, and that of its subclusters, 0 where there
+/// are none.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct EntryWords {
+    /// The cluster.
+    pub raw: u64,
+    /// The subclusters.
+    pub bitmap: u64,
+}
+
 /// A checked L2 entry.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum L2Entry {
@@ -180,6 +193,22 @@ impl Geometry {
     /// Bytes in an L2 entry.
     fn entry_len_bits(self) -> u32 {
         if self.extended_l2 { 4 } else { 3 }
+    }
+
+    /// Bytes of a cluster that have a state of their own: a subcluster, or all of it.
+    pub fn unit_len(self) -> u64 {
+        if self.extended_l2 { self.subcluster_len() } else { self.cluster_len() }
+    }
+
+    /// The units that `len` bytes from `within` a cluster on touch, which do not reach out of it.
+    pub fn units(self, within: u64, len: u64) -> u32 {
+        if !self.extended_l2 || len == 0 {
+            return ALL_UNITS;
+        }
+        let first = within / self.unit_len();
+        let last = (within + len - 1) / self.unit_len();
+        let count = (last + 1 - first).min(u64::from(SUBCLUSTERS));
+        u32::try_from(((1u64 << count) - 1) << first & u64::from(ALL_UNITS)).unwrap_or(ALL_UNITS)
     }
 
     /// Words of 64 bits in an L2 entry.
@@ -252,9 +281,9 @@ impl Geometry {
         self.offset_in_cluster(offset) == 0
     }
 
-    /// Whether standard L2 entries have the zero flag.
-    pub fn zero_flag(self) -> bool {
-        self.zero_flag
+    /// Whether an entry can say that what it stands for reads as zeroes: not in version 2.
+    pub fn can_zero(self) -> bool {
+        self.zero_flag || self.extended_l2
     }
 
     /// The offset of the host cluster with this number.
@@ -280,16 +309,48 @@ impl Geometry {
         host.0 | L2_COPIED
     }
 
-    /// The L2 entry for zeroes, with the cluster that is kept for them. Only where there is a zero flag.
-    pub fn encode_zero(self, host: Option<HostCluster>) -> u64 {
-        L2_ZERO | host.map_or(0, |host| host.0 | L2_COPIED)
+    /// The L2 entry for zeroes, with the cluster that is kept for them. Only where entries
+    /// [can](Self::can_zero).
+    pub fn encode_zero(self, host: Option<HostCluster>) -> EntryWords {
+        let raw = host.map_or(0, |host| self.encode_owned(host));
+        match self.extended_l2 {
+            true => EntryWords { raw, bitmap: Subclusters { allocated: 0, zero: ALL_UNITS }.encode() },
+            false => EntryWords { raw: raw | L2_ZERO, bitmap: 0 },
+        }
     }
 
-    /// The cluster of the L2 entry of `cluster` that may be overwritten in place: plain data that nothing
-    /// else refers to.
-    pub fn overwritable(self, raw: u64, cluster: GuestCluster) -> Option<HostCluster> {
+    /// The L2 entry for data in `host`, which nothing else refers to: of these units, and of those that
+    /// `old` has there. The others are what they were.
+    pub fn encode_mapped(self, old: L2Entry, host: HostCluster, units: u32) -> EntryWords {
+        let raw = self.encode_owned(host);
+        if !self.extended_l2 {
+            return EntryWords { raw, bitmap: 0 };
+        }
+        let (kept, zero) = match old {
+            L2Entry::Split { host: old_host, subclusters } => {
+                let kept = if old_host == Some(host) { subclusters.allocated } else { 0 };
+                (kept, subclusters.zero)
+            }
+            L2Entry::Unallocated | L2Entry::Zero { .. } | L2Entry::Data { .. } | L2Entry::Compressed(_) => {
+                (0, 0)
+            }
+        };
+        let subclusters = Subclusters { allocated: kept | units, zero: zero & !units };
+        EntryWords { raw, bitmap: subclusters.encode() }
+    }
+
+    /// The cluster of the L2 entry of `cluster` in which these units may be overwritten in place: plain data
+    /// that nothing else refers to.
+    pub fn overwritable(self, entry: EntryWords, cluster: GuestCluster, units: u32) -> Option<HostCluster> {
+        let EntryWords { raw, bitmap } = entry;
         if raw & (L2_RESERVED | L2_ZERO | L2_COMPRESSED) != 0 || !self.is_sole(raw) {
             return None;
+        }
+        if self.extended_l2 {
+            let subclusters = Subclusters::decode(bitmap, true).ok()?;
+            if subclusters.allocated & units != units {
+                return None;
+            }
         }
         let host = self.data_cluster(raw).ok().flatten()?;
         (!self.is_external() || host == self.place_of(cluster)).then_some(host)
@@ -309,6 +370,11 @@ impl Geometry {
     pub fn host_of(self, raw: u64) -> Option<HostOffset> {
         let offset = raw & OFFSET_MASK;
         (raw & L2_COMPRESSED == 0 && offset != 0).then_some(HostOffset(offset))
+    }
+
+    /// Whether an L2 entry is that of a compressed cluster.
+    pub fn is_compressed(self, raw: u64) -> bool {
+        raw & L2_COMPRESSED != 0
     }
 
     /// Whether an L1 or L2 entry says that nothing else refers to its cluster.
@@ -405,7 +471,33 @@ impl HostCluster {
     }
 }
 
+impl EntryWords {
+    /// Neither a cluster nor zeroes.
+    pub const NONE: EntryWords = EntryWords { raw: 0, bitmap: 0 };
+}
+
 impl Subclusters {
+    /// Those that are data.
+    pub fn allocated(self) -> u32 {
+        self.allocated
+    }
+
+    /// Those that are zeroes.
+    pub fn zero(self) -> u32 {
+        self.zero
+    }
+
+    /// The same with these as zeroes.
+    #[must_use]
+    pub fn with_zeroes(self, units: u32) -> Self {
+        Subclusters { allocated: self.allocated & !units, zero: self.zero | units }
+    }
+
+    /// As it stands in a table (specification: allocated in the lower half).
+    pub fn encode(self) -> u64 {
+        u64::from(self.zero) << SUBCLUSTERS | u64::from(self.allocated)
+    }
+
     fn decode(bitmap: u64, has_cluster: bool) -> Result<Self, EntryFault> {
         let [b0, b1, b2, b3, b4, b5, b6, b7] = bitmap.to_le_bytes();
         let allocated = u32::from_le_bytes([b0, b1, b2, b3]);

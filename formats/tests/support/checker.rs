@@ -7,7 +7,9 @@ use std::fmt;
 
 use nbd_img_formats::Storage;
 
-use super::image::{Bytes, COPIED, Entry, Image, L1_RESERVED, L2_RESERVED, OFFSET_MASK, TABLE_RESERVED};
+use super::image::{
+    Bytes, COPIED, Entry, Image, L1_RESERVED, L2_RESERVED, OFFSET_MASK, TABLE_RESERVED, ZERO,
+};
 
 /// What a check has found. Offsets are those of clusters in the file.
 #[derive(Default, Debug)]
@@ -164,7 +166,28 @@ impl<'a, 'b> Walk<'a, 'b> {
         }
     }
 
+    /// Subclusters are data or zeroes or neither, and data only where there is a cluster.
+    fn subclusters(&mut self, name: &str, at: u64) {
+        let entries = self.image.l2_table(at).into_iter().zip(self.image.l2_bitmaps(at));
+        for (index, (entry, bitmap)) in entries.enumerate() {
+            let (data, zero) = (bitmap as u32, (bitmap >> 32) as u32);
+            let bad = match self.image.decode(entry) {
+                Entry::Compressed { .. } => bitmap != 0,
+                Entry::Data { .. } => data & zero != 0 || entry & ZERO != 0,
+                Entry::Unallocated | Entry::Zero { .. } => data != 0 || entry & ZERO != 0,
+            };
+            if bad {
+                let what =
+                    format!("{name}: entry {index} of {at:#x}, {entry:#x}, has subclusters {bitmap:#x}");
+                self.report.corruptions.push(what);
+            }
+        }
+    }
+
     fn l2_table(&mut self, name: &str, at: u64, kind: Kind) {
+        if self.image.has_subclusters() {
+            self.subclusters(name, at);
+        }
         for (index, entry) in self.image.l2_table(at).into_iter().enumerate() {
             if entry == 0 {
                 continue;

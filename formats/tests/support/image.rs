@@ -241,6 +241,16 @@ impl<'a> Image<'a> {
         self.bytes.table(at, self.cluster_len() / 8).into_iter().step_by(step).collect()
     }
 
+    /// Whether entries have the state of subclusters.
+    pub fn has_subclusters(&self) -> bool {
+        self.incompatible & INCOMPATIBLE_EXTENDED_L2 != 0
+    }
+
+    /// The second halves of extended L2 entries.
+    pub fn l2_bitmaps(&self, at: u64) -> Vec<u64> {
+        self.bytes.table(at, self.cluster_len() / 8).into_iter().skip(1).step_by(2).collect()
+    }
+
     /// What a raw L2 entry says. Reserved bits are ignored.
     pub fn decode(&self, entry: u64) -> Entry {
         let host = entry & OFFSET_MASK;

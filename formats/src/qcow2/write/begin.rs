@@ -38,9 +38,6 @@ pub fn check(header: &Header, snapshot: Option<&str>, has_backing: bool) -> Resu
     if header.extensions.bitmaps.is_some_and(|bitmaps| bitmaps.count > 0) {
         return unsupported("persistent dirty bitmaps");
     }
-    if header.geometry.extended_l2() {
-        return unsupported("extended L2 entries (subclusters)");
-    }
     if header.geometry.is_external() && header.snapshots.entries > 0 {
         return unsupported("an external data file and internal snapshots");
     }
