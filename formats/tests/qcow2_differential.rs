@@ -50,7 +50,7 @@ const fn kind(options: &'static str, cluster: u64, backing: bool, share: u64) ->
     Kind { options, cluster, backing, share }
 }
 
-const KINDS: [Kind; 20] = [
+const KINDS: [Kind; 24] = [
     kind("cluster_size=512", 512, false, 9),
     kind("cluster_size=512,refcount_bits=64", 512, true, 10),
     kind("cluster_size=512,refcount_bits=2", 512, true, 7),
@@ -62,10 +62,14 @@ const KINDS: [Kind; 20] = [
     kind("cluster_size=4k,refcount_bits=1", 4096, true, 7),
     kind("cluster_size=4k,compression_type=zstd", 4096, true, 7),
     kind("cluster_size=4k,compat=v2", 4096, false, 7),
-    kind("cluster_size=512,data_file=DATA", 512, true, 5),
-    kind("cluster_size=4k,data_file=DATA", 4096, false, 4),
-    kind("cluster_size=512,data_file=DATA,data_file_raw=on", 512, false, 4),
-    kind("cluster_size=64k,data_file=DATA,data_file_raw=on", 65536, false, 2),
+    kind("cluster_size=512,data_file=DATA", 512, true, 3),
+    kind("cluster_size=4k,data_file=DATA", 4096, false, 2),
+    kind("cluster_size=512,data_file=DATA,data_file_raw=on", 512, false, 2),
+    kind("cluster_size=64k,data_file=DATA,data_file_raw=on", 65536, false, 1),
+    kind("cluster_size=16k,extended_l2=on", 16384, false, 2),
+    kind("cluster_size=16k,extended_l2=on,refcount_bits=1", 16384, true, 3),
+    kind("cluster_size=64k,extended_l2=on", 65536, true, 1),
+    kind("cluster_size=16k,extended_l2=on,data_file=DATA", 16384, true, 1),
     kind("cluster_size=8k,lazy_refcounts=on", 8192, true, 3),
     kind("cluster_size=16k", 16384, true, 3),
     kind("cluster_size=64k,lazy_refcounts=on", 65536, true, 2),

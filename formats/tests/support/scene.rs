@@ -280,6 +280,12 @@ impl Scene {
         }
     }
 
+    /// Bytes that one L2 table maps: all of the disk where there are subclusters.
+    pub fn table_span(&self) -> u64 {
+        let image = Image::parse(&self.image).unwrap();
+        image.l2_entries() * image.cluster_len()
+    }
+
     /// Its files.
     pub fn files(&self) -> Files {
         Files { image: self.image.clone(), data: self.data.clone() }
