@@ -24,7 +24,8 @@ fn tls_forgets_what_was_agreed_in_plain_text() {
         MODERN,
         &[option(8, b""), option(10, &meta_data("disk", &["base:allocation"])), option(5, b""), go("disk")],
     );
-    let mut negotiation = Negotiation::new(NegotiationConfig { tls: TlsMode::Optional, tls_up: false });
+    let mut negotiation =
+        Negotiation::new(NegotiationConfig { tls: TlsMode::Optional, tls_up: false, oldstyle: false });
     let mut out = Vec::new();
     negotiation.greeting(&mut out);
     let step = negotiation.step(&input, &exports, &mut out);
@@ -102,7 +103,8 @@ fn one_export_may_need_tls() {
 #[test]
 fn tls_from_the_first_byte_needs_no_starttls() {
     let exports = Exports::new();
-    let mut negotiation = Negotiation::new(NegotiationConfig { tls: TlsMode::Required, tls_up: true });
+    let mut negotiation =
+        Negotiation::new(NegotiationConfig { tls: TlsMode::Required, tls_up: true, oldstyle: false });
     let mut out = Vec::new();
     negotiation.greeting(&mut out);
     let step = negotiation.step(&client(MODERN, &[option(5, b""), go("disk")]), &exports, &mut out);

@@ -87,7 +87,7 @@ pub enum StatusQuery<'a> {
     Allocation,
     /// How deep in the backing chain each run lies.
     Depth,
-    /// Which runs the named dirty bitmap has set.
+    /// Which runs the named dirty bitmap has set; it was [offered](BlockDriver::offer_bitmap) before.
     Bitmap(&'a str),
 }
 
@@ -186,6 +186,13 @@ pub trait BlockDriver: Send + Sync {
 
     /// Does what may be done after a request was answered. Cheap when there is nothing.
     fn tidy(&self) {}
+
+    /// Makes sure that [`StatusQuery::Bitmap`] of this name will be answered, by this image or the first one
+    /// below that has such a bitmap. `false`: none has. Fails if what it has does not tell what is dirty.
+    fn offer_bitmap(&self, name: &str) -> Result<bool> {
+        let _ = name;
+        Ok(false)
+    }
 
     /// Asks for the range to be brought into memory. A hint: it returns before that has happened.
     fn cache(&self, range: GuestRange) -> Result<()>;

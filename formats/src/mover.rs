@@ -198,9 +198,10 @@ fn status_of(piece: &Piece, query: StatusQuery<'_>) -> Result<Status> {
             Place::Zero { allocated } => Status::Allocation { hole: !allocated, zero: true },
             Place::Data { .. } | Place::Slow(_) => Status::Allocation { hole: false, zero: false },
         }),
-        StatusQuery::Bitmap(name) => {
-            Err(Error::new(ErrorKind::InvalidInput, format!("there is no bitmap '{}'", name.escape_debug())))
-        }
+        StatusQuery::Bitmap(name) => Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("no bitmap '{}' was offered", name.escape_debug()),
+        )),
     }
 }
 

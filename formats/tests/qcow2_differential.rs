@@ -1,5 +1,5 @@
 //! The same operations on the qcow2 driver and on QEMU: the same data, the same block status, and each one
-//! opens the other's image and goes on with it.
+//! opens the other's image and goes on with it. Two more readers look at what the driver wrote.
 //!
 //! QEMU is one storage daemon for all scripts, which is given each image and driven over NBD; the driver
 //! runs in the test. `NBD_IMG_SCRIPTS` says how many scripts, `NBD_IMG_MODEL_SEED` which: a seed that is
@@ -9,6 +9,8 @@
 
 #[path = "differential_support/daemon.rs"]
 mod daemon;
+#[path = "differential_support/readers.rs"]
+mod readers;
 mod support;
 
 /// The root package's client of NBD and its way of driving QEMU.
@@ -186,19 +188,22 @@ impl Operation {
 struct Pair {
     folder: tempfile::TempDir,
     kind: &'static Kind,
+    /// How large the disk of the backing file is.
+    base_len: Option<u64>,
 }
 
 impl Pair {
     fn new(kind: &'static Kind, random: &mut Random) -> Pair {
-        let pair = Pair { folder: tempfile::tempdir_in("/dev/shm").unwrap(), kind };
+        let mut pair = Pair { folder: tempfile::tempdir_in("/dev/shm").unwrap(), kind, base_len: None };
         let size = kind.size();
         let mut options = kind.options.replace("DATA", text(&pair.data(START)));
         if kind.backing {
-            let base = pair.folder.path().join("base.qcow2");
-            let base_size = (size / 2 + random.below(size)).next_multiple_of(512).max(100 << 10).to_string();
-            let path = text(&base);
+            let base = pair.base();
+            let base_len = (size / 2 + random.below(size)).next_multiple_of(512).max(100 << 10);
+            pair.base_len = Some(base_len);
+            let (path, disk_len) = (text(&base), base_len.to_string());
             let small = "cluster_size=4k";
-            maker::run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", small, path, &base_size]);
+            maker::run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", small, path, &disk_len]);
             maker::run("qemu-io", &["-f", "qcow2", "-c", &format!("write -q -P 77 8k {}", size / 3), path]);
             options += ",backing_fmt=qcow2,backing_file=base.qcow2";
         }
@@ -220,6 +225,10 @@ impl Pair {
             maker::run("qemu-img", &["snapshot", "-c", "snap", path]);
         }
         pair
+    }
+
+    fn base(&self) -> PathBuf {
+        self.folder.path().join("base.qcow2")
     }
 
     fn start(&self) -> PathBuf {
@@ -390,6 +399,7 @@ fn run(daemon: &mut Daemon, pairs: &mut [Option<Pair>], seed: u64, number: u64) 
     let [_, ours] = carry_out(&first, &pair.ours());
     pair.compare(&theirs, &ours, &said);
     pair.check(with_check, &said);
+    readers::assert_read(pair, &pair.ours(), &ours.content, &said);
     // Each finds what the other one has left, and goes on with it.
     let said = (kind.options, number, &first, &second);
     let [found, by_qemu] = daemon.carry_out(&second, &pair.ours());
@@ -398,6 +408,7 @@ fn run(daemon: &mut Daemon, pairs: &mut [Option<Pair>], seed: u64, number: u64) 
     found.assert_is(&theirs, &said);
     pair.compare(&by_qemu, &by_driver, &said);
     pair.check(with_check, &said);
+    readers::assert_read(pair, &pair.theirs(), &by_driver.content, &said);
     if kind.has_raw_data_file() {
         let data = std::fs::read(pair.data(THEIRS)).unwrap();
         assert!(data.starts_with(&by_driver.content), "{said:?}: the raw data file");

@@ -8,11 +8,14 @@ use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 use nbd_img_formats::Format;
 use nbd_img_formats::storage::Aio;
 
+use super::check::CheckArgs;
 use super::size;
 use super::tls::{TlsArgs, TlsCommand};
 use crate::export::{CacheMode, DetectZeroes};
+use crate::server::access::Rule;
 use crate::session::POLL_TIME_DEFAULT;
 use crate::transport::Address;
+use crate::transport::owner::Owner;
 
 /// Serves disk images (raw, qcow2) over NBD.
 #[derive(Debug, Parser)]
@@ -34,6 +37,8 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Show what an image is: format, sizes, features, backing chain, snapshots, bitmaps
     Info(InfoArgs),
+    /// Look for damage in a qcow2 image, and repair it if told to
+    Check(CheckArgs),
     /// Make certificates for TLS
     #[command(subcommand)]
     Tls(TlsCommand),
@@ -53,15 +58,26 @@ pub struct ServeArgs {
     /// One of several images: name=N,file=PATH and further keys, separated by commas (repeatable)
     ///
     /// The keys are the long names of the flags for one image: read-only, format=F, description=D,
-    /// offset=S, size=S, exact-size, cache=M, aio=M, discard=M, detect-zeroes=M, load-snapshot=S, backing=P,
-    /// allow-dir=P (several times if need be), force-share; and tls-required: only to be had and seen
-    /// under TLS. A comma inside of a value is written twice.
+    /// offset=S, size=S, exact-size, cache=M, aio=M, discard=M, detect-zeroes=M, load-snapshot=S, bitmap=N and
+    /// allow-dir=P (both several times if need be), backing=P, force-share; tls-required: only to be had and seen
+    /// under TLS; and access=RULE (several times if need be): who may use it. A comma inside of a value
+    /// is written twice.
     #[arg(long = "export", value_name = "SPEC", help_heading = "Several images")]
     pub exports: Vec<OsString>,
 
     /// Where to listen.
     #[command(flatten)]
     pub listen: ListenArgs,
+
+    /// Let these clients in, and no others: read:WHO, or write:WHO which includes reading (repeatable)
+    ///
+    /// Once there is a rule, a client that none fits sees no export. WHO is anyone; uid=N or gid=N of a process at a
+    /// Unix socket; cidr=NETWORK of a TCP connection; cid=N of a virtual machine; psk=IDENTITY; or, of the client's
+    /// certificate, tls-subject=DN, tls-dns=NAME, tls-ip=ADDRESS, tls-uri=URI or tls-email=ADDRESS. A DN is written as
+    /// QEMU's tls-authz and certtool write it: CN=backup,O=Example. An `--export` with rules of its own
+    /// (access=RULE) keeps to those alone.
+    #[arg(long, value_name = "RULE", help_heading = "Clients")]
+    pub access: Vec<Rule>,
 
     /// Who has to encrypt.
     #[command(flatten)]
@@ -126,6 +142,10 @@ pub struct ImageArgs {
     #[arg(long, value_name = "NAME|ID")]
     pub load_snapshot: Option<String>,
 
+    /// Tell clients what this dirty bitmap says, as metadata context qemu:dirty-bitmap:NAME (repeatable)
+    #[arg(long, value_name = "NAME")]
+    pub bitmap: Vec<String>,
+
     /// Use this backing file, or none, whatever the image says
     #[arg(long, value_name = "PATH|none")]
     pub backing: Option<PathBuf>,
@@ -137,6 +157,10 @@ pub struct ImageArgs {
     /// Read an image that another program writes; what is read may be inconsistent
     #[arg(long)]
     pub force_share: bool,
+
+    /// Rules of this export; a key of `--export`, since `--access` has those of an only image.
+    #[arg(skip)]
+    pub access: Vec<Rule>,
 
     /// Only to be had under TLS; a key of `--export`, since `--tls` says it for an only image.
     #[arg(skip)]
@@ -151,10 +175,33 @@ pub struct ListenArgs {
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
 
-    /// Listen here: HOST:PORT, unix:PATH, or nbds:HOST:PORT for TLS from the first byte; IPv6 addresses go in brackets, port 0 is any free one
-    /// (repeatable) [default: 127.0.0.1:10809]
-    #[arg(long, value_name = "ADDRESS")]
+    /// Listen here: HOST:PORT, unix:PATH, unix:@NAME, vsock:PORT, fd:N or stdio (repeatable)
+    /// [default: 127.0.0.1:10809]
+    ///
+    /// HOST:PORT or tcp:HOST:PORT: a host name or an address, IPv6 in brackets; port 0 is any free one.
+    /// unix:PATH: a Unix socket; unix:@NAME: one in the abstract namespace, which has no file and no permissions.
+    /// vsock:PORT, vsock:CID:PORT: for virtual machines and their host.
+    /// fd:N: a socket that the starter has opened as descriptor N; it may listen, or be connected already.
+    /// stdio: one client at stdin and stdout, a socket or two pipes, as ssh, inetd and libnbd bring it; without
+    /// another place to listen the server ends with it.
+    /// In front of each, nbds: stands for TLS from the first byte.
+    #[arg(long, value_name = "ADDRESS", verbatim_doc_comment)]
     pub listen: Vec<Address>,
+
+    /// Mode of the files of Unix sockets, in octal [default: 777 without the umask]
+    #[arg(long, value_name = "MODE", value_parser = parse_mode)]
+    pub socket_mode: Option<u32>,
+
+    /// Owner of the files of Unix sockets: USER, USER:GROUP or :GROUP
+    #[arg(long, value_name = "OWNER")]
+    pub socket_owner: Option<Owner>,
+
+    /// Speak the oldstyle negotiation, for clients that know nothing else: one export, without a name, without TLS
+    ///
+    /// Each client is told the size and gets the export at once, so it counts for --max-connections
+    /// from its first moment.
+    #[arg(long)]
+    pub oldstyle: bool,
 
     /// Allow listening where other machines can connect, without encryption
     #[arg(long)]
@@ -167,6 +214,11 @@ pub struct ListenArgs {
     /// Seconds that a client has for choosing an export
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = parse_seconds)]
     pub handshake_timeout: Duration,
+
+    /// Seconds that a TCP client may leave replies or the kernel's questions unanswered; 0 leaves it to the
+    /// kernel
+    #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = parse_seconds)]
+    pub peer_timeout: Duration,
 
     /// Microseconds to wait for the next request without sleeping, where that pays: auto, off, or at
     /// most so many
@@ -329,6 +381,14 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// Permission bits only: sockets have no use for the others.
+fn parse_mode(text: &str) -> Result<u32, String> {
+    match u32::from_str_radix(text, 8) {
+        Ok(mode) if mode <= 0o777 => Ok(mode),
+        Ok(_) | Err(_) => Err("expected permissions in octal from 0 to 777, as in 660".to_owned()),
+    }
+}
+
 fn parse_poll(text: &str) -> Result<Duration, String> {
     match text {
         "auto" => Ok(POLL_TIME_DEFAULT),
@@ -358,6 +418,15 @@ mod tests {
         assert_eq!(parse_poll("20"), Ok(Duration::from_micros(20)));
         for text in ["", "on", "-1", "1001", "20us"] {
             assert!(parse_poll(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn modes() {
+        assert_eq!(parse_mode("660"), Ok(0o660));
+        assert_eq!(parse_mode("0600"), Ok(0o600));
+        for text in ["", "rw", "888", "1777", "-1"] {
+            assert!(parse_mode(text).is_err(), "{text}");
         }
     }
 

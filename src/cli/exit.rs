@@ -16,6 +16,12 @@ pub enum ExitStatus {
     /// `serve` ended, but an image could not be flushed and closed in time or at all: what clients
     /// wrote and did not flush may be lost.
     NotFlushed,
+    /// `check` has found corruptions (the number that qemu-img gives, as for the next two).
+    Corruptions,
+    /// `check` has found leaks and nothing worse.
+    Leaks,
+    /// `check` does not know this format.
+    NotSupported,
     /// `serve` was told a second time to end and did so at once; images may not be flushed.
     Forced,
 }
@@ -29,6 +35,9 @@ impl ExitStatus {
             ExitStatus::Usage => 2,
             ExitStatus::NotFlushed => 3,
             ExitStatus::Forced => 4,
+            ExitStatus::Corruptions => 2,
+            ExitStatus::Leaks => 3,
+            ExitStatus::NotSupported => 63,
         }
     }
 }

@@ -20,7 +20,11 @@ pub struct ParsedExport {
 
 /// The keys, for error texts.
 const KEYS: &str = "name, file, read-only, format, description, offset, size, exact-size, cache, aio, \
-                    discard, detect-zeroes, load-snapshot, backing, allow-dir, force-share, tls-required";
+                    discard, detect-zeroes, load-snapshot, bitmap, backing, allow-dir, force-share, tls-required, \
+                    access";
+
+/// Keys that may come more than once.
+const REPEATABLE: [&[u8]; 3] = [b"allow-dir", b"bitmap", b"access"];
 
 /// Parses the argument of one `--export`.
 pub fn parse(text: &OsStr) -> Result<ParsedExport, String> {
@@ -33,7 +37,7 @@ pub fn parse(text: &OsStr) -> Result<ParsedExport, String> {
             Some(at) => (&field[..at], Some(OsStr::from_bytes(&field[at + 1..]))),
             None => (field.as_slice(), None),
         };
-        if key != b"allow-dir" && seen.iter().any(|other| other == key) {
+        if !REPEATABLE.contains(&key) && seen.iter().any(|other| other == key) {
             return Err(wrong(format!("{} is given twice", lossy(key))));
         }
         seen.push(key.to_vec());
@@ -83,7 +87,12 @@ fn set(image: &mut ImageArgs, key: &[u8], value: Option<&OsStr>) -> Result<(), S
         b"size" => image.size = Some(size::parse(&needed_text(key, value)?)?),
         b"load-snapshot" => image.load_snapshot = Some(needed_text(key, value)?),
         b"backing" => image.backing = Some(needed(key, value)?.into()),
+        b"bitmap" => image.bitmap.push(needed_text(key, value)?),
         b"allow-dir" => image.allow_dir.push(needed(key, value)?.into()),
+        b"access" => {
+            let rule = needed_text(key, value)?;
+            image.access.push(rule.parse().map_err(|why| format!("access={}: {why}", rule.escape_debug()))?);
+        }
         b"" => return Err("a field is empty; a comma inside of a value is written twice".to_owned()),
         unknown => return Err(format!("{} is not a key; the keys are {KEYS}", lossy(unknown))),
     }
@@ -136,7 +145,7 @@ mod tests {
         let got = parsed(
             "name=a,file=/x/y,read-only,format=qcow2,description=two words,offset=1K,size=2M,exact-size=off,\
              cache=directsync,aio=io_uring,discard=ignore,detect-zeroes=unmap,load-snapshot=s,backing=none,allow-dir=/a,\
-             allow-dir=/b,force-share=on",
+             allow-dir=/b,force-share=on,bitmap=x,bitmap=y,access=read:uid=1,access=write:tls-subject=CN=a,,O=b",
         );
         assert_eq!(got.path, PathBuf::from("/x/y"));
         let image = got.image;
@@ -151,6 +160,9 @@ mod tests {
         assert_eq!(image.load_snapshot.as_deref(), Some("s"));
         assert_eq!(image.backing, Some(PathBuf::from("none")));
         assert_eq!(image.allow_dir, [PathBuf::from("/a"), PathBuf::from("/b")]);
+        assert_eq!(image.bitmap, ["x", "y"]);
+        let rules = ["read:uid=1", "write:tls-subject=CN=a,O=b"].map(|rule| rule.parse().unwrap());
+        assert_eq!(image.access, rules);
     }
 
     #[test]
@@ -179,6 +191,7 @@ mod tests {
             ("name=a,file=x,read-only=yes", "on or off"),
             ("name=a,file=x,format=vmdk", "format=vmdk is not one of raw, qcow2, mmap-raw"),
             ("name=a,file=x,size=big", "is not a size"),
+            ("name=a,file=x,access=uid=1", "access=uid=1: a rule begins with"),
             ("name=a,file=x,", "a field is empty"),
             ("", "a field is empty"),
         ] {

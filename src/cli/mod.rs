@@ -4,15 +4,18 @@
 //! printed in one place, here, and end the process with one of [`ExitStatus`].
 
 mod args;
+mod check;
 mod exit;
 mod export_spec;
 mod info;
 mod logging;
 mod options;
+mod progress;
 mod size;
 mod tls;
 mod tls_init;
 
+use std::ffi::OsString;
 use std::fmt;
 use std::io::{self, Write};
 
@@ -28,7 +31,7 @@ pub use exit::ExitStatus;
 pub fn run() -> ExitStatus {
     let args = match args::Args::try_parse() {
         Ok(args) => args,
-        Err(error) => return refuse_usage(&error),
+        Err(error) => return refuse_usage(&error, &std::env::args_os().skip(1).collect::<Vec<_>>()),
     };
     match run_command(args) {
         Ok(status) => status,
@@ -45,7 +48,7 @@ fn run_command(args: args::Args) -> Result<ExitStatus, Error> {
     match args.command {
         args::Command::Serve(serve) => {
             let options = options::serve(*serve).map_err(Error::Usage)?;
-            let inherited = server::Inherited::take(options.ready_fd).map_err(Error::Server)?;
+            let inherited = server::Inherited::take(&options).map_err(Error::Server)?;
             logging::start(verbose, inherited.is_captive());
             Ok(server::run(options, inherited).map_err(Error::Server)?.into())
         }
@@ -53,6 +56,10 @@ fn run_command(args: args::Args) -> Result<ExitStatus, Error> {
             logging::start(verbose, true);
             info::run(&options::info(info).map_err(Error::Usage)?)?;
             Ok(ExitStatus::Success)
+        }
+        args::Command::Check(check) => {
+            logging::start(verbose, true);
+            check::run(&check)
         }
         args::Command::Tls(tls::TlsCommand::Init(init)) => {
             tls_init::run(&init).map_err(Error::Certificates)?;
@@ -62,10 +69,16 @@ fn run_command(args: args::Args) -> Result<ExitStatus, Error> {
 }
 
 /// clap's own errors, which are also how it gives out `--help` and `--version`.
-fn refuse_usage(error: &clap::Error) -> ExitStatus {
+fn refuse_usage(error: &clap::Error, args: &[OsString]) -> ExitStatus {
     // As above: a closed stdout or stderr leaves nobody to tell.
     let _ = error.print();
-    if error.use_stderr() { ExitStatus::Usage } else { ExitStatus::Success }
+    let command = args.iter().find(|arg| !arg.as_encoded_bytes().starts_with(b"-"));
+    match error.use_stderr() {
+        false => ExitStatus::Success,
+        // To whoever reads the status of a check, 2 says that the image is damaged.
+        true if command.is_some_and(|command| command == "check") => ExitStatus::Failed,
+        true => ExitStatus::Usage,
+    }
 }
 
 /// What ends a command.

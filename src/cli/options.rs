@@ -10,11 +10,16 @@ use super::args::{DiscardArg, ImageArgs, InfoArgs, ListenArgs, ServeArgs};
 use super::{export_spec, tls};
 use crate::export::ExportSpec;
 use crate::server::ServeOptions;
+use crate::server::access::AccessRules;
 use crate::session::Times;
-use crate::transport::Address;
+use crate::transport::unix::FileAccess;
+use crate::transport::{Address, Place};
 
 /// Longest string of the protocol in bytes (NBD protocol, "Values").
 const PROTOCOL_STRING_MAX_LEN: usize = 4096;
+
+/// Longest name of a dirty bitmap in bytes (QEMU's limit).
+const BITMAP_NAME_MAX_LEN: usize = 1023;
 
 /// What `nbd-img info` is asked.
 pub struct InfoOptions {
@@ -30,22 +35,32 @@ pub struct InfoOptions {
 pub fn serve(mut args: ServeArgs) -> Result<ServeOptions, String> {
     let listen_is_given = args.listen.socket.is_some() || !args.listen.listen.is_empty();
     let tls_args = std::mem::take(&mut args.tls);
+    let general = std::mem::take(&mut args.access);
+    let mut access = AccessRules { general, ..AccessRules::default() };
     let options = ServeOptions {
         addresses: addresses(&args.listen),
         listen_is_given,
+        socket_access: socket_access(&args.listen)?,
+        oldstyle: args.listen.oldstyle,
         tls: None,
         allow_plaintext: args.listen.allow_plaintext,
         max_connections: args.listen.max_connections,
         handshake_timeout: args.listen.handshake_timeout,
+        peer_timeout: args.listen.peer_timeout,
         times: Times { poll: args.listen.poll, ..Times::default() },
         exit_last: args.life.exit_last,
         pid_file: args.life.pid_file.clone(),
         ready_fd: args.life.ready_fd,
         drain_timeout: args.life.drain_timeout,
-        exports: exports(args)?,
+        exports: exports(args, &mut access)?,
+        access: AccessRules::default(),
     };
     let exports_need_it = options.exports.iter().any(|export| export.tls_required);
-    Ok(ServeOptions { tls: tls::options(tls_args, exports_need_it)?, ..options })
+    let tls = tls::options(tls_args, exports_need_it)?;
+    tls::check_access(&access, tls.as_ref())?;
+    let options = ServeOptions { tls, access, ..options };
+    check_oldstyle(&options)?;
+    Ok(options)
 }
 
 /// Checks the arguments of `nbd-img info`.
@@ -62,7 +77,7 @@ pub fn info(args: InfoArgs) -> Result<InfoOptions, String> {
 
 /// Where to listen when the starter has passed no sockets.
 fn addresses(args: &ListenArgs) -> Vec<Address> {
-    let unix = args.socket.iter().cloned().map(Address::Unix);
+    let unix = args.socket.iter().cloned().map(|path| Place::Unix(path).into());
     let mut all: Vec<Address> = Vec::new();
     for address in unix.chain(args.listen.iter().cloned()) {
         if !all.contains(&address) {
@@ -75,8 +90,44 @@ fn addresses(args: &ListenArgs) -> Vec<Address> {
     all
 }
 
+/// Mode and owner of Unix sockets, of which there has to be one.
+fn socket_access(args: &ListenArgs) -> Result<FileAccess, String> {
+    let flag = match (args.socket_mode, args.socket_owner) {
+        (Some(_), _) => "--socket-mode",
+        (None, Some(_)) => "--socket-owner",
+        (None, None) => return Ok(FileAccess::default()),
+    };
+    let has_file = |address: &Address| matches!(address.place, Place::Unix(_));
+    if !addresses(args).iter().any(has_file) {
+        return Err(format!(
+            "{flag} is for the files of Unix sockets: add --socket PATH or --listen unix:PATH"
+        ));
+    }
+    Ok(FileAccess { mode: args.socket_mode, owner: args.socket_owner })
+}
+
+/// The oldstyle negotiation has neither names nor a way to ask for TLS.
+fn check_oldstyle(options: &ServeOptions) -> Result<(), String> {
+    if !options.oldstyle {
+        return Ok(());
+    }
+    if options.exports.len() > 1 {
+        return Err(format!(
+            "--oldstyle has no names by which clients could choose among {} exports: serve one",
+            options.exports.len()
+        ));
+    }
+    if options.tls.is_some() {
+        return Err("--oldstyle and --tls cannot be used together: clients have no way to ask for TLS; add --tls off, \
+                    or leave out --oldstyle"
+            .to_owned());
+    }
+    Ok(())
+}
+
 /// The exports: the one IMAGE with its flags, or all `--export`, or both if the IMAGE has no flags.
-fn exports(args: ServeArgs) -> Result<Vec<ExportSpec>, String> {
+/// Puts the rules of each into `access`.
+fn exports(args: ServeArgs, access: &mut AccessRules) -> Result<Vec<ExportSpec>, String> {
     let mut exports = Vec::new();
     match (args.images.as_slice(), args.exports.is_empty()) {
         ([], true) => {
@@ -97,8 +148,13 @@ fn exports(args: ServeArgs) -> Result<Vec<ExportSpec>, String> {
         }
     }
     for spec in &args.exports {
-        let parsed = export_spec::parse(spec)?;
-        exports.push(export(parsed.path, parsed.image)?);
+        let mut parsed = export_spec::parse(spec)?;
+        let own = std::mem::take(&mut parsed.image.access);
+        let export = export(parsed.path, parsed.image)?;
+        if !own.is_empty() {
+            access.own.insert(export.name.clone(), own);
+        }
+        exports.push(export);
     }
     let mut names = HashSet::new();
     match exports.iter().find(|export| !names.insert(export.name.as_str())) {
@@ -122,6 +178,7 @@ fn refuse_flags(image: &ImageArgs) -> Result<(), String> {
         ("--discard", image.discard.is_some()),
         ("--detect-zeroes", image.detect_zeroes.is_some()),
         ("--load-snapshot", image.load_snapshot.is_some()),
+        ("--bitmap", !image.bitmap.is_empty()),
         ("--backing", image.backing.is_some()),
         ("--allow-dir", !image.allow_dir.is_empty()),
         ("--force-share", image.force_share),
@@ -165,6 +222,7 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
         tls_required: image.tls_required,
         cache,
         aio: image.aio.map(Into::into).unwrap_or_default(),
+        bitmaps: bitmaps(image.bitmap).map_err(|text| about(&text))?,
         detect_zeroes: image.detect_zeroes.map(Into::into).unwrap_or_default(),
         open: OpenOptions {
             format,
@@ -182,6 +240,16 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
         return Err(about("mmap-raw reads through the page cache; use --cache writeback or writethrough"));
     }
     Ok(spec)
+}
+
+/// Every bitmap once; its context's name must be a string of the protocol.
+fn bitmaps(names: Vec<String>) -> Result<Vec<String>, String> {
+    let mut seen = HashSet::new();
+    let wrong = |name: &&String| name.is_empty() || name.len() > BITMAP_NAME_MAX_LEN || name.contains('\0');
+    match names.iter().find(wrong) {
+        Some(name) => Err(format!("--bitmap {name:?} cannot be the name of a bitmap")),
+        None => Ok(names.into_iter().filter(|name| seen.insert(name.clone())).collect()),
+    }
 }
 
 fn backing(arg: Option<PathBuf>) -> Backing {
@@ -250,11 +318,31 @@ mod tests {
     }
 
     #[test]
+    fn an_export_keeps_to_its_own_rules() {
+        let options = options(&[
+            "a.img",
+            "--access",
+            "read:uid=1",
+            "--access",
+            "write:cidr=10.0.0.0/8",
+            "--export",
+            "name=b,file=b.img,access=read:anyone",
+            "--export",
+            "name=c,file=c.img",
+        ])
+        .unwrap();
+        let rules = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<_>>();
+        assert_eq!(options.access.general, rules(&["read:uid=1", "write:cidr=10.0.0.0/8"]));
+        assert_eq!(options.access.own.len(), 1);
+        assert_eq!(options.access.own["b"], rules(&["read:anyone"]));
+    }
+
+    #[test]
     fn a_socket_replaces_the_default_address() {
         let options =
             options(&["a.img", "--socket", "s", "--listen", "unix:s", "--listen", "[::1]:0"]).unwrap();
-        let tcp = Address::Tcp { host: "::1".into(), port: 0, tls_first: false };
-        assert_eq!(options.addresses, [Address::Unix("s".into()), tcp]);
+        let tcp = Place::Tcp { host: "::1".into(), port: 0 };
+        assert_eq!(options.addresses, [Place::Unix("s".into()).into(), tcp.into()]);
     }
 
     #[test]
@@ -275,6 +363,12 @@ mod tests {
             (vec!["a", "--force-share"], "add --read-only"),
             (vec!["a", "--format", "mmap-raw", "--cache", "none"], "page cache"),
             (vec!["a", "-x", &long], "4096 bytes"),
+            (vec!["a", "--access", "read:tls-dns=a"], "no client is asked for a certificate"),
+            (vec!["a", "--socket-mode", "600"], "--socket-mode is for"),
+            (vec!["a", "--socket-owner", "0", "--listen", "unix:@s"], "--socket-owner is for"),
+            (vec!["a", "--export", "name=b,file=b", "--oldstyle"], "--oldstyle has no names"),
+            (vec!["a", "--oldstyle", "--tls-dir", "d"], "--oldstyle and --tls cannot"),
+            (vec!["a", "--oldstyle", "--tls", "optional", "--tls-dir", "d"], "--oldstyle and --tls cannot"),
         ] {
             let error = options(&line).err().unwrap_or_default();
             assert!(error.contains(hint), "{line:?}: {error}");

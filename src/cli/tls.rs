@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 
 use crate::nbd::negotiate::TlsMode;
-use crate::server::tls::{TlsFiles, TlsOptions};
+use crate::server::access::{AccessRules, Who};
+use crate::server::tls::{TlsFiles, TlsOptions, TlsSource};
 
 /// Flags about TLS.
 #[derive(Debug, Default, clap::Args)]
@@ -32,7 +33,16 @@ pub struct TlsArgs {
     #[arg(long, value_name = "FILE", requires = "tls_ca")]
     pub tls_crl: Option<PathBuf>,
 
-    /// Whether clients have to use TLS [default: required if there are certificates, else off]
+    /// Offer TLS with the pre-shared keys of this file instead of certificates: lines of IDENTITY:HEXKEY, as psktool of
+    /// GnuTLS writes them. Needs OpenSSL 3 on this machine
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with_all = ["tls_dir", "tls_cert", "tls_key", "tls_ca", "tls_crl", "tls_verify_peer"]
+    )]
+    pub tls_psk: Option<PathBuf>,
+
+    /// Whether clients have to use TLS [default: required if there are certificates or keys, else off]
     #[arg(long, value_name = "MODE")]
     pub tls: Option<TlsArg>,
 
@@ -97,22 +107,15 @@ pub struct TlsInitArgs {
 pub fn options(args: TlsArgs, exports_need_it: bool) -> Result<Option<TlsOptions>, String> {
     let wanted = matches!(args.tls, Some(TlsArg::Optional | TlsArg::Required)) || exports_need_it;
     let verify = args.tls_verify_peer;
-    let Some(mut files) = files(&args) else {
+    let Some(source) = source(&args)? else {
         return if wanted || verify.is_some() {
-            Err("TLS needs certificates: add --tls-dir FOLDER (nbd-img tls init FOLDER makes one) or --tls-cert and \
-                 --tls-key"
+            Err("TLS needs certificates or keys: add --tls-dir FOLDER (nbd-img tls init FOLDER makes one), --tls-cert \
+                 and --tls-key, or --tls-psk FILE"
                 .to_owned())
         } else {
             Ok(None)
         };
     };
-    match verify {
-        Some(SwitchArg::Off) => (files.client_ca, files.crl) = (None, None),
-        Some(SwitchArg::On) if files.client_ca.is_none() => {
-            return Err("--tls-verify-peer on needs --tls-ca FILE to verify by".to_owned());
-        }
-        Some(SwitchArg::On) | None => {}
-    }
     let mode = match args.tls {
         Some(TlsArg::Off) if exports_need_it => {
             return Err("an export is tls-required, and --tls is off".to_owned());
@@ -121,7 +124,44 @@ pub fn options(args: TlsArgs, exports_need_it: bool) -> Result<Option<TlsOptions
         Some(TlsArg::Optional) => TlsMode::Optional,
         Some(TlsArg::Required) | None => TlsMode::Required,
     };
-    Ok(Some(TlsOptions { files, mode }))
+    Ok(Some(TlsOptions { source, mode }))
+}
+
+fn source(args: &TlsArgs) -> Result<Option<TlsSource>, String> {
+    if let Some(path) = &args.tls_psk {
+        return Ok(Some(TlsSource::Psk(path.clone())));
+    }
+    let Some(mut files) = files(args) else { return Ok(None) };
+    match args.tls_verify_peer {
+        Some(SwitchArg::Off) => (files.client_ca, files.crl) = (None, None),
+        Some(SwitchArg::On) if files.client_ca.is_none() => {
+            return Err("--tls-verify-peer on needs --tls-ca FILE to verify by".to_owned());
+        }
+        Some(SwitchArg::On) | None => {}
+    }
+    Ok(Some(TlsSource::Certificates(files)))
+}
+
+/// Refuses rules that no client can ever meet, since they would lock out those for whom they are meant.
+pub fn check_access(access: &AccessRules, tls: Option<&TlsOptions>) -> Result<(), String> {
+    let (certificates, keys) = match tls.map(|tls| &tls.source) {
+        None => (false, false),
+        Some(TlsSource::Certificates(files)) => (files.client_ca.is_some(), false),
+        Some(TlsSource::Psk(_)) => (false, true),
+    };
+    let wants = |what: fn(&Who) -> bool| access.iter().any(|rule| what(&rule.who));
+    if wants(Who::needs_certificate) && !certificates {
+        return Err("an --access rule wants something of a certificate, but no client is asked for a certificate: add \
+                    --tls-dir FOLDER or --tls-ca FILE"
+            .to_owned());
+    }
+    if wants(Who::needs_psk) && !keys {
+        return Err(
+            "an --access rule wants a pre-shared key, but no client is asked for one: add --tls-psk FILE"
+                .to_owned(),
+        );
+    }
+    Ok(())
 }
 
 fn files(args: &TlsArgs) -> Option<TlsFiles> {

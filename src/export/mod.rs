@@ -24,6 +24,9 @@ pub const SECTOR_LEN: u64 = 512;
 /// "Block size constraints").
 pub const PAYLOAD_LEN_MAX: u32 = 32 << 20;
 
+/// Most bitmaps that an error names. Our choice: a line that can be read.
+const NAMED_MAX: usize = 16;
+
 /// One image, ready to be served. Shared by all connections.
 pub struct Export {
     name: String,
@@ -35,6 +38,7 @@ pub struct Export {
     read_only: bool,
     tls_required: bool,
     write_through: bool,
+    bitmaps: Vec<String>,
     detect_zeroes: DetectZeroes,
     aio: Aio,
     in_place: InPlaceFacts,
@@ -67,6 +71,9 @@ impl Export {
     /// An export of an image that is open already.
     pub fn of_driver(spec: &ExportSpec, driver: Arc<dyn BlockDriver>) -> Result<Arc<Export>> {
         let (offset, size) = window(spec, driver.size())?;
+        for name in &spec.bitmaps {
+            offer_bitmap(&driver, name).map_err(|error| error.with_path(&spec.path))?;
+        }
         let in_place = in_place_facts(driver.storages());
         Ok(Arc::new(Export {
             name: spec.name.clone(),
@@ -77,6 +84,7 @@ impl Export {
             read_only: spec.read_only,
             tls_required: spec.tls_required,
             write_through: spec.cache.is_write_through(),
+            bitmaps: spec.bitmaps.clone(),
             detect_zeroes: spec.detect_zeroes,
             aio: spec.aio,
             in_place,
@@ -167,6 +175,8 @@ impl Export {
                 | TransmissionFlags::SEND_WRITE_ZEROES
                 | TransmissionFlags::SEND_FAST_ZERO;
         }
+        let mut contexts = vec![wire::BASE_ALLOCATION.to_owned(), wire::ALLOCATION_DEPTH.to_owned()];
+        contexts.extend(self.bitmaps.iter().map(|name| format!("{}{name}", wire::DIRTY_BITMAP_PREFIX)));
         ExportInfo {
             name: self.name.clone(),
             description: self.description.clone(),
@@ -175,10 +185,24 @@ impl Export {
             block_min_len: facts.block_min_len,
             block_preferred_len: facts.block_preferred_len,
             payload_max_len: PAYLOAD_LEN_MAX,
-            contexts: vec![wire::BASE_ALLOCATION.to_owned(), wire::ALLOCATION_DEPTH.to_owned()],
+            contexts,
             tls_required: self.tls_required,
         }
     }
+}
+
+/// Makes the bitmap ready, or says which ones there are.
+fn offer_bitmap(driver: &Arc<dyn BlockDriver>, name: &str) -> Result<()> {
+    if driver.offer_bitmap(name)? {
+        return Ok(());
+    }
+    let info = driver.info()?;
+    let layers = std::iter::once(&info).chain(&info.chain);
+    let names = layers.flat_map(|layer| &layer.bitmaps).map(|bitmap| &bitmap.name);
+    let names: Vec<String> = names.take(NAMED_MAX).map(|name| format!("'{}'", name.escape_debug())).collect();
+    let there = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+    let text = format!("there is no dirty bitmap '{}' (--bitmap); there are: {there}", name.escape_debug());
+    Err(Error::new(ErrorKind::InvalidInput, text))
 }
 
 /// How the room of a zeroed range is treated: a client that allows holes gets them.

@@ -70,6 +70,8 @@ pub struct ExportSpec {
     pub cache: CacheMode,
     /// Who carries out what would wait.
     pub aio: Aio,
+    /// Dirty bitmaps that clients may ask for.
+    pub bitmaps: Vec<String>,
     /// Whether written zeroes are looked for.
     pub detect_zeroes: DetectZeroes,
     /// How the image is opened; `writable` and `direct` are set from the fields above.

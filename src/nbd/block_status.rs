@@ -41,7 +41,7 @@ pub enum Progress {
 /// [`Progress::Full`] or there are no more, then take the extents with [`Builder::finish`].
 ///
 /// Where a run ends inside a block, the block gets the flags that both its runs have: with `base:allocation` a
-/// clear bit is always a safe answer.
+/// clear bit is always a safe answer. Of a dirty bitmap it gets the flags that one of them has.
 #[derive(Clone, Debug)]
 pub struct Builder {
     /// Offset of the request, and of the first extent.
@@ -61,6 +61,8 @@ pub struct Builder {
     extents: Vec<(u64, u32)>,
     /// The flags that hold for all that was pushed of a block which is not complete yet.
     partial: Option<u32>,
+    /// How the runs of a block are put together.
+    share: fn(u32, u32) -> u32,
     full: bool,
 }
 
@@ -83,8 +85,16 @@ impl Builder {
             extents_max: EXTENTS_MAX,
             extents: Vec::new(),
             partial: None,
+            share: |one, other| one & other,
             full: start == end,
         }
+    }
+
+    /// The same for a dirty bitmap, where a set bit is always a safe answer.
+    #[must_use]
+    pub fn of_dirty_bitmap(mut self) -> Self {
+        self.share = |one, other| one | other;
+        self
     }
 
     /// The same with a smaller limit on the number of extents, at least one.
@@ -132,7 +142,7 @@ impl Builder {
 
     /// Takes a run's share, up to `end`, of a block that it does not fill alone.
     fn push_part(&mut self, end: u64, block_end: u64, flags: u32) {
-        let shared = self.partial.take().map_or(flags, |earlier| earlier & flags);
+        let shared = self.partial.take().map_or(flags, |earlier| (self.share)(earlier, flags));
         self.position = end;
         if end == block_end || end >= self.end {
             self.append(end, shared);

@@ -10,6 +10,7 @@ use zerocopy::byteorder::big_endian::{U16, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::export_info::{ExportDirectory, ExportInfo};
+use super::oldstyle;
 use super::options::{self, Context, Outcome};
 use super::reply::ReplyForm;
 use super::wire;
@@ -47,6 +48,8 @@ pub struct NegotiationConfig {
     pub tls: TlsMode,
     /// The connection began with TLS.
     pub tls_up: bool,
+    /// The client is told the default export instead of being asked what it wants.
+    pub oldstyle: bool,
 }
 
 /// A metadata context that the client selected.
@@ -101,6 +104,8 @@ pub enum CloseReason {
     /// EXPORT_NAME failed, and has no other way to say so. The text is fit for a log: names in it are escaped and
     /// cut.
     ExportNameRefused(String),
+    /// There is no export for an oldstyle client, which could not be told why. The text is fit for a log.
+    OldstyleRefused(String),
     /// [`Negotiation::step`] was called after its end.
     AlreadyOver,
 }
@@ -143,6 +148,7 @@ pub struct Negotiation {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
+    Oldstyle,
     ClientFlags,
     Options,
     Over,
@@ -178,11 +184,16 @@ impl Negotiation {
             form: ReplyForm::Simple,
             selection: None,
         };
-        Self { phase: Phase::ClientFlags, options_seen: 0, state }
+        let phase = if config.oldstyle { Phase::Oldstyle } else { Phase::ClientFlags };
+        Self { phase, options_seen: 0, state }
     }
 
-    /// Appends the greeting, which goes out before anything is received.
+    /// Appends the greeting, which goes out before anything is received. (The oldstyle one has to know of the export,
+    /// and comes from the first [`step`](Self::step).)
     pub fn greeting(&mut self, out: &mut Vec<u8>) {
+        if self.phase == Phase::Oldstyle {
+            return;
+        }
         let greeting = wire::Greeting {
             init_passwd: U64::new(wire::NBDMAGIC),
             magic: U64::new(wire::IHAVEOPT),
@@ -199,6 +210,7 @@ impl Negotiation {
         loop {
             let rest = input.get(consumed..).unwrap_or_default();
             let (used, outcome) = match self.phase {
+                Phase::Oldstyle => (0, Some(oldstyle::begin(&self.state, exports, out))),
                 Phase::ClientFlags => self.client_flags(rest),
                 Phase::Options => self.option(rest, exports, out),
                 Phase::Over => (0, Some(Outcome::Close(CloseReason::AlreadyOver))),
@@ -332,6 +344,7 @@ impl fmt::Display for CloseReason {
                 write!(f, "option {option} from a client that does not speak fixed newstyle")
             }
             Self::ExportNameRefused(why) => write!(f, "EXPORT_NAME refused: {why}"),
+            Self::OldstyleRefused(why) => write!(f, "nothing for an oldstyle client: {why}"),
             Self::AlreadyOver => f.write_str("the negotiation was over already"),
         }
     }

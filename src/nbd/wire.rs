@@ -11,6 +11,8 @@ pub const DEFAULT_PORT: u16 = 10_809;
 pub const NBDMAGIC: u64 = 0x4e42_444d_4147_4943;
 /// Second magic of the newstyle greeting, and first field of each option.
 pub const IHAVEOPT: u64 = 0x4948_4156_454f_5054;
+/// Second magic of the oldstyle greeting (`cliserv_magic`).
+pub const CLISERV_MAGIC: u64 = 0x0000_4202_8186_1253;
 /// First field of each option reply.
 pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 /// First field of a compact request.
@@ -33,7 +35,8 @@ pub const FLAG_C_FIXED_NEWSTYLE: u32 = 1 << 0;
 /// Client's answer to [`FLAG_NO_ZEROES`].
 pub const FLAG_C_NO_ZEROES: u32 = 1 << 1;
 
-/// Zeroes that follow the answer to EXPORT_NAME unless both sides agreed to leave them out.
+/// Zeroes that follow the answer to EXPORT_NAME unless both sides agreed to leave them out, and always the oldstyle
+/// greeting.
 pub const EXPORT_NAME_ZEROES_LEN: usize = 124;
 
 /// Longest string of the protocol (names, descriptions, error texts) in bytes.
@@ -160,6 +163,20 @@ pub struct Greeting {
     pub magic: U64,
     /// Handshake flags.
     pub flags: U16,
+}
+
+/// The oldstyle greeting, in front of its zeroes.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct OldstyleGreeting {
+    /// [`NBDMAGIC`].
+    pub init_passwd: U64,
+    /// [`CLISERV_MAGIC`].
+    pub magic: U64,
+    /// Length of the export in bytes.
+    pub size: U64,
+    /// Transmission flags in the lower half; the upper is for handshake flags, of which oldstyle has none.
+    pub flags: U32,
 }
 
 /// Header of an option.

@@ -11,7 +11,7 @@ use tokio::time::sleep;
 use super::rare::Rare;
 use super::{Server, negotiate};
 use crate::transport::registration::watch_listener;
-use crate::transport::{Listener, Stream};
+use crate::transport::{Arrival, Listener};
 
 /// Pauses when descriptors or memory are out: they do not come back at once, and accept would fail
 /// again in the same microsecond. Our choice.
@@ -33,7 +33,8 @@ pub fn prepare(listener: Listener, server: Arc<Server>) -> io::Result<impl Futur
             match listener.async_io(Interest::READABLE, Listener::accept).await {
                 Ok((stream, peer)) => {
                     pause = PAUSE_FIRST;
-                    start(&server, stream, peer, listener.get_ref().is_tls_first());
+                    let tls_first = listener.get_ref().is_tls_first();
+                    start(&server, Arrival { stream, peer, tls_first });
                     burst += 1;
                     if burst == BURST {
                         burst = 0;
@@ -54,10 +55,12 @@ pub fn prepare(listener: Listener, server: Arc<Server>) -> io::Result<impl Futur
     })
 }
 
-fn start(server: &Arc<Server>, stream: Stream, peer: String, tls_first: bool) {
+/// Starts the negotiation with a client. Must be called within the control runtime, and on its thread.
+pub fn start(server: &Arc<Server>, arrival: Arrival) {
+    arrival.stream.prepare(server.peer_timeout);
     let handshake = server.clients.begin_handshake();
     let id = handshake.id();
-    let negotiation = negotiate::run(Arc::clone(server), stream, peer, tls_first, handshake);
+    let negotiation = negotiate::run(Arc::clone(server), arrival, handshake);
     // It cannot have ended before it is registered: it runs on this thread.
     server.clients.register_handshake(id, tokio::spawn(negotiation).abort_handle());
 }

@@ -25,6 +25,8 @@ pub struct Clients {
 #[derive(Default)]
 struct State {
     sessions: usize,
+    /// There has been one.
+    had_session: bool,
     handshakes: BTreeMap<u64, AbortHandle>,
     next_id: u64,
 }
@@ -33,6 +35,7 @@ struct State {
 #[derive(Default)]
 struct RareEvents {
     refused: Rare,
+    denied: Rare,
     evicted: Rare,
     no_export: Rare,
 }
@@ -116,6 +119,7 @@ impl Clients {
                 return None;
             }
             state.sessions += 1;
+            state.had_session = true;
         }
         tracing::info!(%peer, export = %export.escape_debug(), "connection opened");
         Some(Permit(Arc::clone(self)))
@@ -125,9 +129,24 @@ impl Clients {
     pub async fn last_gone(&self) {
         loop {
             self.gone.notified().await;
-            if self.sessions() == 0 {
+            let state = self.state.lock();
+            if state.sessions == 0 && state.had_session {
                 return;
             }
+        }
+    }
+
+    /// Waits until nobody is connected: neither in a session nor in negotiation. One task may wait, by this or by
+    /// [`last_gone`](Self::last_gone).
+    pub async fn all_gone(&self) {
+        loop {
+            {
+                let state = self.state.lock();
+                if state.sessions == 0 && state.handshakes.is_empty() {
+                    return;
+                }
+            }
+            self.gone.notified().await;
         }
     }
 
@@ -140,6 +159,15 @@ impl Clients {
                 max = self.sessions_max,
                 "clients refused; raise --max-connections to let more in"
             );
+        }
+    }
+
+    /// Counts a question for an export that is there, but not for this client.
+    pub fn note_denied(&self, peer: &str, export: &str) {
+        let export = export.escape_debug();
+        tracing::debug!(%peer, %export, "no --access rule lets it see this export");
+        if let Some(count) = self.rare.denied.note(Instant::now()) {
+            tracing::warn!(count, %peer, %export, "clients asked for exports that no --access rule lets them see");
         }
     }
 
@@ -169,6 +197,7 @@ impl Handshake {
 impl Drop for Handshake {
     fn drop(&mut self) {
         self.clients.state.lock().handshakes.remove(&self.id);
+        self.clients.gone.notify_one();
     }
 }
 
@@ -236,5 +265,27 @@ mod tests {
         assert!(!waiting.is_finished());
         drop(second);
         waiting.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn who_negotiates_is_there_but_not_the_last_to_go() {
+        for all in [true, false] {
+            let clients = Clients::new(2, 2);
+            let handshake = clients.begin_handshake();
+            clients.register_handshake(handshake.id(), tokio::spawn(async {}).abort_handle());
+            let waiting = tokio::spawn({
+                let clients = Arc::clone(&clients);
+                async move { if all { clients.all_gone().await } else { clients.last_gone().await } }
+            });
+            tokio::task::yield_now().await;
+            assert!(!waiting.is_finished());
+            drop(handshake);
+            if !all {
+                tokio::task::yield_now().await;
+                assert!(!waiting.is_finished(), "nobody had a session");
+                drop(clients.admit("a", ""));
+            }
+            waiting.await.unwrap();
+        }
     }
 }

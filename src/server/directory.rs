@@ -3,22 +3,29 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::access::{AccessRules, Right};
 use super::clients::Clients;
 use crate::export::Export;
-use crate::nbd::export_info::{ExportDirectory, ExportInfo, ExportSummary, Refusal};
+use crate::nbd::export_info::{ExportDirectory, ExportInfo, ExportSummary, Refusal, TransmissionFlags};
 use crate::session::Shards;
+use crate::transport::Peer;
 
 /// All exports with the threads that serve them. Fixed while the server runs.
 pub struct Exports {
     served: Vec<(Arc<Export>, Arc<Shards>)>,
+    access: AccessRules,
     clients: Arc<Clients>,
     draining: AtomicBool,
 }
 
 impl Exports {
     /// The exports in the order to list them.
-    pub fn new(served: Vec<(Arc<Export>, Arc<Shards>)>, clients: Arc<Clients>) -> Exports {
-        Exports { served, clients, draining: AtomicBool::new(false) }
+    pub fn new(
+        served: Vec<(Arc<Export>, Arc<Shards>)>,
+        access: AccessRules,
+        clients: Arc<Clients>,
+    ) -> Exports {
+        Exports { served, access, clients, draining: AtomicBool::new(false) }
     }
 
     /// From now on clients are told that the server is going down.
@@ -36,49 +43,70 @@ impl Exports {
         self.served.iter().find(|(export, _)| export.name() == name).map(|(_, shards)| shards)
     }
 
-    /// The exports as `peer` sees them.
-    pub fn seen_by<'a>(&'a self, peer: &'a str) -> Directory<'a> {
-        Directory { exports: self, peer }
-    }
-
-    /// The export that `name` means: the empty name is also that of an only export.
-    fn find(&self, name: &str) -> Option<&Arc<Export>> {
-        let named = self.served.iter().find(|(export, _)| export.name() == name);
-        let only = match self.served.as_slice() {
-            [only] if name.is_empty() => Some(only),
-            [..] => None,
-        };
-        named.or(only).map(|(export, _)| export)
+    /// The exports as `peer` sees them, by what is known of it now.
+    pub fn seen_by(&self, peer: &Peer) -> Directory<'_> {
+        let right = |export: &Export| self.access.right(export.name(), peer);
+        let visible = self.served.iter().filter_map(|(export, _)| Some((export, right(export)?)));
+        Directory { exports: self, visible: visible.collect(), peer: peer.to_string() }
     }
 }
 
-/// The exports seen from one connection.
+/// The exports seen from one connection. What it may not see is not in here, so that nothing can tell it from what does
+/// not exist.
 pub struct Directory<'a> {
     exports: &'a Exports,
-    peer: &'a str,
+    visible: Vec<(&'a Arc<Export>, Right)>,
+    peer: String,
+}
+
+impl Directory<'_> {
+    /// The export that `name` means: the empty name is also that of an only export.
+    fn find_visible(&self, name: &str) -> Option<(&Arc<Export>, Right)> {
+        let named = self.visible.iter().find(|(export, _)| export.name() == name);
+        let only = match self.visible.as_slice() {
+            [only] if name.is_empty() => Some(only),
+            [..] => None,
+        };
+        named.or(only).copied()
+    }
+
+    /// For the log only.
+    fn note_unknown(&self, name: &str) {
+        if self.exports.shards_of(name).is_some() {
+            self.exports.clients.note_denied(&self.peer, name);
+        }
+    }
 }
 
 impl ExportDirectory for Directory<'_> {
     fn list(&self) -> Vec<ExportSummary> {
-        let summary = |export: &Arc<Export>| ExportSummary {
+        let summary = |export: &Export| ExportSummary {
             name: export.name().to_owned(),
             description: export.description().to_owned(),
             tls_required: export.tls_required(),
         };
-        self.exports.served.iter().map(|(export, _)| summary(export)).collect()
+        self.visible.iter().map(|(export, _)| summary(export)).collect()
     }
 
     fn find(&self, name: &str) -> Result<ExportInfo, Refusal> {
-        let export = self.exports.find(name).ok_or(Refusal::Unknown)?;
+        let Some((export, right)) = self.find_visible(name) else {
+            self.note_unknown(name);
+            return Err(Refusal::Unknown);
+        };
         let clients = &self.exports.clients;
         if clients.is_full() {
-            clients.note_refused(self.peer);
+            clients.note_refused(&self.peer);
             let max = clients.sessions_max();
             return Err(Refusal::Policy(format!(
                 "the server has its {max} clients (--max-connections); try later"
             )));
         }
-        Ok(export.info())
+        let mut info = export.info();
+        match right {
+            Right::Read => info.flags |= TransmissionFlags::READ_ONLY,
+            Right::Write => {}
+        }
+        Ok(info)
     }
 
     fn draining(&self) -> bool {

@@ -35,7 +35,7 @@ pub enum Reason {
     Terminate,
     /// SIGINT.
     Interrupt,
-    /// `--exit-last`.
+    /// `--exit-last`, or nobody else can come.
     LastClient,
 }
 
@@ -84,11 +84,29 @@ impl Signals {
     }
 }
 
+/// With whom the server ends by itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ends {
+    /// With nobody: it waits for a signal.
+    OnSignal,
+    /// With the last client that had an export.
+    AfterLast,
+    /// With those that the starter has brought, since no others can come.
+    WithArrivals,
+}
+
 /// Waits for a reason to end.
-pub async fn wait(signals: &mut Signals, clients: &Clients, exit_last: bool) -> Reason {
+pub async fn wait(signals: &mut Signals, clients: &Clients, ends: Ends) -> Reason {
+    let last = async {
+        match ends {
+            Ends::OnSignal => std::future::pending().await,
+            Ends::AfterLast => clients.last_gone().await,
+            Ends::WithArrivals => clients.all_gone().await,
+        }
+    };
     tokio::select! {
         reason = signals.end() => reason,
-        () = clients.last_gone(), if exit_last => Reason::LastClient,
+        () = last => Reason::LastClient,
     }
 }
 

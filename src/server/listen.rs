@@ -1,43 +1,63 @@
-//! From addresses to listening sockets, under the policy that unencrypted service stays on this machine.
+//! From addresses to listening sockets, under the policy that unencrypted service stays on this machine: which goes for
+//! its virtual machines (vsock) too, since no network is between them.
 
+use std::fmt::Display;
 use std::net::SocketAddr;
 
 use super::Error;
-use super::options::ServeOptions;
+use super::options::{Inherited, ServeOptions};
 use crate::nbd::negotiate::TlsMode;
 use crate::transport::address::{is_local, resolve};
-use crate::transport::{Address, Listener, unix};
+use crate::transport::{Address, Arrival, Listener, Place, unix};
 
-/// Listens everywhere that was asked for, or takes the sockets that the starter passed.
-pub fn all(options: &ServeOptions, inherited: Vec<Listener>) -> Result<Vec<Listener>, Error> {
-    if !inherited.is_empty() {
-        if options.listen_is_given {
-            return Err(Error::Inherited(
-                "--socket and --listen cannot be used under socket activation (LISTEN_FDS is set): the starter \
-                 has chosen where to listen"
-                    .to_owned(),
-            ));
-        }
-        return Ok(inherited);
+/// Listens everywhere that was asked for, beside the listening sockets that the starter passed.
+pub fn all(options: &ServeOptions, inherited: &mut Inherited) -> Result<Vec<Listener>, Error> {
+    let mut listeners = std::mem::take(&mut inherited.listeners);
+    refuse_tls_without_certificates(options, &listeners, &inherited.arrivals)?;
+    if inherited.is_activated() {
+        return Ok(listeners);
     }
-    let mut listeners = Vec::new();
     for address in &options.addresses {
-        match address {
-            Address::Unix(path) => {
-                let listener = unix::listen(path).and_then(|(socket, file)| Listener::unix(socket, file));
-                listeners.push(listener.map_err(|error| Error::Listen(format!("{address}: {error}")))?);
+        let fail = |error: std::io::Error| Error::Listen(format!("{address}: {error}"));
+        let listener = match &address.place {
+            Place::Unix(path) => unix::listen(path, options.socket_access)
+                .and_then(|(socket, file)| Listener::unix(socket, file))
+                .map_err(fail)?,
+            Place::Abstract(name) => Listener::unix_abstract(name).map_err(fail)?,
+            Place::Vsock { cid, port } => Listener::vsock(*cid, *port).map_err(fail)?,
+            Place::Tcp { host, port } => {
+                listen_tcp(options, address, host, *port, &mut listeners)?;
+                continue;
             }
-            Address::Tcp { host, port, tls_first } => {
-                if *tls_first && options.tls.is_none() {
-                    return Err(Error::Listen(format!(
-                        "{address}: TLS needs certificates: add --tls-dir FOLDER"
-                    )));
-                }
-                listen_tcp(options, address, host, (*port, *tls_first), &mut listeners)?;
-            }
-        }
+            // The starter has passed them.
+            Place::Fd(_) | Place::Stdio => continue,
+        };
+        listeners.push(listener.with_tls_first(address.tls_first));
     }
     Ok(listeners)
+}
+
+fn refuse_tls_without_certificates(
+    options: &ServeOptions,
+    listeners: &[Listener],
+    arrivals: &[Arrival],
+) -> Result<(), Error> {
+    if options.tls.is_some() {
+        return Ok(());
+    }
+    let fail = |what: &dyn Display| {
+        Err(Error::Listen(format!("{what}: TLS needs certificates: add --tls-dir FOLDER")))
+    };
+    if let Some(address) = options.addresses.iter().find(|address| address.tls_first) {
+        return fail(address);
+    }
+    if let Some(listener) = listeners.iter().find(|listener| listener.is_tls_first()) {
+        return fail(listener);
+    }
+    match arrivals.iter().find(|arrival| arrival.tls_first) {
+        Some(arrival) => fail(&arrival.peer),
+        None => Ok(()),
+    }
 }
 
 /// Listens on every address that `host` stands for.
@@ -45,13 +65,13 @@ fn listen_tcp(
     options: &ServeOptions,
     address: &Address,
     host: &str,
-    (port, tls_first): (u16, bool),
+    port: u16,
     listeners: &mut Vec<Listener>,
 ) -> Result<(), Error> {
     let fail = |text: String| Error::Listen(format!("{address}: {text}"));
     let resolved = resolve(host, port).map_err(|error| fail(error.to_string()))?;
     let required = options.tls.as_ref().is_some_and(|tls| tls.mode == TlsMode::Required);
-    let encrypted = tls_first || required;
+    let encrypted = address.tls_first || required;
     let mut bound = 0_usize;
     let mut unavailable = None;
     for socket_address in resolved {
@@ -62,9 +82,9 @@ fn listen_tcp(
                     .to_owned(),
             ));
         }
-        match Listener::tcp(socket_address, tls_first) {
+        match Listener::tcp(socket_address) {
             Ok(listener) => {
-                listeners.push(listener);
+                listeners.push(listener.with_tls_first(address.tls_first));
                 bound += 1;
             }
             // `localhost` often has an IPv6 address on machines that have no IPv6.

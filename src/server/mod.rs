@@ -5,6 +5,7 @@
 //!
 //! | module | what is in it |
 //! |---|---|
+//! | [`access`] | who may do what |
 //! | [`options`] | what the operator wants, and what the starter passed down |
 //! | `limits` | open files |
 //! | `listen` | from addresses to listening sockets |
@@ -14,10 +15,12 @@
 //! | `clients` | who is connected, and how many may be |
 //! | `ready` | telling the starter that the server listens |
 //! | `end` | signals, draining, flushing, closing |
-//! | [`tls`] | certificates: read, and read again |
+//! | [`tls`] | certificates and keys: read, and read again |
+//! | `psk_file` | the keys of `--tls-psk` |
 //! | `rare` | log lines that others can cause as often as they like |
 
 mod accept;
+pub mod access;
 mod clients;
 mod directory;
 mod end;
@@ -25,6 +28,7 @@ mod limits;
 mod listen;
 mod negotiate;
 pub mod options;
+mod psk_file;
 mod rare;
 mod ready;
 pub mod tls;
@@ -41,10 +45,11 @@ use tokio::task::JoinSet;
 use crate::export::Export;
 use crate::nbd::negotiate::TlsMode;
 use crate::session::{BUDGET_LEN_DEFAULT, Budget, Shards};
-use crate::transport::Listener;
+use crate::transport::{Arrival, Listener};
 
 use self::clients::Clients;
 use self::directory::Exports;
+use self::end::Ends;
 use self::tls::Tls;
 
 pub use self::options::{Inherited, ServeOptions};
@@ -96,13 +101,13 @@ impl std::error::Error for Error {}
 /// Serves until it is told to end, on the calling thread. Sockets and the pid file are gone when it
 /// returns; images that could not be closed in time are left to their threads, and the process should
 /// exit.
-pub fn run(options: ServeOptions, inherited: Inherited) -> Result<Outcome, Error> {
+pub fn run(options: ServeOptions, mut inherited: Inherited) -> Result<Outcome, Error> {
     let tls = options.tls.clone().map(Tls::load).transpose().map_err(Error::Tls)?;
     let handshakes_max = limits::raise(options.max_connections, options.exports.len());
     let exports =
         options.exports.iter().map(Export::open).collect::<Result<Vec<_>, _>>().map_err(Error::Image)?;
     let captive = inherited.is_captive();
-    let listeners = listen::all(&options, inherited.listeners)?;
+    let listeners = listen::all(&options, &mut inherited)?;
     let control = runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -124,13 +129,20 @@ pub fn run(options: ServeOptions, inherited: Inherited) -> Result<Outcome, Error
         .map(|export| (Arc::clone(&export), Shards::new(export, Arc::clone(&budget), options.times)));
     let clients = Clients::new(options.max_connections, handshakes_max);
     let server = Arc::new(Server {
-        exports: Exports::new(served.collect(), Arc::clone(&clients)),
+        exports: Exports::new(served.collect(), options.access.clone(), Arc::clone(&clients)),
         clients,
         tls,
+        oldstyle: options.oldstyle,
         handshake_timeout: options.handshake_timeout,
+        peer_timeout: options.peer_timeout,
         handshake_budget: Budget::new(negotiate::INPUT_BUDGET_LEN),
     });
-    control.block_on(serve(server, listeners, announcement, &options))
+    let outcome = control.block_on(serve(server, listeners, inherited.arrivals, announcement, &options));
+    if let Some(relay) = inherited.relay {
+        // The last replies are still on their way.
+        relay.finish(options.drain_timeout);
+    }
+    outcome
 }
 
 /// What the tasks of the control runtime share.
@@ -138,13 +150,16 @@ struct Server {
     exports: Exports,
     clients: Arc<Clients>,
     tls: Option<Arc<Tls>>,
+    oldstyle: bool,
     handshake_timeout: Duration,
+    peer_timeout: Duration,
     handshake_budget: Arc<Budget>,
 }
 
 async fn serve(
     server: Arc<Server>,
     listeners: Vec<Listener>,
+    arrivals: Vec<Arrival>,
     announcement: ready::Announcement,
     options: &ServeOptions,
 ) -> Result<Outcome, Error> {
@@ -155,6 +170,11 @@ async fn serve(
         signals.reload_on_hang_up(Arc::clone(tls));
         tokio::spawn(Arc::clone(tls).keep_up());
     }
+    let ends = match (listeners.is_empty(), options.exit_last) {
+        (true, _) => Ends::WithArrivals,
+        (false, true) => Ends::AfterLast,
+        (false, false) => Ends::OnSignal,
+    };
     let mut accepting = JoinSet::new();
     for listener in listeners {
         tracing::info!(%listener, "listening");
@@ -163,7 +183,10 @@ async fn serve(
         accepting.spawn(accept);
     }
     let pid_file = announcement.make()?;
-    let reason = end::wait(&mut signals, &server.clients, options.exit_last).await;
+    for arrival in arrivals {
+        accept::start(&server, arrival);
+    }
+    let reason = end::wait(&mut signals, &server.clients, ends).await;
     tracing::info!(%reason, connections = server.clients.sessions(), "ending");
     ready::tell_stopping();
     // Closes the listening sockets and removes their files, so that a successor can start.

@@ -15,9 +15,9 @@ use crate::nbd::negotiate::{
 };
 use crate::session::budget::Lease;
 use crate::session::{Budget, Connection};
-use crate::transport::Stream;
 use crate::transport::registration::watch_stream;
 use crate::transport::tls::TlsStream;
+use crate::transport::{Arrival, Peer, Stream};
 
 /// What a connection may receive at a time without asking for more room: several ordinary options. Our
 /// choice.
@@ -28,14 +28,18 @@ pub const INPUT_BUDGET_LEN: usize = 16 << 20;
 
 /// Negotiates with `peer` and hands the connection to the export that it chose, or closes it. Logs what
 /// came of it. Dropping the future closes the connection.
-pub async fn run(server: Arc<Server>, stream: Stream, peer: String, tls_first: bool, handshake: Handshake) {
-    let agreement =
-        match timeout(server.handshake_timeout, negotiate(&server, stream, &peer, tls_first)).await {
-            Ok(Ok(agreement)) => agreement,
-            Ok(Err(End::Full)) => return server.clients.note_refused(&peer),
-            Ok(Err(end)) => return server.clients.note_no_export(&peer, &end.to_string()),
-            Err(_) => return server.clients.note_no_export(&peer, "took longer than --handshake-timeout"),
-        };
+pub async fn run(server: Arc<Server>, arrival: Arrival, handshake: Handshake) {
+    let Arrival { stream, peer, tls_first } = arrival;
+    let mut peer = Peer::of(&stream, peer);
+    let negotiated =
+        timeout(server.handshake_timeout, negotiate(&server, stream, &mut peer, tls_first)).await;
+    let peer = peer.to_string();
+    let agreement = match negotiated {
+        Ok(Ok(agreement)) => agreement,
+        Ok(Err(End::Full)) => return server.clients.note_refused(&peer),
+        Ok(Err(end)) => return server.clients.note_no_export(&peer, &end.to_string()),
+        Err(_) => return server.clients.note_no_export(&peer, "took longer than --handshake-timeout"),
+    };
     drop(handshake);
     let Some(shards) = server.exports.shards_of(&agreement.agreed.info.name) else {
         return tracing::error!(peer, "negotiated for an export that does not exist");
@@ -96,14 +100,20 @@ impl From<io::Error> for End {
     }
 }
 
-async fn negotiate(server: &Server, stream: Stream, peer: &str, tls_first: bool) -> Result<Agreement, End> {
+async fn negotiate(
+    server: &Server,
+    stream: Stream,
+    peer: &mut Peer,
+    tls_first: bool,
+) -> Result<Agreement, End> {
     let mut stream = watch_stream(stream)?;
-    let exports = server.exports.seen_by(peer);
     let mode = server.tls.as_ref().map_or(TlsMode::Off, |tls| tls.mode());
     if tls_first {
         stream = turn_to_tls(server, stream, Vec::new(), peer).await?;
     }
-    let mut negotiation = Negotiation::new(NegotiationConfig { tls: mode, tls_up: tls_first });
+    let mut exports = server.exports.seen_by(peer);
+    let mut negotiation =
+        Negotiation::new(NegotiationConfig { tls: mode, tls_up: tls_first, oldstyle: server.oldstyle });
     let mut output = Vec::new();
     let mut input = Input::new(&server.handshake_budget);
     negotiation.greeting(&mut output);
@@ -119,7 +129,7 @@ async fn negotiate(server: &Server, stream: Stream, peer: &str, tls_first: bool)
             Next::Flush => {}
             Next::Transmission(agreed) => {
                 // Before the client is told that it has the export.
-                let permit = server.clients.admit(peer, &agreed.info.name).ok_or(End::Full)?;
+                let permit = server.clients.admit(&peer.to_string(), &agreed.info.name).ok_or(End::Full)?;
                 send(&stream, &mut output).await?;
                 let stream = stream.into_inner();
                 let mut leftover = input.into_bytes();
@@ -142,6 +152,8 @@ async fn negotiate(server: &Server, stream: Stream, peer: &str, tls_first: bool)
                 let received =
                     std::mem::replace(&mut input, Input::new(&server.handshake_budget)).into_bytes();
                 stream = turn_to_tls(server, stream, received, peer).await?;
+                // Who it is may have changed, and with it what it may see.
+                exports = server.exports.seen_by(peer);
                 negotiation.tls_established();
             }
         }
@@ -153,11 +165,11 @@ async fn turn_to_tls(
     server: &Server,
     stream: AsyncFd<Stream>,
     received: Vec<u8>,
-    peer: &str,
+    peer: &mut Peer,
 ) -> Result<AsyncFd<Stream>, End> {
     let config =
-        server.tls.as_ref().ok_or_else(|| End::Tls(io::Error::other("TLS is not configured")))?.config();
-    let tls = TlsStream::new(stream.into_inner(), config, received).map_err(End::Tls)?;
+        server.tls.as_ref().ok_or_else(|| End::Tls(io::Error::other("TLS is not configured")))?.server();
+    let tls = TlsStream::new(stream.into_inner(), &config, received).map_err(End::Tls)?;
     let stream = watch_stream(Stream::Tls(Box::new(tls)))?;
     loop {
         let tls = stream.get_ref().tls().ok_or(End::Tls(io::ErrorKind::NotConnected.into()))?;
@@ -175,7 +187,9 @@ async fn turn_to_tls(
             advanced => advanced.map_err(End::Tls)?,
         }
     }
-    tracing::debug!(peer, version = stream.get_ref().tls().and_then(TlsStream::version), "TLS is up");
+    let tls = stream.get_ref().tls();
+    peer.identify(tls.and_then(TlsStream::identity));
+    tracing::debug!(%peer, version = tls.and_then(TlsStream::version), "TLS is up");
     Ok(stream)
 }
 

@@ -1,24 +1,33 @@
 //! What the operator wants of the server, and what its starter passed down.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use super::Error;
+use super::access::AccessRules;
 use super::tls::TlsOptions;
 use crate::export::ExportSpec;
 use crate::session::Times;
-use crate::transport::{Address, Listener, activation};
+use crate::transport::stdio::{self, Relay};
+use crate::transport::unix::FileAccess;
+use crate::transport::{Address, Arrival, InheritedSocket, Listener, Place, activation};
 
 /// A checked command line.
 #[derive(Debug)]
 pub struct ServeOptions {
     /// What is served; never empty, no name twice.
     pub exports: Vec<ExportSpec>,
+    /// Who may do what with it.
+    pub access: AccessRules,
     /// Where to listen; never empty. Not used when the starter passed sockets.
     pub addresses: Vec<Address>,
     /// Whether the operator asked for `addresses` rather than leaving them to the default.
     pub listen_is_given: bool,
+    /// Mode and owner of Unix sockets' files.
+    pub socket_access: FileAccess,
+    /// Whether clients are told the only export at once, instead of negotiating.
+    pub oldstyle: bool,
     /// TLS, if it is configured.
     pub tls: Option<TlsOptions>,
     /// Whether other machines may connect although nothing is encrypted.
@@ -27,6 +36,8 @@ pub struct ServeOptions {
     pub max_connections: u32,
     /// Time that a client has for choosing one.
     pub handshake_timeout: Duration,
+    /// Time that a TCP client's machine may leave things unanswered; zero leaves it to the kernel.
+    pub peer_timeout: Duration,
     /// How long sessions wait for their clients.
     pub times: Times,
     /// End after the last client has gone.
@@ -39,38 +50,97 @@ pub struct ServeOptions {
     pub drain_timeout: Duration,
 }
 
-/// What the starter passed down by number.
-#[derive(Debug)]
+/// What the starter passed down: sockets of socket activation, and those that `--listen` names.
+#[derive(Debug, Default)]
 pub struct Inherited {
-    /// Listening sockets; empty unless started by socket activation.
+    /// Listening sockets.
     pub listeners: Vec<Listener>,
+    /// Clients that are connected already.
+    pub arrivals: Vec<Arrival>,
     /// The descriptor of `--ready-fd`.
     pub ready_fd: Option<OwnedFd>,
+    /// What carries replies to a client behind a pipe.
+    pub relay: Option<Relay>,
+    /// There are sockets of socket activation.
+    activated: bool,
+    stdio: bool,
 }
 
 impl Inherited {
     /// Takes what there is. To be called once, before the process opens anything: see
     /// [`activation::claim`].
-    pub fn take(ready_fd: Option<RawFd>) -> Result<Inherited, Error> {
-        let listeners = activation::take_listeners()
+    pub fn take(options: &ServeOptions) -> Result<Inherited, Error> {
+        let mut inherited = Inherited::default();
+        let mut taken = Vec::new();
+        let activated = activation::take_sockets()
             .map_err(|error| Error::Inherited(format!("socket activation (LISTEN_FDS): {error}")))?;
-        if let Some(fd) = ready_fd
-            && listeners.iter().any(|listener| listener.as_raw_fd() == fd)
-        {
-            return Err(Error::Inherited(format!(
-                "--ready-fd {fd} is a socket of LISTEN_FDS; use another descriptor"
-            )));
+        inherited.activated = !activated.is_empty();
+        for (fd, socket) in activated {
+            taken.push(fd);
+            inherited.add(socket);
         }
-        let ready_fd = ready_fd
-            .map(activation::claim)
-            .transpose()
-            .map_err(|error| Error::Inherited(format!("--ready-fd: {error}")))?;
-        Ok(Inherited { listeners, ready_fd })
+        if inherited.activated && options.listen_is_given {
+            return Err(Error::Inherited(
+                "--socket and --listen cannot be used under socket activation (LISTEN_FDS is set): the starter \
+                 has chosen where to listen"
+                    .to_owned(),
+            ));
+        }
+        for address in &options.addresses {
+            inherited.take_address(address, &mut taken)?;
+        }
+        if let Some(fd) = options.ready_fd {
+            inherited.ready_fd = Some(claim(fd, "--ready-fd", &mut taken)?);
+        }
+        Ok(inherited)
+    }
+
+    fn take_address(&mut self, address: &Address, taken: &mut Vec<RawFd>) -> Result<(), Error> {
+        let what = format!("--listen {address}");
+        let fail = |error| Error::Inherited(format!("{what}: {error}"));
+        match &address.place {
+            Place::Fd(fd) => {
+                let fd = claim(*fd, &what, taken)?;
+                self.add(InheritedSocket::of(fd, address.tls_first).map_err(fail)?);
+            }
+            Place::Stdio if self.stdio => return Err(fail(std::io::Error::other("it is there only once"))),
+            Place::Stdio => {
+                let client = stdio::take(address.tls_first).map_err(fail)?;
+                self.stdio = true;
+                self.relay = client.relay;
+                self.add(client.socket);
+            }
+            Place::Unix(_) | Place::Abstract(_) | Place::Tcp { .. } | Place::Vsock { .. } => {}
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, socket: InheritedSocket) {
+        match socket {
+            InheritedSocket::Listening(listener) => self.listeners.push(listener),
+            InheritedSocket::Connected(arrival) => self.arrivals.push(arrival),
+        }
+    }
+
+    /// Whether the starter has chosen where to listen.
+    pub fn is_activated(&self) -> bool {
+        self.activated
     }
 
     /// Whether the process lives inside of another command, such as libnbd's `[ nbd-img serve ... ]`:
     /// started with sockets, but by no service manager (which sets INVOCATION_ID, systemd.exec(5)).
     pub fn is_captive(&self) -> bool {
-        !self.listeners.is_empty() && std::env::var_os("INVOCATION_ID").is_none()
+        (self.activated || self.stdio) && std::env::var_os("INVOCATION_ID").is_none()
     }
+}
+
+/// Takes a descriptor that nobody has `taken` yet.
+fn claim(fd: RawFd, what: &str, taken: &mut Vec<RawFd>) -> Result<OwnedFd, Error> {
+    if taken.contains(&fd) {
+        return Err(Error::Inherited(format!(
+            "{what}: descriptor {fd} is a socket of LISTEN_FDS or of --listen already; use another one"
+        )));
+    }
+    taken.push(fd);
+    activation::claim(fd).map_err(|error| Error::Inherited(format!("{what}: {error}")))
 }

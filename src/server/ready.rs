@@ -48,14 +48,16 @@ impl Announcement {
     }
 }
 
-/// The URIs of all exports at all listeners that have one; `tls_required` is whether none is to be had without.
+/// The URIs of all exports at all listeners; `tls_required` is whether none is to be had without. A listener that no URI
+/// can tell is told as `--listen` has it.
 pub fn uris(listeners: &[Listener], exports: &[Arc<Export>], tls_required: bool) -> Vec<String> {
-    let uri = |listener: &Listener, export: &Export| {
-        listener.uri(export.name(), tls_required || export.tls_required())
+    let uris = |listener: &Listener| -> Option<Vec<String>> {
+        let uri = |export: &Arc<Export>| listener.uri(export.name(), tls_required || export.tls_required());
+        exports.iter().map(uri).collect()
     };
     listeners
         .iter()
-        .flat_map(|listener| exports.iter().filter_map(move |export| uri(listener, export)))
+        .flat_map(|listener| uris(listener).unwrap_or_else(|| vec![listener.to_string()]))
         .collect()
 }
 

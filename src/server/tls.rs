@@ -3,6 +3,8 @@
 //! A set of files that does not fit together is refused with the file and the reason, and what was in force stays in
 //! force: a certificate and its key are rarely replaced in one step. Connections keep what they began with.
 //!
+//! With `--tls-psk` it is one file of keys, and OpenSSL instead of rustls.
+//!
 //! rustls computes with ring: it needs nothing but a C compiler to be built, where aws-lc-rs takes several times as
 //! long and more tools on some machines. What ring lacks of what GnuTLS makes is keys on the curve P-521.
 
@@ -24,7 +26,10 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
+use super::psk_file;
 use crate::nbd::negotiate::TlsMode;
+use crate::transport::tls::TlsServer;
+use crate::transport::tls::psk::PskServer;
 
 /// How often the files are looked at. Our choice.
 const LOOK_TIME: Duration = Duration::from_secs(5);
@@ -46,11 +51,20 @@ pub struct TlsFiles {
     pub crl: Option<PathBuf>,
 }
 
+/// What clients and the server know each other by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TlsSource {
+    /// Certificates.
+    Certificates(TlsFiles),
+    /// The pre-shared keys in this file.
+    Psk(PathBuf),
+}
+
 /// How the operator wants TLS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsOptions {
     /// The files.
-    pub files: TlsFiles,
+    pub source: TlsSource,
     /// Whether clients may do without.
     pub mode: TlsMode,
 }
@@ -76,15 +90,15 @@ pub struct Tls {
 }
 
 struct Loaded {
-    config: Arc<ServerConfig>,
+    server: TlsServer,
     /// When the server's certificate ends, in seconds since 1970.
-    not_after: i64,
+    not_after: Option<i64>,
 }
 
 impl Tls {
     /// Reads the files.
     pub fn load(options: TlsOptions) -> Result<Arc<Tls>, TlsError> {
-        let loaded = load(&options.files)?;
+        let loaded = load(&options.source)?;
         Ok(Arc::new(Tls { options, current: RwLock::new(loaded), reload: Notify::new() }))
     }
 
@@ -94,8 +108,8 @@ impl Tls {
     }
 
     /// What new connections get.
-    pub fn config(&self) -> Arc<ServerConfig> {
-        Arc::clone(&self.current.read().config)
+    pub fn server(&self) -> TlsServer {
+        self.current.read().server.clone()
     }
 
     /// Has the files read again, whether or not they have changed.
@@ -110,10 +124,10 @@ impl Tls {
         let mut warned_at = i64::MIN;
         loop {
             let now = unix_time();
-            let left = self.current.read().not_after - now;
+            let left = self.current.read().not_after.map_or(i64::MAX, |end| end - now);
             if left < EXPIRY_WARN_SECONDS && now - warned_at >= DAY_SECONDS {
                 warned_at = now;
-                let path = &self.options.files.cert;
+                let path = self.options.source.paths().next();
                 tracing::warn!(
                     ?path,
                     days = left / DAY_SECONDS,
@@ -131,33 +145,59 @@ impl Tls {
     }
 
     async fn read_again(self: &Arc<Self>) {
-        let files = self.options.files.clone();
-        match spawn_blocking(move || load(&files)).await {
+        let source = self.options.source.clone();
+        match spawn_blocking(move || load(&source)).await {
             Ok(Ok(loaded)) => {
                 *self.current.write() = loaded;
-                tracing::info!("the certificates were read again");
+                tracing::info!("the files of TLS were read again");
             }
             Ok(Err(error)) => {
-                tracing::error!(%error, "the new certificates cannot be used; those from before stay in force");
+                tracing::error!(%error, "the new files of TLS cannot be used; those from before stay in force");
             }
-            Err(error) => tracing::error!(%error, "reading the certificates went wrong"),
+            Err(error) => tracing::error!(%error, "reading the files of TLS went wrong"),
         }
     }
 
     /// What shows that a file has changed. Read on a thread of its own: the folder may be on a network.
     async fn stamps(&self) -> Vec<Option<(u64, u64, i64, i64)>> {
-        let files = self.options.files.clone();
+        let source = self.options.source.clone();
         let stamp =
             |metadata: Metadata| (metadata.ino(), metadata.len(), metadata.mtime(), metadata.mtime_nsec());
-        let look = move || {
-            let paths = [Some(files.cert), Some(files.key), files.client_ca, files.crl];
-            paths.into_iter().flatten().map(|path| path.metadata().ok().map(stamp)).collect()
-        };
+        let look = move || source.paths().map(|path| path.metadata().ok().map(stamp)).collect();
         spawn_blocking(look).await.unwrap_or_default()
     }
 }
 
-fn load(files: &TlsFiles) -> Result<Loaded, TlsError> {
+impl TlsSource {
+    /// The files, the server's own certificate first.
+    fn paths(&self) -> impl Iterator<Item = &Path> {
+        let paths = match self {
+            TlsSource::Certificates(TlsFiles { cert, key, client_ca, crl }) => {
+                [Some(cert), Some(key), client_ca.as_ref(), crl.as_ref()]
+            }
+            TlsSource::Psk(path) => [Some(path), None, None, None],
+        };
+        paths.into_iter().flatten().map(PathBuf::as_path)
+    }
+}
+
+fn load(source: &TlsSource) -> Result<Loaded, TlsError> {
+    match source {
+        TlsSource::Certificates(files) => load_certificates(files),
+        TlsSource::Psk(path) => load_keys(path),
+    }
+}
+
+fn load_keys(path: &Path) -> Result<Loaded, TlsError> {
+    let text = std::fs::read(path).map_err(|error| fail(path, format!("cannot be read: {error}")))?;
+    let keys = psk_file::parse(&text).map_err(|why| fail(path, why))?;
+    warn_of_open_key(path);
+    tracing::info!(?path, count = keys.count(), "the pre-shared keys");
+    let server = PskServer::new(keys).map_err(|why| fail(path, why))?;
+    Ok(Loaded { server: TlsServer::Psk(Arc::new(server)), not_after: None })
+}
+
+fn load_certificates(files: &TlsFiles) -> Result<Loaded, TlsError> {
     let certs = certificates(&files.cert)?;
     let not_after = check_validity(&files.cert, &certs)?;
     let key =
@@ -193,7 +233,7 @@ fn load(files: &TlsFiles) -> Result<Loaded, TlsError> {
     // NBD clients stay connected; resumption would only keep identities in memory.
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
-    Ok(Loaded { config: Arc::new(config), not_after })
+    Ok(Loaded { server: TlsServer::Certificates(Arc::new(config)), not_after: Some(not_after) })
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
@@ -236,7 +276,7 @@ fn check_validity(path: &Path, certs: &[CertificateDer<'_>]) -> Result<i64, TlsE
 fn warn_of_open_key(path: &Path) {
     let mode = path.metadata().map_or(0, |metadata| metadata.permissions().mode());
     if mode & 0o007 != 0 {
-        tracing::warn!(?path, mode = format!("{:o}", mode & 0o777), "everybody can use the server's key");
+        tracing::warn!(?path, mode = format!("{:o}", mode & 0o777), "everybody can use the key in this file");
     }
 }
 

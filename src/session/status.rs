@@ -87,6 +87,9 @@ impl Session {
         self.scratch.clear();
         for (index, answer) in answers.iter().enumerate() {
             let mut builder = Builder::new(request, &self.rules);
+            if self.contexts.iter().any(|context| context.id == answer.context && is_bitmap(&context.name)) {
+                builder = builder.of_dirty_bitmap();
+            }
             for (len, flags) in &answer.runs {
                 if builder.push(*len, *flags) == Progress::Full {
                     break;
@@ -98,6 +101,10 @@ impl Session {
         }
         self.put_scratch().await
     }
+}
+
+fn is_bitmap(context: &str) -> bool {
+    context.starts_with(wire::DIRTY_BITMAP_PREFIX)
 }
 
 /// What a context asks of the driver. Only names that the export offers come here.

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -11,24 +12,50 @@ pub const DEFAULT_PORT: u16 = 10809;
 
 /// One address to listen on.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Address {
+pub struct Address {
+    /// Where.
+    pub place: Place,
+    /// Whether connections begin with TLS instead of turning to it.
+    pub tls_first: bool,
+}
+
+/// Where clients come from.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Place {
     /// A Unix socket at this path.
     Unix(PathBuf),
+    /// A Unix socket of this name in the abstract namespace, which has no file.
+    Abstract(String),
     /// A TCP port of a host name or an IP address; port 0 takes any free one.
     Tcp {
         /// A name or a literal address, without brackets.
         host: String,
         /// The port, or 0.
         port: u16,
-        /// Whether connections begin with TLS instead of turning to it.
-        tls_first: bool,
     },
+    /// A port for virtual machines and their host; port 0 takes any free one.
+    Vsock {
+        /// One of this machine's context ids, or all of them.
+        cid: Option<u32>,
+        /// The port, or 0.
+        port: u32,
+    },
+    /// A socket that the starter has opened, listening or connected.
+    Fd(RawFd),
+    /// One client at stdin and stdout.
+    Stdio,
 }
 
 impl Address {
     /// Where the server listens when nothing is said: the default port on loopback.
     pub fn default_tcp() -> Address {
-        Address::Tcp { host: "127.0.0.1".to_owned(), port: DEFAULT_PORT, tls_first: false }
+        Place::Tcp { host: "127.0.0.1".to_owned(), port: DEFAULT_PORT }.into()
+    }
+}
+
+impl From<Place> for Address {
+    fn from(place: Place) -> Address {
+        Address { place, tls_first: false }
     }
 }
 
@@ -56,16 +83,20 @@ pub fn is_local(address: IpAddr) -> bool {
 
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Address::Unix(path) => write!(f, "unix:{}", path.to_string_lossy().escape_debug()),
-            Address::Tcp { host, port, tls_first } => {
-                let scheme = if *tls_first { "nbds" } else { "tcp" };
-                if host.contains(':') {
-                    write!(f, "{scheme}:[{host}]:{port}")
-                } else {
-                    write!(f, "{scheme}:{}:{port}", host.escape_debug())
-                }
-            }
+        match (&self.place, self.tls_first) {
+            (Place::Tcp { .. }, false) => f.write_str("tcp:")?,
+            (_, true) => f.write_str("nbds:")?,
+            (_, false) => {}
+        }
+        match &self.place {
+            Place::Unix(path) => write!(f, "unix:{}", path.to_string_lossy().escape_debug()),
+            Place::Abstract(name) => write!(f, "unix:@{}", name.escape_debug()),
+            Place::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
+            Place::Tcp { host, port } => write!(f, "{}:{port}", host.escape_debug()),
+            Place::Vsock { cid: Some(cid), port } => write!(f, "vsock:{cid}:{port}"),
+            Place::Vsock { cid: None, port } => write!(f, "vsock:{port}"),
+            Place::Fd(fd) => write!(f, "fd:{fd}"),
+            Place::Stdio => f.write_str("stdio"),
         }
     }
 }
@@ -86,24 +117,67 @@ impl FromStr for Address {
     type Err = ParseAddressError;
 
     fn from_str(text: &str) -> Result<Address, ParseAddressError> {
-        if let Some(path) = text.strip_prefix("unix:") {
-            return parse_unix(path);
-        }
-        if let Some(address) = text.strip_prefix("nbds:") {
-            return parse_tcp(address, true);
-        }
-        parse_tcp(text.strip_prefix("tcp:").unwrap_or(text), false)
+        let (place, tls_first) = match text.strip_prefix("nbds:") {
+            Some(place) => (place, true),
+            None => (text, false),
+        };
+        Ok(Address { place: parse_place(place)?, tls_first })
     }
 }
 
-fn parse_unix(path: &str) -> Result<Address, ParseAddressError> {
-    if path.is_empty() {
-        return Err(ParseAddressError("unix: wants a path after it, as in unix:/run/nbd.sock".to_owned()));
+fn parse_place(text: &str) -> Result<Place, ParseAddressError> {
+    if text == "stdio" {
+        Ok(Place::Stdio)
+    } else if let Some(path) = text.strip_prefix("unix:") {
+        parse_unix(path)
+    } else if let Some(address) = text.strip_prefix("vsock:") {
+        parse_vsock(address)
+    } else if let Some(fd) = text.strip_prefix("fd:") {
+        parse_fd(fd)
+    } else {
+        parse_tcp(text.strip_prefix("tcp:").unwrap_or(text))
     }
-    Ok(Address::Unix(PathBuf::from(path)))
 }
 
-fn parse_tcp(text: &str, tls_first: bool) -> Result<Address, ParseAddressError> {
+fn parse_unix(path: &str) -> Result<Place, ParseAddressError> {
+    match path.strip_prefix('@') {
+        Some("") => Err(ParseAddressError("unix:@ wants a name after it, as in unix:@nbd".to_owned())),
+        Some(name) => Ok(Place::Abstract(name.to_owned())),
+        None if path.is_empty() => {
+            Err(ParseAddressError("unix: wants a path after it, as in unix:/run/nbd.sock".to_owned()))
+        }
+        None => Ok(Place::Unix(PathBuf::from(path))),
+    }
+}
+
+fn parse_vsock(text: &str) -> Result<Place, ParseAddressError> {
+    let number = |text: &str, what: &str| {
+        text.parse::<u32>().map_err(|_| {
+            ParseAddressError(format!(
+                "{text:?} is not a {what}: write vsock:PORT, or vsock:CID:PORT for one of this machine's CIDs"
+            ))
+        })
+    };
+    let (cid, port) = match text.split_once(':') {
+        Some((cid, port)) => (Some(number(cid, "CID")?), port),
+        None => (None, text),
+    };
+    Ok(Place::Vsock { cid, port: number(port, "port")? })
+}
+
+fn parse_fd(text: &str) -> Result<Place, ParseAddressError> {
+    match text.parse::<RawFd>() {
+        Ok(fd) if fd > 2 => Ok(Place::Fd(fd)),
+        Ok(0..=2) => Err(ParseAddressError(format!(
+            "descriptor {text} is stdin, stdout or stderr: use 3 or above, or write stdio"
+        ))),
+        Ok(_) | Err(_) => {
+            Err(ParseAddressError(format!("{text:?} is not the number of a descriptor, as in fd:3")))
+        }
+    }
+}
+
+fn parse_tcp(text: &str) -> Result<Place, ParseAddressError> {
     let (host, port) = split_port(text)?;
     if host.is_empty() {
         return Err(ParseAddressError(format!(
@@ -113,7 +187,7 @@ fn parse_tcp(text: &str, tls_first: bool) -> Result<Address, ParseAddressError> 
     let port = port.parse::<u16>().map_err(|_| {
         ParseAddressError(format!("{port:?} is not a port (0 to 65535; 0 takes any free one)"))
     })?;
-    Ok(Address::Tcp { host: host.to_owned(), port, tls_first })
+    Ok(Place::Tcp { host: host.to_owned(), port })
 }
 
 /// Splits `[v6]:port` or `host:port`.
@@ -127,8 +201,8 @@ fn split_port(text: &str) -> Result<(&str, &str), ParseAddressError> {
     }
     let (host, port) = text.rsplit_once(':').ok_or_else(|| {
         ParseAddressError(format!(
-            "neither HOST:PORT nor unix:PATH; a port is needed, as in 127.0.0.1:{DEFAULT_PORT}, \
-             and a path is written unix:PATH"
+            "neither HOST:PORT nor unix:PATH, vsock:PORT, fd:N or stdio; a port is needed, as in \
+             127.0.0.1:{DEFAULT_PORT}, and a path is written unix:PATH"
         ))
     })?;
     if host.contains(':') {
@@ -143,8 +217,8 @@ fn split_port(text: &str) -> Result<(&str, &str), ParseAddressError> {
 mod tests {
     use super::*;
 
-    fn tcp(host: &str, port: u16) -> Address {
-        Address::Tcp { host: host.to_owned(), port, tls_first: false }
+    fn tcp(host: &str, port: u16) -> Place {
+        Place::Tcp { host: host.to_owned(), port }
     }
 
     #[test]
@@ -155,10 +229,19 @@ mod tests {
             ("tcp:localhost:1", tcp("localhost", 1)),
             ("[::1]:10809", tcp("::1", 10809)),
             ("tcp:[::]:65535", tcp("::", 65535)),
-            ("unix:/run/nbd.sock", Address::Unix("/run/nbd.sock".into())),
-            ("unix:with:colon", Address::Unix("with:colon".into())),
+            ("tcp:vsock:1", tcp("vsock", 1)),
+            ("unix:/run/nbd.sock", Place::Unix("/run/nbd.sock".into())),
+            ("unix:with:colon", Place::Unix("with:colon".into())),
+            ("unix:./@path", Place::Unix("./@path".into())),
+            ("unix:@nbd", Place::Abstract("nbd".to_owned())),
+            ("vsock:10809", Place::Vsock { cid: None, port: 10809 }),
+            ("vsock:3:0", Place::Vsock { cid: Some(3), port: 0 }),
+            ("fd:3", Place::Fd(3)),
+            ("stdio", Place::Stdio),
         ] {
-            assert_eq!(text.parse::<Address>().unwrap(), want, "{text}");
+            assert_eq!(text.parse::<Address>().unwrap(), want.clone().into(), "{text}");
+            let secure = format!("nbds:{text}").parse::<Address>().unwrap();
+            assert_eq!(secure, Address { place: want, tls_first: true }, "{text}");
         }
     }
 
@@ -170,6 +253,12 @@ mod tests {
             "nbds:localhost:10809",
             "nbds:[::1]:1",
             "unix:/run/nbd.sock",
+            "unix:@nbd",
+            "nbds:unix:nbd.sock",
+            "vsock:1",
+            "nbds:vsock:3:1",
+            "fd:9",
+            "stdio",
         ] {
             assert_eq!(text.parse::<Address>().unwrap().to_string(), text);
         }
@@ -182,6 +271,15 @@ mod tests {
             ("localhost", "port is needed"),
             ("/run/nbd.sock", "unix:PATH"),
             ("unix:", "path"),
+            ("unix:@", "name"),
+            ("vsock:", "not a port"),
+            ("vsock:-1", "not a port"),
+            ("vsock:4294967296", "not a port"),
+            ("vsock:host:1", "not a CID"),
+            ("fd:", "not the number"),
+            ("fd:-3", "not the number"),
+            ("fd:1", "write stdio"),
+            ("stdin", "stdio"),
             (":10809", "host is missing"),
             ("host:", "not a port"),
             ("host:65536", "not a port"),

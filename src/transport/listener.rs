@@ -1,50 +1,51 @@
-//! A listening socket of either family, non-blocking.
+//! A listening socket of any family, non-blocking.
 
 use std::fmt;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
 use rustix::net::{AddressFamily, sockopt};
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use super::stream::Stream;
-use super::unix::SocketFile;
-use super::uri;
+use super::unix::{self, SocketFile};
+use super::{uri, vsock};
 
 /// Connections that may wait to be accepted. The kernel cuts it to net.core.somaxconn (4096 since
-/// Linux 5.4); our choice is as many as may be in negotiation, so that a burst of those fits.
+/// Linux 5.4); our choice is more than a burst of clients has.
 pub const BACKLOG: i32 = 1024;
 
 /// A listening socket.
 #[derive(Debug)]
-pub enum Listener {
-    /// A Unix socket. Its file, if we made it, is removed on drop.
-    Unix {
-        /// The socket.
-        socket: UnixListener,
-        /// The file that belongs to it; absent when the starter made it.
-        file: Option<SocketFile>,
-        /// Its absolute path; absent for a socket without a name in the file system.
-        path: Option<PathBuf>,
-    },
-    /// A TCP port of one address.
-    Tcp {
-        /// The socket.
-        socket: TcpListener,
-        /// The address it listens on, with the real port.
-        address: SocketAddr,
-        /// Whether its connections begin with TLS.
-        tls_first: bool,
-    },
+pub struct Listener {
+    socket: Socket,
+    place: Bound,
+    tls_first: bool,
+    /// The file of a Unix socket, if we made it; removed on drop.
+    _file: Option<SocketFile>,
+}
+
+/// Where it listens.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Bound {
+    /// The absolute path of a Unix socket.
+    Path(PathBuf),
+    /// The name of a Unix socket without a file.
+    Abstract(Vec<u8>),
+    /// A Unix socket that nobody can ask for.
+    Unnamed,
+    /// With the real port.
+    Tcp(SocketAddr),
+    /// The context id by which clients reach it, and the real port.
+    Vsock { cid: u32, port: u32 },
 }
 
 impl Listener {
     /// Listens on `address`; port 0 takes any free one. An IPv6 address serves IPv6 only, so that
     /// `0.0.0.0` and `[::]` can be listened on together.
-    pub fn tcp(address: SocketAddr, tls_first: bool) -> io::Result<Listener> {
+    pub fn tcp(address: SocketAddr) -> io::Result<Listener> {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
         if address.is_ipv6() {
             socket.set_only_v6(true)?;
@@ -52,113 +53,115 @@ impl Listener {
         socket.set_reuse_address(true)?;
         socket.bind(&address.into())?;
         socket.listen(BACKLOG)?;
-        Listener::from_tcp(socket.into(), tls_first)
+        Listener::of(socket, None)
     }
 
     /// Listens at the path of `file`, which has been bound and listens already.
-    pub fn unix(socket: UnixListener, file: SocketFile) -> io::Result<Listener> {
+    pub fn unix(socket: Socket, file: SocketFile) -> io::Result<Listener> {
+        Listener::of(socket, Some(file))
+    }
+
+    /// Listens on a Unix socket of this name in the abstract namespace.
+    pub fn unix_abstract(name: &str) -> io::Result<Listener> {
+        Listener::of(unix::listen_abstract(name)?, None)
+    }
+
+    /// Listens on a port for virtual machines and their host, by one context id of this machine or by all of
+    /// them; port 0 takes any free one.
+    pub fn vsock(cid: Option<u32>, port: u32) -> io::Result<Listener> {
+        Listener::of(vsock::listen(cid, port)?, None)
+    }
+
+    /// Takes a stream socket that listens already, of whatever family it is.
+    pub fn of_listening(fd: OwnedFd) -> io::Result<Listener> {
+        Listener::of(fd.into(), None)
+    }
+
+    fn of(socket: Socket, file: Option<SocketFile>) -> io::Result<Listener> {
         socket.set_nonblocking(true)?;
-        let path = Some(file.absolute_path().to_owned());
-        Ok(Listener::Unix { socket, file: Some(file), path })
+        let place = Bound::of(&socket, file.as_ref())?;
+        Ok(Listener { socket, place, tls_first: false, _file: file })
     }
 
-    /// Takes a listening socket that somebody else made, of whatever family it is.
-    pub fn from_inherited(fd: OwnedFd) -> io::Result<Listener> {
-        if !sockopt::socket_acceptconn(&fd)? {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the socket does not listen"));
-        }
-        let domain = sockopt::socket_domain(&fd)?;
-        if domain == AddressFamily::UNIX {
-            let socket = UnixListener::from(fd);
-            socket.set_nonblocking(true)?;
-            let path = socket.local_addr()?.as_pathname().map(std::path::absolute).transpose()?;
-            Ok(Listener::Unix { socket, file: None, path })
-        } else if domain == AddressFamily::INET || domain == AddressFamily::INET6 {
-            Listener::from_tcp(fd.into(), false)
-        } else {
-            Err(io::Error::new(io::ErrorKind::Unsupported, "neither a Unix nor a TCP socket"))
-        }
+    /// The same, whose connections begin with TLS if `tls_first`.
+    pub fn with_tls_first(self, tls_first: bool) -> Listener {
+        Listener { tls_first, ..self }
     }
 
-    fn from_tcp(socket: TcpListener, tls_first: bool) -> io::Result<Listener> {
-        socket.set_nonblocking(true)?;
-        let address = socket.local_addr()?;
-        Ok(Listener::Tcp { socket, address, tls_first })
-    }
-
-    /// Accepts a connection, or fails with `WouldBlock` when none waits. Gives the stream, ready to be
-    /// used, and its peer in words for the log.
+    /// Accepts a connection, or fails with `WouldBlock` when none waits. Gives the stream and its peer in words
+    /// for the log.
     pub fn accept(&self) -> io::Result<(Stream, String)> {
-        match self {
-            Listener::Unix { socket, .. } => {
-                let (stream, _) = socket.accept()?;
-                stream.set_nonblocking(true)?;
-                let peer = describe_unix_peer(stream.as_fd());
-                Ok((Stream::Unix(stream), peer))
-            }
-            Listener::Tcp { socket, .. } => {
-                let (stream, peer) = socket.accept()?;
-                stream.set_nonblocking(true)?;
-                prepare_tcp(&stream);
-                Ok((Stream::Tcp(stream), peer.to_string()))
-            }
-        }
+        let (socket, peer) = self.socket.accept()?;
+        Stream::of_socket(socket, &peer)
     }
 
-    /// The URI of `export` here, for a client that has to turn to TLS or not. Absent for a Unix socket without a
-    /// path, and where TLS comes first: URIs know only TLS that is asked for.
+    /// The URI of `export` here, for a client that has to turn to TLS or not. Absent where none is defined: for a Unix
+    /// socket without a path, and where TLS comes first, since URIs know only TLS that is asked for.
     pub fn uri(&self, export: &str, tls: bool) -> Option<String> {
-        match self {
-            Listener::Unix { path, .. } => path.as_deref().map(|path| uri::unix(path, export, tls)),
-            Listener::Tcp { tls_first: true, .. } => None,
-            Listener::Tcp { address, tls_first: false, .. } => Some(uri::tcp(*address, export, tls)),
+        match &self.place {
+            _ if self.tls_first => None,
+            Bound::Path(path) => Some(uri::unix(path, export, tls)),
+            Bound::Abstract(_) | Bound::Unnamed => None,
+            Bound::Tcp(address) => Some(uri::tcp(*address, export, tls)),
+            Bound::Vsock { cid, port } => Some(uri::vsock(*cid, *port, export, tls)),
         }
     }
 
     /// Whether its connections begin with TLS.
     pub fn is_tls_first(&self) -> bool {
-        match self {
-            Listener::Unix { .. } => false,
-            Listener::Tcp { tls_first, .. } => *tls_first,
+        self.tls_first
+    }
+}
+
+impl Bound {
+    fn of(socket: &Socket, file: Option<&SocketFile>) -> io::Result<Bound> {
+        let address = socket.local_addr()?;
+        let family = sockopt::socket_domain(socket)?;
+        if family == AddressFamily::UNIX {
+            return Ok(match file {
+                Some(file) => Bound::Path(file.absolute_path().to_owned()),
+                None => Bound::of_unix(&address)?,
+            });
+        }
+        if let Some(address) = address.as_socket() {
+            return Ok(Bound::Tcp(address));
+        }
+        match address.as_vsock_address() {
+            Some((cid, port)) => Ok(Bound::Vsock { cid: vsock::cid_for_clients(cid), port }),
+            None => {
+                Err(io::Error::new(io::ErrorKind::Unsupported, "neither a Unix nor a TCP nor a vsock socket"))
+            }
         }
     }
-}
 
-/// Options that make a connection quicker or tidier. A connection without them works too, and one that
-/// is gone already fails here first: so nothing is made of an error.
-fn prepare_tcp(stream: &std::net::TcpStream) {
-    let _ = stream.set_nodelay(true);
-    // Else a client whose machine vanished would keep its slot for ever.
-    let _ = SockRef::from(stream).set_keepalive(true);
-}
-
-fn describe_unix_peer(stream: BorrowedFd<'_>) -> String {
-    match sockopt::socket_peercred(stream) {
-        Ok(peer) => format!("unix pid {} uid {}", peer.pid.as_raw_nonzero(), peer.uid.as_raw()),
-        Err(_) => "unix".to_owned(),
+    fn of_unix(address: &SockAddr) -> io::Result<Bound> {
+        Ok(match (address.as_pathname(), address.as_abstract_namespace()) {
+            (Some(path), _) => Bound::Path(std::path::absolute(path)?),
+            (None, Some(name)) => Bound::Abstract(name.to_owned()),
+            (None, None) => Bound::Unnamed,
+        })
     }
 }
 
+/// As `--listen` has it, where it has a form.
 impl fmt::Display for Listener {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Listener::Unix { path: Some(path), .. } => {
-                write!(f, "unix:{}", path.to_string_lossy().escape_debug())
+        let scheme = if self.tls_first { "nbds:" } else { "" };
+        match &self.place {
+            Bound::Path(path) => write!(f, "{scheme}unix:{}", path.to_string_lossy().escape_debug()),
+            Bound::Abstract(name) => {
+                write!(f, "{scheme}unix:@{}", String::from_utf8_lossy(name).escape_debug())
             }
-            Listener::Unix { path: None, .. } => f.write_str("an unnamed Unix socket"),
-            Listener::Tcp { address, tls_first, .. } => {
-                write!(f, "{}:{address}", if *tls_first { "nbds" } else { "tcp" })
-            }
+            Bound::Unnamed => write!(f, "{scheme}an unnamed Unix socket"),
+            Bound::Tcp(address) => write!(f, "{}{address}", if self.tls_first { scheme } else { "tcp:" }),
+            Bound::Vsock { cid, port } => write!(f, "{scheme}vsock:{cid}:{port}"),
         }
     }
 }
 
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Listener::Unix { socket, .. } => socket.as_fd(),
-            Listener::Tcp { socket, .. } => socket.as_fd(),
-        }
+        self.socket.as_fd()
     }
 }
 

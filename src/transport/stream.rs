@@ -1,13 +1,16 @@
-//! One client's connection: a non-blocking stream socket of either family, plain or under TLS.
+//! One client's connection: a non-blocking stream socket of any family, plain or under TLS.
 
 use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use rustix::buffer::spare_capacity;
-use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, recv, send, sockopt};
+use socket2::{SockAddr, Socket};
 
+use super::tcp;
 use super::tls::TlsStream;
 
 /// A connected stream socket, non-blocking, closed on drop.
@@ -18,18 +21,51 @@ use super::tls::TlsStream;
 pub enum Stream {
     /// Over a Unix socket.
     Unix(UnixStream),
-    /// Over TCP, with Nagle's algorithm off.
+    /// Over TCP.
     Tcp(TcpStream),
+    /// Between a virtual machine and its host.
+    Vsock(Socket),
     /// Encrypted, over one of the others.
     Tls(Box<TlsStream>),
 }
 
 impl Stream {
+    /// A connected socket of whatever family, and its peer in words for the log. (A peer that has gone already can no
+    /// longer be asked for.)
+    pub fn of_socket(socket: Socket, peer: &SockAddr) -> io::Result<(Stream, String)> {
+        socket.set_nonblocking(true)?;
+        let family = sockopt::socket_domain(&socket)?;
+        if family == AddressFamily::UNIX {
+            let peer = describe_unix_peer(socket.as_fd());
+            return Ok((Stream::Unix(UnixStream::from(socket)), peer));
+        }
+        if let Some(address) = peer.as_socket() {
+            return Ok((Stream::Tcp(TcpStream::from(socket)), address.to_string()));
+        }
+        match peer.as_vsock_address() {
+            Some((cid, port)) => Ok((Stream::Vsock(socket), format!("vsock {cid}:{port}"))),
+            None => {
+                Err(io::Error::new(io::ErrorKind::Unsupported, "neither a Unix nor a TCP nor a vsock socket"))
+            }
+        }
+    }
+
+    /// Sets what makes the connection quicker, and what ends it when the peer's machine has gone: when it leaves
+    /// things unanswered for `peer_timeout` ([`tcp`]). Sockets within one machine need neither.
+    pub fn prepare(&self, peer_timeout: Duration) {
+        match self {
+            Stream::Unix(_) | Stream::Vsock(_) => {}
+            Stream::Tcp(stream) => tcp::prepare(stream, peer_timeout),
+            Stream::Tls(stream) => stream.socket().prepare(peer_timeout),
+        }
+    }
+
     /// Ends both directions, so that a thread or a peer that waits for the other side wakes up.
     pub fn shutdown(&self) -> io::Result<()> {
         match self {
             Stream::Unix(stream) => stream.shutdown(Shutdown::Both),
             Stream::Tcp(stream) => stream.shutdown(Shutdown::Both),
+            Stream::Vsock(stream) => stream.shutdown(Shutdown::Both),
             Stream::Tls(stream) => stream.socket().shutdown(),
         }
     }
@@ -38,7 +74,7 @@ impl Stream {
     pub fn is_unix(&self) -> bool {
         match self {
             Stream::Unix(_) => true,
-            Stream::Tcp(_) => false,
+            Stream::Tcp(_) | Stream::Vsock(_) => false,
             Stream::Tls(stream) => stream.socket().is_unix(),
         }
     }
@@ -46,7 +82,7 @@ impl Stream {
     /// Its TLS, if it is encrypted. Then nothing may be sent to the socket past it.
     pub fn tls(&self) -> Option<&TlsStream> {
         match self {
-            Stream::Unix(_) | Stream::Tcp(_) => None,
+            Stream::Unix(_) | Stream::Tcp(_) | Stream::Vsock(_) => None,
             Stream::Tls(stream) => Some(stream),
         }
     }
@@ -76,6 +112,7 @@ impl AsFd for Stream {
         match self {
             Stream::Unix(stream) => stream.as_fd(),
             Stream::Tcp(stream) => stream.as_fd(),
+            Stream::Vsock(stream) => stream.as_fd(),
             Stream::Tls(stream) => stream.socket().as_fd(),
         }
     }
@@ -84,5 +121,12 @@ impl AsFd for Stream {
 impl AsRawFd for Stream {
     fn as_raw_fd(&self) -> RawFd {
         self.as_fd().as_raw_fd()
+    }
+}
+
+fn describe_unix_peer(stream: BorrowedFd<'_>) -> String {
+    match sockopt::socket_peercred(stream) {
+        Ok(peer) => format!("unix pid {} uid {}", peer.pid.as_raw_nonzero(), peer.uid.as_raw()),
+        Err(_) => "unix".to_owned(),
     }
 }

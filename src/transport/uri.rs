@@ -24,6 +24,12 @@ pub fn unix(path: &Path, export: &str, tls: bool) -> String {
     format!("{scheme}+unix:///{}?socket={}", encode(export.as_bytes()), encode(path.as_os_str().as_bytes()))
 }
 
+/// `nbd+vsock://CID:PORT/NAME`, or `nbds+vsock://`.
+pub fn vsock(cid: u32, port: u32, export: &str, tls: bool) -> String {
+    let scheme = if tls { "nbds" } else { "nbd" };
+    format!("{scheme}+vsock://{cid}:{port}/{}", encode(export.as_bytes()))
+}
+
 /// Percent-encodes everything but RFC 3986's unreserved characters and `/`, which both places allow.
 fn encode(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len());
@@ -70,5 +76,11 @@ mod tests {
             let secure = unix(Path::new(path), name, true);
             assert_eq!(secure.strip_prefix("nbds"), want.strip_prefix("nbd"));
         }
+    }
+
+    #[test]
+    fn vsock_uris() {
+        assert_eq!(vsock(2, 10809, "", false), "nbd+vsock://2:10809/");
+        assert_eq!(vsock(3, 1, "a b", true), "nbds+vsock://3:1/a%20b");
     }
 }

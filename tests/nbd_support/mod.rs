@@ -144,7 +144,7 @@ pub struct Run {
 
 /// Feeds `pieces` as they would come from a socket; TLS, when it is agreed, is up at once.
 pub fn run_pieces<'a>(tls: TlsMode, exports: &Exports, pieces: impl IntoIterator<Item = &'a [u8]>) -> Run {
-    let mut negotiation = Negotiation::new(NegotiationConfig { tls, tls_up: false });
+    let mut negotiation = Negotiation::new(NegotiationConfig { tls, tls_up: false, oldstyle: false });
     let mut out = Vec::new();
     negotiation.greeting(&mut out);
     let mut held = Vec::new();

@@ -57,6 +57,11 @@ impl Authority {
 
     /// A certificate and its key.
     pub fn issue(&self, says: Says) -> (String, String) {
+        self.issue_with(says, |_| {})
+    }
+
+    /// The same with something changed.
+    pub fn issue_with(&self, says: Says, change: impl FnOnce(&mut CertificateParams)) -> (String, String) {
         let key = KeyPair::generate().unwrap();
         let hosts = match says.usage {
             Usage::Server => vec!["localhost".to_owned(), "127.0.0.1".to_owned()],
@@ -71,6 +76,7 @@ impl Authority {
             Usage::Client => ExtendedKeyUsagePurpose::ClientAuth,
         }];
         (params.not_before, params.not_after) = (day(-200).into(), day(says.ends_in_days).into());
+        change(&mut params);
         (params.signed_by(&key, &self.issuer).unwrap().pem(), key.serialize_pem())
     }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 use super::wire::{self, chunk, command, command_flag, info, option, option_reply};
 
 /// A reply that takes longer hangs.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What a connection runs on.
 pub trait Transport: Read + Write + Send {
@@ -149,7 +149,7 @@ pub fn greet(socket: &Path) -> UnixStream {
     stream
 }
 
-fn read_greeting(stream: &mut (impl Read + ?Sized)) {
+pub fn read_greeting(stream: &mut (impl Read + ?Sized)) {
     assert_eq!(read_u64(stream).unwrap(), wire::MAGIC);
     assert_eq!(read_u64(stream).unwrap(), wire::OPTION_MAGIC);
     let flags = read_u16(stream).unwrap();
@@ -193,6 +193,11 @@ impl Client {
     pub fn tcp(stream: TcpStream, export: &str, wishes: Wishes) -> Self {
         stream.set_nodelay(true).unwrap();
         Self::negotiate(Box::new(stream), export, wishes)
+    }
+
+    /// Over a connection that nothing was received on yet.
+    pub fn over(stream: Box<dyn Transport>, export: &str, wishes: Wishes) -> Self {
+        Self::negotiate(stream, export, wishes)
     }
 
     fn negotiate(mut stream: Box<dyn Transport>, export: &str, wishes: Wishes) -> Self {
@@ -243,12 +248,15 @@ impl Client {
             data.extend(context.as_bytes());
         }
         self.stream.write_all(&option_bytes(option::SET_META_CONTEXT, &data)).unwrap();
-        for context in contexts {
+        // The order of the answers is the server's.
+        let mut granted = HashMap::new();
+        for _ in contexts {
             let (kind, data) = read_option_reply(&mut self.stream, option::SET_META_CONTEXT).unwrap();
-            assert_eq!(kind, option_reply::META_CONTEXT, "{context} was not granted");
-            assert_eq!(&data[4..], context.as_bytes());
-            self.context_ids.push(u32::from_be_bytes(data[..4].try_into().unwrap()));
+            assert_eq!(kind, option_reply::META_CONTEXT, "only {granted:?} of {contexts:?} were granted");
+            let id = u32::from_be_bytes(data[..4].try_into().unwrap());
+            granted.insert(String::from_utf8(data[4..].to_vec()).unwrap(), id);
         }
+        self.context_ids = contexts.iter().map(|context| granted[*context]).collect();
         let (kind, _) = read_option_reply(&mut self.stream, option::SET_META_CONTEXT).unwrap();
         assert_eq!(kind, option_reply::ACK);
     }

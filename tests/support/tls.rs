@@ -10,7 +10,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned, SupportedProtocolVersion};
 
-use super::client::{Client, Transport, Wishes, greet, option_bytes, read_option_reply};
+use super::client::{Client, PATIENCE, Transport, Wishes, option_bytes, read_greeting, read_option_reply};
 use super::wire::{option, option_reply};
 
 pub type TlsStream = StreamOwned<ClientConnection, UnixStream>;
@@ -56,7 +56,13 @@ pub fn handshake(socket: UnixStream, config: Arc<ClientConfig>) -> io::Result<Tl
 
 /// A connection on which STARTTLS was acknowledged.
 pub fn starttls(socket: &Path) -> UnixStream {
-    let mut stream = greet(socket);
+    starttls_on(UnixStream::connect(socket).unwrap())
+}
+
+/// The same on a connection that nothing was received on yet.
+pub fn starttls_on(mut stream: UnixStream) -> UnixStream {
+    stream.set_patience(Some(PATIENCE)).unwrap();
+    read_greeting(&mut stream);
     stream.write_all(&3_u32.to_be_bytes()).unwrap();
     stream.write_all(&option_bytes(option::STARTTLS, &[])).unwrap();
     assert_eq!(read_option_reply(&mut stream, option::STARTTLS).unwrap().0, option_reply::ACK);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// Program and Debian package.
-const PACKAGES: [(&str, &str); 20] = [
+const PACKAGES: [(&str, &str); 25] = [
     ("qemu-img", "qemu-utils"),
     ("qemu-io", "qemu-utils"),
     ("qemu-nbd", "qemu-utils"),
@@ -18,6 +18,7 @@ const PACKAGES: [(&str, &str); 20] = [
     ("nbdkit", "nbdkit"),
     ("fio", "fio"),
     ("sh", "dash"),
+    ("ldd", "libc-bin"),
     ("mount", "mount"),
     ("umount", "mount"),
     ("strace", "strace"),
@@ -26,6 +27,10 @@ const PACKAGES: [(&str, &str); 20] = [
     ("mke2fs", "e2fsprogs"),
     ("debugfs", "e2fsprogs"),
     ("openssl", "openssl"),
+    ("certtool", "gnutls-bin"),
+    ("gnutls-cli", "gnutls-bin"),
+    ("psktool", "gnutls-bin"),
+    ("setpriv", "util-linux"),
     ("/usr/bin/python3", "python3"),
 ];
 
@@ -94,7 +99,8 @@ pub fn qemu_io(folder: &Path, format: &str, image: &str, commands: &[&str]) {
     assert!(!text.contains("failed"), "qemu-io {commands:?} on {image}: {text}");
 }
 
-fn find(program: &str) -> Option<PathBuf> {
+/// Where a program is.
+pub fn find(program: &str) -> Option<PathBuf> {
     if program.starts_with('/') {
         return Path::new(program).exists().then(|| program.into());
     }

@@ -5,13 +5,16 @@
 //! | `probe` | which format a file has |
 //! | `policy` | which files an image may name |
 //! | `chain` | the image and what lies below it |
+//! | `alone` | an image file by itself |
 
+mod alone;
 mod chain;
 mod policy;
 mod probe;
 
 use std::path::{Path, PathBuf};
 
+pub use alone::{Access, open_alone};
 pub use chain::CHAIN_MAX;
 
 use crate::driver::{BlockDriver, Format};

@@ -2,20 +2,21 @@
 //!
 //! It joins tables, translation, decompression and, in an image that is written, the [writer](super::write). It opens nothing itself: files come in [`Parts`].
 
+use super::bitmaps::{self, Bitmaps};
 use super::compressed::ClusterCache;
 use super::header::{Compression, Header};
 use super::map::{self, LayerRuns};
+use super::parts::{Caches, Parts};
 use super::snapshots::{self, Snapshot};
 use super::tables::{ImageNumber, L1Table, TableCache, TableSlice};
 use super::types::{DataFile, Geometry, GuestCluster};
-pub use super::write::options::WriteOptions;
+use super::write::options::WriteOptions;
 use super::write::{Writer, begin, commit, prepare, reclaim, slow, zero};
-use super::{bitmaps, header};
 use crate::address::{GuestRange, HostOffset, HostRange};
-use crate::driver::{BlockDriver, Facts, Format, State, ZeroRequest};
+use crate::driver::{BlockDriver, Facts, Format, State, StatusQuery, StatusVisitor, ZeroRequest};
 use crate::error::{Error, ErrorKind, Result};
-use crate::info::{BitmapInfo, ImageInfo};
-use crate::mover::{check_writable, checked_range, storage_error};
+use crate::info::ImageInfo;
+use crate::mover::{self, check_writable, checked_range, storage_error};
 use crate::plan::{MapMode, Place, ReadPlan, StorageId, WritePlan};
 use crate::storage::{Durability, Storage};
 use crate::sync::Arc;
@@ -24,75 +25,19 @@ use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 /// Least and most that is announced as the preferred unit. Our choice: less than a page is never
 /// better; more than 64 KiB would make clients read much more than they want.
 const BLOCK_PREFERRED_LEN: std::ops::RangeInclusive<u64> = 4096..=65536;
-/// Most bytes of L1 tables, over a chain of images: four of the largest ones that QEMU opens. Our
-/// choice: a hostile chain of small sparse files cannot take more.
-const CHAIN_L1_LEN_MAX: u64 = 4 * header::L1_LEN_MAX;
 /// The storage of the image file.
 const IMAGE_STORAGE: StorageId = StorageId(0);
 /// The storage of an external data file.
 const DATA_FILE_STORAGE: StorageId = StorageId(1);
-
-/// What the images of a chain share, so that budgets hold for all of them together.
-pub struct Caches {
-    tables: TableCache,
-    clusters: ClusterCache,
-}
-
-impl Caches {
-    /// Empty caches for the images with these headers. L2 tables take at most `table_cache_len` bytes,
-    /// but two parts of tables (of up to 64 KiB each) always have room. Fails with `Unsupported` when the
-    /// L1 tables of all of them, which are not cached but held, are too large together.
-    pub fn new<'a>(
-        table_cache_len: u64,
-        images: impl IntoIterator<Item = &'a Header, IntoIter: Clone>,
-    ) -> Result<Arc<Self>> {
-        let images = images.into_iter();
-        // Where cluster lengths differ, the smaller parts are counted as large ones: within the budget.
-        let slice_len = images.clone().map(|header| header.geometry.slice_len()).max().unwrap_or(1);
-        let l1_len: u64 = images.map(|header| 8 * header.geometry.l1_entries_for(header.virtual_size)).sum();
-        if l1_len > CHAIN_L1_LEN_MAX {
-            let what =
-                format!("the L1 tables of the chain need {l1_len} bytes ({CHAIN_L1_LEN_MAX} are the most)");
-            return Err(Error::new(ErrorKind::Unsupported, what));
-        }
-        Ok(Arc::new(Caches {
-            tables: TableCache::new(table_cache_len, slice_len),
-            clusters: ClusterCache::new(),
-        }))
-    }
-
-    /// How many parts of L2 tables have been read from files so far.
-    pub fn table_loads(&self) -> usize {
-        self.tables.loads()
-    }
-}
-
-/// What a driver is made of.
-pub struct Parts {
-    /// The image file.
-    pub image: Arc<dyn Storage>,
-    /// Its header.
-    pub header: Header,
-    /// The external data file; there exactly if the header wants one.
-    pub data_file: Option<Arc<dyn Storage>>,
-    /// What lies below, if anything does.
-    pub backing: Option<Arc<dyn BlockDriver>>,
-    /// The place in the chain, 0 at the top; no two images that share `caches` have the same.
-    pub number: ImageNumber,
-    /// Shared by the images of a chain.
-    pub caches: Arc<Caches>,
-    /// Serve this internal snapshot (id or name) instead of the active state.
-    pub snapshot: Option<String>,
-    /// How to write; `None` opens read-only, and then nothing is ever written.
-    pub write: Option<WriteOptions>,
-}
 
 /// A qcow2 image.
 pub struct Qcow2Driver {
     facts: Facts,
     header: Header,
     snapshots: Vec<Snapshot>,
-    bitmaps: Vec<BitmapInfo>,
+    bitmaps: Bitmaps,
+    /// What is served is a state of the past.
+    is_snapshot: bool,
     virtual_size: u64,
     l1: L1Table,
     l1_at: HostOffset,
@@ -280,7 +225,7 @@ impl BlockDriver for Qcow2Driver {
             data_file_name: header.extensions.data_file_name.as_ref().map(text),
             chain,
             snapshots: self.snapshots.iter().map(|snapshot| snapshot.info(header)).collect(),
-            bitmaps: self.bitmaps.clone(),
+            bitmaps: self.bitmaps.info(),
         })
     }
 
@@ -383,6 +328,33 @@ impl BlockDriver for Qcow2Driver {
         }
     }
 
+    fn offer_bitmap(&self, name: &str) -> Result<bool> {
+        self.check_open()?;
+        if self.is_snapshot {
+            let text =
+                "dirty bitmaps tell of the active state, not of a snapshot (--bitmap, --load-snapshot)";
+            return Err(Error::new(ErrorKind::InvalidInput, text).with_path(&self.image().facts().path));
+        }
+        if self.bitmaps.offer(self.image(), &self.header, name)? {
+            return Ok(true);
+        }
+        self.backing.as_ref().map_or(Ok(false), |backing| backing.offer_bitmap(name))
+    }
+
+    fn status(&self, query: StatusQuery<'_>, range: GuestRange, visitor: StatusVisitor<'_>) -> Result<()> {
+        self.check_open()?;
+        match query {
+            StatusQuery::Allocation | StatusQuery::Depth => mover::status(self, query, range, visitor),
+            StatusQuery::Bitmap(name) => {
+                let range = checked_range(self, range.offset(), range.len())?;
+                if self.bitmaps.visit(self.image(), name, range, visitor)? {
+                    return Ok(());
+                }
+                bitmaps::visit_below(self.backing.as_ref(), name, range, visitor)
+            }
+        }
+    }
+
     /// Asks for the data whose place is known; reading tables for a hint would take time.
     fn cache(&self, range: GuestRange) -> Result<()> {
         let mut plan = ReadPlan::default();
@@ -432,7 +404,7 @@ fn open_parts(parts: Parts) -> Result<Qcow2Driver> {
         None => (header.l1, header.virtual_size),
     };
     let l1 = L1Table::load(&image, l1_at, header.geometry, virtual_size)?;
-    let bitmaps = bitmaps::list(&image, &header);
+    let bitmaps = Bitmaps::load(&image, &header);
     let data_len = len_of(data_file.as_ref().unwrap_or(&image))?;
     let storages = flat_storages(image, &header, data_file, backing.as_ref())?;
     let mut driver = Qcow2Driver {
@@ -440,6 +412,7 @@ fn open_parts(parts: Parts) -> Result<Qcow2Driver> {
         header,
         snapshots,
         bitmaps,
+        is_snapshot: snapshot.is_some(),
         virtual_size,
         l1,
         l1_at: l1_at.at,

@@ -4,36 +4,44 @@
 //! |---|---|
 //! | `types` | offsets, indices and entries as types, checked when decoded |
 //! | `header`, `extensions` | the first cluster, from bytes to values within all limits |
-//! | `snapshots`, `bitmaps` | the tables of internal snapshots and dirty bitmaps |
+//! | `snapshots` | the table of internal snapshots |
+//! | `bitmaps` | persistent dirty bitmaps |
 //! | `tables` | L1 in memory, L2 in slices under a budget |
 //! | `map` | from a guest range to a plan, through the backing chain |
 //! | `read` | the bytes of a run of one layer |
 //! | `compressed` | compressed clusters and their cache |
 //! | `flight` | making a thing once for all who need it at the same time |
 //! | `write` | everything that changes an image |
+//! | `check` | checking and repairing |
+//! | `parts` | what a driver is made of |
 //! | `driver` | [`Qcow2Driver`], which joins them |
 //!
 //! The specification is `docs/interop/qcow2` of QEMU. Nothing here opens a file: the files that an
 //! image names come from [`open`](crate::open), behind its policy.
 
 mod bitmaps;
+mod check;
 mod compressed;
 mod driver;
 mod extensions;
 mod flight;
 mod header;
 mod map;
+mod parts;
 mod read;
 mod snapshots;
 mod tables;
 mod types;
 mod write;
 
-pub use driver::{Caches, Parts, Qcow2Driver, WriteOptions};
+pub use check::{CheckOptions, CheckReport, Repair, check};
+pub use driver::Qcow2Driver;
 pub use extensions::Extensions;
 pub use header::{Autoclear, Compatible, Compression, Header, Incompatible, TableLocation};
+pub use parts::{Caches, Parts};
 pub use tables::ImageNumber;
 pub use types::{DataFile, Geometry};
+pub use write::options::WriteOptions;
 
 /// The four bytes that a qcow2 image begins with, as a number (specification).
 pub const MAGIC: u32 = header::MAGIC;

@@ -41,9 +41,14 @@ impl Snapshot {
         self.disk_size.unwrap_or(header.virtual_size)
     }
 
+    /// Bytes that its L1 table claims to have.
+    pub fn l1_len(&self) -> u64 {
+        u64::from(self.l1.entries) * 8
+    }
+
     /// The L1 table, after checking that it can be one and covers a disk size that the snapshot states.
     pub fn checked_l1(&self, header: &Header) -> Result<TableLocation> {
-        let len = u64::from(self.l1.entries) * 8;
+        let len = self.l1_len();
         let needed = self.disk_size.map_or(0, |size| header.geometry.l1_entries_for(size));
         if len > L1_LEN_MAX || u64::from(self.l1.entries) < needed {
             return Err(corrupt(format!(

@@ -372,6 +372,11 @@ impl Geometry {
         (raw & L2_COMPRESSED == 0 && offset != 0).then_some(HostOffset(offset))
     }
 
+    /// The host offset that an entry of any table names, whether it makes sense or not.
+    pub fn offset_in(self, raw: u64) -> HostOffset {
+        HostOffset(raw & OFFSET_MASK)
+    }
+
     /// Whether an L2 entry is that of a compressed cluster.
     pub fn is_compressed(self, raw: u64) -> bool {
         raw & L2_COMPRESSED != 0

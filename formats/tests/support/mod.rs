@@ -4,6 +4,7 @@
 
 pub mod checker;
 pub mod crash;
+pub mod gallery;
 pub mod image;
 pub mod maker;
 pub mod model;

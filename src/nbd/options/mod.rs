@@ -131,7 +131,8 @@ impl<'a> Context<'a> {
     }
 }
 
-fn refusal_text(export: &str, refusal: &Refusal) -> String {
+/// Why there is no export of this name, for the client or the log.
+pub(super) fn refusal_text(export: &str, refusal: &Refusal) -> String {
     match refusal {
         Refusal::Unknown if export.is_empty() => "this server has no default export".to_owned(),
         Refusal::Unknown => format!("this server has no export {}", quoted(export)),

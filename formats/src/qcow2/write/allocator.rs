@@ -129,6 +129,16 @@ impl Allocator {
         Allocator { geometry, refcounts, map, space, moved: None, left: Vec::new() }
     }
 
+    /// What all addresses depend on.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// Moves the refcount table away from where it is.
+    pub fn relocate_table(&mut self) -> Result<(), Need> {
+        self.grow_table(BlockIndex(0))
+    }
+
     /// A cluster that reads as zeroes, if one is at hand.
     pub fn allocate_zeroed(&mut self) -> Result<Option<HostCluster>, Need> {
         if let Some(index) = self.space.zeroed.first() {
@@ -177,10 +187,14 @@ impl Allocator {
                 return Ok(());
             }
             let host = self.allocate_fresh()?;
-            // Unless the block was made on the way to this cluster.
             if self.refcounts.block_at(block)?.is_none() {
                 self.refcounts.create(block, host.start());
                 self.map.add(host.start(), self.geometry.cluster_len(), Kind::RefcountBlock);
+            } else {
+                // The block was made on the way to this cluster, which nobody needs then.
+                let index = self.geometry.host_index(host.start());
+                self.refcounts.set(index, 0)?;
+                self.space.give_back(index, 1, false);
             }
         }
     }

@@ -2,13 +2,14 @@
 //!
 //! Nothing is written here, but by the repair of an image whose refcounts are not to be trusted.
 
-use super::super::driver::{Qcow2Driver, WriteOptions};
+use super::super::driver::Qcow2Driver;
 use super::super::header::{Compatible, Header, Incompatible, TableLocation};
 use super::super::snapshots::Snapshot;
 use super::super::types::{DataFile, HostIndex};
 use super::allocator::{Allocator, HOST_END, Space};
 use super::meta::Meta;
 use super::metadata_map::{Kind, MetadataMap};
+use super::options::WriteOptions;
 use super::refcounts::{BlockIndex, Refcounts};
 use super::{Writer, repair};
 use crate::address::HostOffset;

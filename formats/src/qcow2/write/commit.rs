@@ -224,10 +224,10 @@ fn write_all(driver: &Qcow2Driver, frozen: &mut Frozen) -> Result<()> {
     let blocks = frozen.blocks.iter().map(|write| (write.at, &write.bytes));
     let bodies = frozen.bodies.iter().map(|(at, bytes)| (*at, bytes));
     for (at, bytes) in blocks.chain(bodies) {
-        write(driver, at, bytes)?;
+        write(driver.image(), at, bytes)?;
     }
     if let Some((MovedTable { durable: false, .. }, table)) = &frozen.moved {
-        write(driver, frozen.table_at, table)?;
+        write(driver.image(), frozen.table_at, table)?;
     }
     sync(driver.image(), frozen)?;
     frozen.a_durable = true;
@@ -241,10 +241,10 @@ fn write_all(driver: &Qcow2Driver, frozen: &mut Frozen) -> Result<()> {
     }
     check_writable(driver)?;
     for (at, bytes) in &frozen.words {
-        write(driver, *at, bytes)?;
+        write(driver.image(), *at, bytes)?;
     }
     for (index, raw) in &frozen.l1 {
-        write(driver, HostOffset(driver.l1_at().0 + *index as u64 * 8), &raw.to_be_bytes())?;
+        write(driver.image(), HostOffset(driver.l1_at().0 + *index as u64 * 8), &raw.to_be_bytes())?;
     }
     sync(driver.image(), frozen)
 }
@@ -254,25 +254,24 @@ fn write_table_changes(driver: &Qcow2Driver, frozen: &Frozen) -> Result<bool> {
     // What a body in *A* has need not be written again.
     if !matches!(frozen.moved, Some((MovedTable { durable: false, .. }, _))) {
         for (index, raw) in &frozen.entries {
-            write(driver, HostOffset(frozen.table_at.0 + *index as u64 * 8), &raw.to_be_bytes())?;
+            write(driver.image(), HostOffset(frozen.table_at.0 + *index as u64 * 8), &raw.to_be_bytes())?;
         }
     }
     let Some((moved, _)) = &frozen.moved else { return Ok(!frozen.entries.is_empty()) };
-    write_table_pointer(driver, frozen.table_at, moved.clusters)?;
+    write_table_pointer(driver.image(), frozen.table_at, moved.clusters)?;
     Ok(true)
 }
 
 /// Points the header to the refcount table at `at`.
-pub fn write_table_pointer(driver: &Qcow2Driver, at: HostOffset, clusters: u64) -> Result<()> {
+pub fn write_table_pointer(image: &Arc<dyn Storage>, at: HostOffset, clusters: u64) -> Result<()> {
     let clusters = u32::try_from(clusters)
         .map_err(|_| Error::new(ErrorKind::NoSpace, "the refcount table is too large"))?;
     let mut pointer = at.0.to_be_bytes().to_vec();
     pointer.extend(clusters.to_be_bytes());
-    write(driver, TABLE_POINTER_AT, &pointer)
+    write(image, TABLE_POINTER_AT, &pointer)
 }
 
-fn write(driver: &Qcow2Driver, at: HostOffset, bytes: &[u8]) -> Result<()> {
-    let image = driver.image();
+fn write(image: &Arc<dyn Storage>, at: HostOffset, bytes: &[u8]) -> Result<()> {
     image
         .pwrite(bytes, at, Durability::Later)
         .map_err(|e| storage_error(image, "cannot write the image's metadata", at, e))

@@ -53,9 +53,9 @@ use options::WriteOptions;
 use pins::Pins;
 
 /// Where the incompatible features stand in the header (specification).
-const INCOMPATIBLE_AT: HostOffset = HostOffset(72);
+pub const INCOMPATIBLE_AT: HostOffset = HostOffset(72);
 /// Where the autoclear features stand in the header (specification).
-const AUTOCLEAR_AT: HostOffset = HostOffset(88);
+pub const AUTOCLEAR_AT: HostOffset = HostOffset(88);
 /// Bits of a pin's key that tell its epoch; above them is the number of a planned write.
 const KEY_EPOCH_BITS: u32 = 8;
 /// Least and most by which the file is made longer at a time; between them it is half of the file.

@@ -128,6 +128,16 @@ impl Refcounts {
         }
     }
 
+    /// Takes the block out of the table, and its refcounts with it.
+    pub fn forget(&mut self, block: BlockIndex) {
+        self.blocks.remove(&block);
+        self.dirty_blocks.remove(&block);
+        if let Some(entry) = self.table.get_mut(block.0) {
+            *entry = 0;
+            self.dirty_entries.insert(block.0);
+        }
+    }
+
     /// Moves the table to `at`, with room for `entries`.
     pub fn move_table(&mut self, at: HostOffset, entries: usize) {
         self.table.resize(entries, 0);
@@ -146,7 +156,7 @@ impl Refcounts {
             return Ok(0);
         }
         let block = self.blocks.get(&number).ok_or(Need::Block(number))?;
-        Ok(self.read(block, index.0 % self.block_entries()))
+        Ok(count_in(&block.bytes, self.bits, index.0 % self.block_entries()))
     }
 
     /// Sets the refcount of a cluster whose block is in memory.
@@ -254,15 +264,16 @@ impl Refcounts {
             self.blocks.retain(|index, block| block.held || !block.dirty.is_empty() || kept == Some(*index));
         }
     }
+}
 
-    fn read(&self, block: &Block, at: u64) -> u64 {
-        let bits = u64::from(self.bits);
-        let from = usize::try_from(at * bits / 8).unwrap_or(usize::MAX);
-        let width = usize::try_from(bits.div_ceil(8)).unwrap_or(1);
-        let field = block.bytes.get(from..).and_then(|rest| rest.get(..width)).unwrap_or_default();
-        let value = field.iter().fold(0u64, |value, byte| value << 8 | u64::from(*byte));
-        if bits < 8 { value >> ((at * bits) % 8) & (u64::MAX >> (64 - bits)) } else { value }
-    }
+/// Refcount number `at` of a block with refcounts of `bits` bits.
+pub fn count_in(block: &[u8], bits: u32, at: u64) -> u64 {
+    let bits = u64::from(bits);
+    let from = usize::try_from(at * bits / 8).unwrap_or(usize::MAX);
+    let width = usize::try_from(bits.div_ceil(8)).unwrap_or(1);
+    let field = block.get(from..).and_then(|rest| rest.get(..width)).unwrap_or_default();
+    let value = field.iter().fold(0u64, |value, byte| value << 8 | u64::from(*byte));
+    if bits < 8 { value >> ((at * bits) % 8) & (u64::MAX >> (64 - bits)) } else { value }
 }
 
 #[cfg(test)]

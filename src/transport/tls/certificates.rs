@@ -1,85 +1,60 @@
-//! A connection under TLS: the same non-blocking byte stream as a plain one, with rustls in between.
-//!
-//! It is not tokio-rustls's stream: a session waits for readiness by itself and moves between event loops, and what
-//! it would buffer is in the session's own buffers anyway. What is decrypted already does not make the socket
-//! readable: so a receive is tried before readiness is waited for, and it says `WouldBlock` only when nothing is left
-//! over here.
+//! TLS with certificates, by rustls.
 
-use std::cell::RefCell;
+use std::fmt;
 use std::io::{self, BufRead, IoSlice, Write};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
 use rustls::{ServerConfig, ServerConnection};
 
-use super::stream::Stream;
+use super::{Engine, WIRE, WIRE_LEN};
+use crate::transport::certificate::CertificateNames;
+use crate::transport::peer::Identity;
+use crate::transport::stream::Stream;
 
-/// Ciphertext that is received at a time: what a session's own receive takes when it is busy. Our choice.
-const WIRE_LEN: usize = 256 << 10;
-
-/// Plain text that is encrypted at a time, and so the most that waits encrypted for a slow client. Our choice.
-const SEAL_LEN: usize = 256 << 10;
-
-thread_local! {
-    /// Where ciphertext is received. Connections share it, so that an idle one holds none.
-    static WIRE: RefCell<Vec<u8>> = RefCell::new(vec![0; WIRE_LEN]);
-}
-
-/// A connection under TLS, or on its way there.
-#[derive(Debug)]
-pub struct TlsStream {
-    socket: Stream,
-    state: Mutex<State>,
-}
-
-#[derive(Debug)]
-struct State {
+/// The state of one connection.
+pub struct Certified {
     connection: ServerConnection,
     /// Ciphertext that was received and not taken in yet.
     waiting: Vec<u8>,
 }
 
-impl TlsStream {
-    /// The server's side of a handshake that has not begun. `received` are its first bytes, if some have come.
-    pub fn new(socket: Stream, config: Arc<ServerConfig>, received: Vec<u8>) -> io::Result<Self> {
+impl Certified {
+    /// A handshake that has not begun, with its first bytes.
+    pub fn new(config: Arc<ServerConfig>, received: Vec<u8>) -> io::Result<Self> {
         let mut connection = ServerConnection::new(config).map_err(io::Error::other)?;
         // Bounded by `SEAL_LEN` instead.
         connection.set_buffer_limit(None);
-        Ok(TlsStream { socket, state: Mutex::new(State { connection, waiting: received }) })
+        Ok(Certified { connection, waiting: received })
+    }
+}
+
+impl Engine for Certified {
+    fn is_handshaking(&self) -> bool {
+        self.connection.is_handshaking()
     }
 
-    /// The socket below.
-    pub fn socket(&self) -> &Stream {
-        &self.socket
-    }
-
-    /// Whether the handshake is not over.
-    pub fn is_handshaking(&self) -> bool {
-        self.state.lock().connection.is_handshaking()
-    }
-
-    /// Takes in what the client sent of the handshake; `WouldBlock` when it has to send more.
-    pub fn advance_handshake(&self) -> io::Result<()> {
+    fn advance_handshake(&mut self, socket: &Stream) -> io::Result<()> {
         // No room: requests that came along stay with rustls.
-        self.state.lock().take_in(&self.socket, &mut Vec::new()).map(drop)
+        self.take_in(socket, &mut Vec::new()).map(drop)
     }
 
-    /// The version, for the log.
-    pub fn version(&self) -> Option<&'static str> {
-        self.state.lock().connection.protocol_version().and_then(|version| version.as_str())
+    fn identity(&self) -> Option<Identity> {
+        let own = self.connection.peer_certificates()?.first()?;
+        Some(Identity::Certificate(CertificateNames::of_der(own)))
     }
 
-    /// Appends what was received to the room of `buf`. 0 is the end of the stream, `WouldBlock` means that nothing is
-    /// there now.
-    pub fn receive(&self, buf: &mut Vec<u8>) -> io::Result<usize> {
-        let mut state = self.state.lock();
+    fn version(&self) -> Option<&'static str> {
+        self.connection.protocol_version().and_then(|version| version.as_str())
+    }
+
+    fn receive(&mut self, socket: &Stream, buf: &mut Vec<u8>) -> io::Result<usize> {
         loop {
-            match state.opened(buf)? {
+            match self.opened(buf)? {
                 Opened::Bytes(len) => return Ok(len),
                 Opened::End => return Ok(0),
-                Opened::Nothing => match state.take_in(&self.socket, buf)? {
+                Opened::Nothing => match self.take_in(socket, buf)? {
                     0 => {}
                     len => return Ok(len),
                 },
@@ -87,53 +62,43 @@ impl TlsStream {
         }
     }
 
-    /// All that has been received, decrypted: whoever waits for the socket from now on misses nothing.
-    pub fn drain(&self) -> io::Result<Vec<u8>> {
-        let mut state = self.state.lock();
+    fn drain(&mut self, socket: &Stream) -> io::Result<Vec<u8>> {
         let mut all = Vec::new();
         loop {
             // More than all the ciphertext that can be here.
             all.reserve(WIRE_LEN);
-            match state.opened(&mut all)? {
+            match self.opened(&mut all)? {
                 Opened::Bytes(_) => {}
-                Opened::Nothing if !state.waiting.is_empty() => {
-                    state.take_in(&self.socket, &mut all)?;
+                Opened::Nothing if !self.waiting.is_empty() => {
+                    self.take_in(socket, &mut all)?;
                 }
                 Opened::End | Opened::Nothing => return Ok(all),
             }
         }
     }
 
-    /// Encrypts as much of `bytes` as is taken at a time and sends what the socket takes. `WouldBlock`, and nothing
-    /// taken, while what was encrypted before has to wait.
-    pub fn send(&self, bytes: &[u8]) -> io::Result<usize> {
-        let mut state = self.state.lock();
-        state.push_out(&self.socket)?;
-        let taken = bytes.get(..SEAL_LEN).unwrap_or(bytes);
-        state.connection.writer().write_all(taken)?;
-        match state.push_out(&self.socket) {
-            Ok(()) => Ok(taken.len()),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(taken.len()),
-            Err(error) => Err(error),
+    fn seal(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.connection.writer().write_all(bytes)
+    }
+
+    fn seal_goodbye(&mut self) {
+        self.connection.send_close_notify();
+    }
+
+    fn wants_send(&self) -> bool {
+        self.connection.wants_write()
+    }
+
+    fn push_out(&mut self, socket: &Stream) -> io::Result<()> {
+        while self.connection.wants_write() {
+            match self.connection.write_tls(&mut Wire(socket)) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
         }
-    }
-
-    /// Whether something encrypted waits to be sent.
-    pub fn wants_send(&self) -> bool {
-        self.state.lock().connection.wants_write()
-    }
-
-    /// Sends what is encrypted already.
-    pub fn push_out(&self) -> io::Result<()> {
-        self.state.lock().push_out(&self.socket)
-    }
-
-    /// Tells the client that nothing more comes, if the socket takes it.
-    pub fn say_goodbye(&self) {
-        let mut state = self.state.lock();
-        state.connection.send_close_notify();
-        // Whoever does not read it will see the end of the connection.
-        let _ = state.push_out(&self.socket);
+        Ok(())
     }
 }
 
@@ -144,7 +109,7 @@ enum Opened {
     End,
 }
 
-impl State {
+impl Certified {
     /// Moves decrypted bytes to the room of `buf`, which has some.
     fn opened(&mut self, buf: &mut Vec<u8>) -> io::Result<Opened> {
         let mut moved = 0;
@@ -215,17 +180,11 @@ impl State {
         self.waiting = bytes.to_vec();
         Ok(moved)
     }
+}
 
-    fn push_out(&mut self, socket: &Stream) -> io::Result<()> {
-        while self.connection.wants_write() {
-            match self.connection.write_tls(&mut Wire(socket)) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
+impl fmt::Debug for Certified {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Certified").finish_non_exhaustive()
     }
 }
 

@@ -1,0 +1,161 @@
+//! [`StoredBitmap`]: the bits of a bitmap as they lie in the file, found through its table.
+//!
+//! The table is in memory, the bits are read when they are asked for. Nothing in here writes.
+
+use super::super::header::{Header, check_place};
+use super::super::types::Geometry;
+use super::directory::Entry;
+use super::page::{PAGE_LEN, Page};
+use crate::address::HostOffset;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mover::{read_exact, storage_error};
+use crate::storage::Storage;
+use crate::sync::Arc;
+
+/// The host offset in an entry of a bitmap's table (specification: bits 9 to 55).
+const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+/// Bits that must be zero (specification: 1 to 8 and 56 to 63).
+const RESERVED: u64 = 0xff00_0000_0000_01fe;
+/// Without an offset: all bits are ones (specification).
+const ALL_ONES: u64 = 1;
+
+/// Where one cluster of bits is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stored {
+    /// Nowhere: all zeroes.
+    Zeroes,
+    /// Nowhere: all ones.
+    Ones,
+    /// In the file.
+    At(HostOffset),
+}
+
+/// A bitmap in the file.
+pub struct StoredBitmap {
+    geometry: Geometry,
+    granularity_bits: u8,
+    /// Bits that stand for a part of the disk.
+    bits: u64,
+    table: Box<[u64]>,
+}
+
+impl StoredBitmap {
+    /// Loads the table of a bitmap that was [checked](Entry::check), and checks it: it has the entries
+    /// that a disk of this size needs, each is possible, lies within the file and not on other bits, the
+    /// table itself, or what the header points to.
+    pub fn load(storage: &Arc<dyn Storage>, header: &Header, entry: &Entry) -> Result<Self> {
+        let geometry = header.geometry;
+        let corrupt = |what: String| Err(damaged(storage, entry, what));
+        let bits = header.virtual_size.div_ceil(entry.granularity());
+        let needed = bits.div_ceil(8).div_ceil(geometry.cluster_len());
+        if needed != u64::from(entry.table_entries) {
+            return corrupt(format!("its table has {} entries, not {needed}", entry.table_entries));
+        }
+        let len = needed * 8;
+        if check_place("table", entry.table_at, len, geometry).is_err() {
+            return corrupt(format!("its table cannot lie at {:#x}", entry.table_at));
+        }
+        let file_len = file_len(storage)?;
+        if entry.table_at + len > file_len {
+            return corrupt("the file ends inside of its table".to_owned());
+        }
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+        read_exact(storage, HostOffset(entry.table_at), &mut bytes)?;
+        let table = bytes.as_chunks().0.iter().map(|word| u64::from_be_bytes(*word)).collect();
+        let bitmap = StoredBitmap { geometry, granularity_bits: entry.granularity_bits, bits, table };
+        match bitmap.fault(header, entry, file_len) {
+            Some(what) => corrupt(what),
+            None => Ok(bitmap),
+        }
+    }
+
+    /// What is wrong with the table, if anything is.
+    fn fault(&self, header: &Header, entry: &Entry, file_len: u64) -> Option<String> {
+        let cluster_len = self.geometry.cluster_len();
+        let data_len = self.bits.div_ceil(8);
+        let mut places = Vec::new();
+        for (index, raw) in (0..).zip(self.table.iter()) {
+            let at = raw & OFFSET_MASK;
+            let misplaced = !self.geometry.is_aligned(at) || at != 0 && raw & ALL_ONES != 0;
+            if raw & RESERVED != 0 || misplaced {
+                return Some(format!("entry {index} of its table is bad"));
+            }
+            let used = data_len.saturating_sub(index * cluster_len).min(cluster_len);
+            if at != 0 && at + used > file_len {
+                return Some("the file ends inside of its bits".to_owned());
+            }
+            places.extend((at != 0).then_some((at, cluster_len)));
+        }
+        let words = |entries: u32| u64::from(entries) * 8;
+        places.push((0, cluster_len));
+        places.push((entry.table_at, words(entry.table_entries)));
+        places.push((header.l1.at.0, words(header.l1.entries)));
+        places.push((header.refcount_table.at.0, words(header.refcount_table.entries)));
+        places.extend(header.extensions.bitmaps.map(|found| (found.directory_at, found.directory_len)));
+        places.retain(|(_, len)| *len > 0);
+        places.sort_unstable();
+        let overlap = places.windows(2).find(|pair| match pair {
+            [(at, len), (next, _)] => at.saturating_add(*len) > *next,
+            _ => false,
+        });
+        overlap.map(|_| "its table or its bits lie on other metadata".to_owned())
+    }
+
+    /// Bytes of the disk that one bit stands for.
+    pub fn granularity(&self) -> u64 {
+        1 << self.granularity_bits
+    }
+
+    /// The clusters of bits, in order.
+    pub fn clusters(&self) -> impl Iterator<Item = Stored> {
+        self.table.iter().map(|raw| match (raw & OFFSET_MASK, raw & ALL_ONES) {
+            (0, 0) => Stored::Zeroes,
+            (0, _) => Stored::Ones,
+            (at, _) => Stored::At(HostOffset(at)),
+        })
+    }
+
+    /// Page number `page` of the bits.
+    pub fn page(&self, storage: &Arc<dyn Storage>, page: u64) -> Result<Page> {
+        let cluster_len = self.geometry.cluster_len();
+        let start = page * PAGE_LEN;
+        let end = (start + PAGE_LEN).min(self.bits.div_ceil(8));
+        let first = usize::try_from(start / cluster_len).unwrap_or(usize::MAX);
+        let count = usize::try_from(end.div_ceil(cluster_len)).unwrap_or(0).saturating_sub(first);
+        let here = || self.clusters().skip(first).take(count);
+        if here().all(|stored| stored == Stored::Zeroes) {
+            return Ok(Page::Zeroes);
+        }
+        if here().all(|stored| stored == Stored::Ones) {
+            return Ok(Page::Ones);
+        }
+        let mut bytes = vec![0; usize::try_from(PAGE_LEN).unwrap_or(0)];
+        let mut at = start;
+        for stored in here() {
+            let within = at % cluster_len;
+            let len = (cluster_len - within).min(end - at);
+            let from = usize::try_from(at - start).unwrap_or(usize::MAX);
+            let to = from.saturating_add(usize::try_from(len).unwrap_or(0));
+            let part = bytes.get_mut(from..to).unwrap_or_default();
+            match stored {
+                Stored::Zeroes => {}
+                Stored::Ones => part.fill(0xff),
+                Stored::At(host) => read_exact(storage, HostOffset(host.0 + within), part)?,
+            }
+            at += len;
+        }
+        Ok(Page::of_bytes(&bytes))
+    }
+}
+
+/// The error for a bitmap that contradicts itself.
+pub fn damaged(storage: &Arc<dyn Storage>, entry: &Entry, what: String) -> Error {
+    let name = entry.shown_name();
+    let text =
+        format!("the bitmap '{name}' is damaged: {what}; it can only be removed (qemu-img bitmap --remove)");
+    Error::new(ErrorKind::Corrupt, text).with_path(&storage.facts().path)
+}
+
+fn file_len(storage: &Arc<dyn Storage>) -> Result<u64> {
+    storage.len().map_err(|e| storage_error(storage, "cannot tell the file's length", HostOffset(0), e))
+}
