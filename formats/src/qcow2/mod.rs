@@ -3,6 +3,7 @@
 //! | module | what is in it |
 //! |---|---|
 //! | `types` | offsets, indices and entries as types, checked when decoded |
+//! | `subclusters` | the state of parts of a cluster |
 //! | `header`, `extensions` | the first cluster, from bytes to values within all limits |
 //! | `snapshots` | the table of internal snapshots |
 //! | `bitmaps` | persistent dirty bitmaps |
@@ -30,6 +31,7 @@ mod map;
 mod parts;
 mod read;
 mod snapshots;
+mod subclusters;
 mod tables;
 mod types;
 mod write;

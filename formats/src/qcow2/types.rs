@@ -5,14 +5,13 @@
 
 use std::fmt;
 
+pub use super::subclusters::{ALL_UNITS, EntryWords, SUBCLUSTERS, Subcluster, Subclusters};
 use crate::address::HostOffset;
 
 /// Smallest cluster: 512 bytes (specification, `cluster_bits`).
 pub const CLUSTER_BITS_MIN: u32 = 9;
 /// Largest cluster: 2 MiB (QEMU's limit; the specification leaves it open).
 pub const CLUSTER_BITS_MAX: u32 = 21;
-/// Subclusters in a cluster of an image with extended L2 entries (specification, "Extended L2 entries").
-pub const SUBCLUSTERS: u32 = 32;
 /// Most bytes of an L2 table that are read and cached as one. Our choice, as QEMU's: a random read of an
 /// image with large clusters does not cost a table of 2 MiB.
 const SLICE_LEN_MAX: u64 = 64 << 10;
@@ -96,37 +95,6 @@ pub struct Blob {
     pub at: HostOffset,
     /// Upper limit of its length: the blob ends somewhere in its last sector.
     pub len_max: u64,
-}
-
-/// The state of the 32 subclusters of a cluster; never both allocated and zero.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Subclusters {
-    allocated: u32,
-    zero: u32,
-}
-
-/// What a subcluster is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Subcluster {
-    /// In the backing file.
-    Unallocated,
-    /// Zeroes.
-    Zero,
-    /// In its cluster.
-    Data,
-}
-
-/// Every subcluster of a cluster, and the one unit of a cluster that has none.
-pub const ALL_UNITS: u32 = u32::MAX;
-
-/// An L2 entry as it stands in its table: the word of its cluster, and that of its subclusters, 0 where there
-/// are none.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct EntryWords {
-    /// The cluster.
-    pub raw: u64,
-    /// The subclusters.
-    pub bitmap: u64,
 }
 
 /// A checked L2 entry.
@@ -314,7 +282,7 @@ impl Geometry {
     pub fn encode_zero(self, host: Option<HostCluster>) -> EntryWords {
         let raw = host.map_or(0, |host| self.encode_owned(host));
         match self.extended_l2 {
-            true => EntryWords { raw, bitmap: Subclusters { allocated: 0, zero: ALL_UNITS }.encode() },
+            true => EntryWords { raw, bitmap: Subclusters::ZEROES.encode() },
             false => EntryWords { raw: raw | L2_ZERO, bitmap: 0 },
         }
     }
@@ -326,17 +294,14 @@ impl Geometry {
         if !self.extended_l2 {
             return EntryWords { raw, bitmap: 0 };
         }
-        let (kept, zero) = match old {
-            L2Entry::Split { host: old_host, subclusters } => {
-                let kept = if old_host == Some(host) { subclusters.allocated } else { 0 };
-                (kept, subclusters.zero)
-            }
+        let kept = match old {
+            L2Entry::Split { host: old_host, subclusters } if old_host == Some(host) => subclusters,
+            L2Entry::Split { subclusters, .. } => subclusters.without_data(),
             L2Entry::Unallocated | L2Entry::Zero { .. } | L2Entry::Data { .. } | L2Entry::Compressed(_) => {
-                (0, 0)
+                Subclusters::NONE
             }
         };
-        let subclusters = Subclusters { allocated: kept | units, zero: zero & !units };
-        EntryWords { raw, bitmap: subclusters.encode() }
+        EntryWords { raw, bitmap: kept.with_data(units).encode() }
     }
 
     /// The cluster of the L2 entry of `cluster` in which these units may be overwritten in place: plain data
@@ -348,7 +313,7 @@ impl Geometry {
         }
         if self.extended_l2 {
             let subclusters = Subclusters::decode(bitmap, true).ok()?;
-            if subclusters.allocated & units != units {
+            if subclusters.allocated() & units != units {
                 return None;
             }
         }
@@ -473,56 +438,6 @@ impl HostCluster {
     pub fn at(self, offset: u64) -> HostOffset {
         // Clusters lie below 2^56 and `offset` is smaller than a cluster or a table.
         HostOffset(self.0 + offset)
-    }
-}
-
-impl EntryWords {
-    /// Neither a cluster nor zeroes.
-    pub const NONE: EntryWords = EntryWords { raw: 0, bitmap: 0 };
-}
-
-impl Subclusters {
-    /// Those that are data.
-    pub fn allocated(self) -> u32 {
-        self.allocated
-    }
-
-    /// Those that are zeroes.
-    pub fn zero(self) -> u32 {
-        self.zero
-    }
-
-    /// The same with these as zeroes.
-    #[must_use]
-    pub fn with_zeroes(self, units: u32) -> Self {
-        Subclusters { allocated: self.allocated & !units, zero: self.zero | units }
-    }
-
-    /// As it stands in a table (specification: allocated in the lower half).
-    pub fn encode(self) -> u64 {
-        u64::from(self.zero) << SUBCLUSTERS | u64::from(self.allocated)
-    }
-
-    fn decode(bitmap: u64, has_cluster: bool) -> Result<Self, EntryFault> {
-        let [b0, b1, b2, b3, b4, b5, b6, b7] = bitmap.to_le_bytes();
-        let allocated = u32::from_le_bytes([b0, b1, b2, b3]);
-        let zero = u32::from_le_bytes([b4, b5, b6, b7]);
-        if allocated & zero != 0 || (allocated != 0 && !has_cluster) {
-            return Err(EntryFault::BadSubclusters);
-        }
-        Ok(Subclusters { allocated, zero })
-    }
-
-    /// What subcluster `index` is, and how many from it on are the same.
-    pub fn run_from(self, index: u32) -> (Subcluster, u32) {
-        let (kind, mask) = if self.allocated >> index & 1 == 1 {
-            (Subcluster::Data, self.allocated)
-        } else if self.zero >> index & 1 == 1 {
-            (Subcluster::Zero, self.zero)
-        } else {
-            (Subcluster::Unallocated, !(self.allocated | self.zero))
-        };
-        (kind, (mask >> index).trailing_ones().min(SUBCLUSTERS - index))
     }
 }
 

@@ -289,11 +289,17 @@ impl<'a, 'b> Walk<'a, 'b> {
 }
 
 fn compare(image: &Image<'_>, uses: &[Use], report: &mut Report) {
+    let per_block = image.cluster_len() * 8 / image.refcount_bits;
     let covered =
         image.refcount_table.iter().rposition(|entry| *entry != 0).map_or(0, |last| last as u64 + 1)
-            * (image.cluster_len() * 8 / image.refcount_bits);
+            * per_block;
+    let mut block = Vec::new();
     for cluster in 0..covered.max(uses.len() as u64) {
-        let counted = image.refcount(cluster);
+        // A block at a time: there are many refcounts in a large one.
+        if cluster % per_block == 0 {
+            block = image.refcounts_of_block((cluster / per_block) as usize);
+        }
+        let counted = block.get((cluster % per_block) as usize).copied().unwrap_or(0);
         let used = uses.get(cluster as usize).map_or(0, Use::count);
         let at = cluster * image.cluster_len();
         if counted < used {

@@ -269,6 +269,31 @@ impl<'a> Image<'a> {
         if nowhere { Entry::Unallocated } else { Entry::Data { host } }
     }
 
+    /// All refcounts of the block with this number, as the file has them; none where there is no block.
+    pub fn refcounts_of_block(&self, number: usize) -> Vec<u64> {
+        let block = self.refcount_table.get(number).map_or(0, |entry| entry & !TABLE_RESERVED);
+        if block == 0 {
+            return Vec::new();
+        }
+        let mut bytes = vec![0; self.cluster_len() as usize];
+        self.bytes.fill(&mut bytes, block);
+        let bits = self.refcount_bits as usize;
+        match bits {
+            // Within a byte the first one has the lowest bits.
+            1..8 => {
+                let values = |byte: &u8| {
+                    let byte = u64::from(*byte);
+                    (0..8 / bits).map(move |index| byte >> (index * bits) & ((1 << bits) - 1))
+                };
+                bytes.iter().flat_map(values).collect()
+            }
+            _ => {
+                let value = |field: &[u8]| field.iter().fold(0, |value, byte| value << 8 | u64::from(*byte));
+                bytes.chunks_exact(bits / 8).map(value).collect()
+            }
+        }
+    }
+
     /// The refcount of a cluster as the file has it.
     pub fn refcount(&self, cluster: u64) -> u64 {
         let per_block = self.cluster_len() * 8 / self.refcount_bits;
