@@ -183,7 +183,6 @@ fn images_that_are_not_written() {
         qemu_img(folder, "bitmap --add disk backup");
     };
     refused_read_write(add_bitmap, &["bitmap", "--read-only"]);
-    refused_read_write(|folder| make(folder, "-o extended_l2=on"), &["extended L2", "--read-only"]);
 }
 
 #[test]
