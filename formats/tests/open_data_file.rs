@@ -3,6 +3,7 @@
 
 mod qcow2_support;
 mod qcow2_write_support;
+mod support;
 
 use std::path::{Path, PathBuf};
 
@@ -10,15 +11,17 @@ use nbd_img_formats::open::{OpenOptions, open};
 use nbd_img_formats::storage::{FileOptions, FileStorage, LockMode};
 use nbd_img_formats::sync::Arc;
 use nbd_img_formats::{BlockDriver, Durability, ErrorKind, Format};
-use qcow2_support::{Folder, qemu, try_qemu};
+use qcow2_support::{Folder, qemu, qemu_io, try_qemu};
 use qcow2_write_support::assert_clean;
+use support::image::Image;
 
+const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
 /// An image in a folder, and its data file `data` beside it.
-fn create(folder: &Folder) -> PathBuf {
+fn create(folder: &Folder, options: &str) -> PathBuf {
     let data = folder.file("data");
-    folder.create("image.qcow2", &format!("data_file={}", data.to_str().unwrap()), MIB)
+    folder.create("image.qcow2", &format!("data_file={}{options}", data.to_str().unwrap()), MIB)
 }
 
 fn writable() -> OpenOptions {
@@ -33,7 +36,7 @@ fn open_file(image: &Path) -> Arc<dyn BlockDriver> {
 #[test]
 fn the_data_file_is_locked_as_a_writer() {
     let folder = Folder::new();
-    let image = create(&folder);
+    let image = create(&folder, "");
     let data = folder.file("data");
     let reader = FileOptions { writable: false, direct: false, lock: LockMode::Reader };
     let writer = FileOptions { writable: true, direct: false, lock: LockMode::Writer };
@@ -60,7 +63,7 @@ fn the_data_file_is_locked_as_a_writer() {
 #[test]
 fn only_the_data_file_of_the_image_itself_is_opened_for_writing() {
     let folder = Folder::new();
-    let image = create(&folder);
+    let image = create(&folder, "");
     let opened = open(&image, &OpenOptions::default()).unwrap().driver;
     assert!(opened.storages().iter().all(|storage| !storage.facts().writable));
     opened.close().unwrap();
@@ -76,4 +79,34 @@ fn only_the_data_file_of_the_image_itself_is_opened_for_writing() {
     driver.close().unwrap();
     assert_clean(&top);
     assert!(std::fs::read(folder.file("data")).unwrap().iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn what_contradicts_a_data_file_is_refused_for_writing() {
+    let folder = Folder::new();
+    let image = create(&folder, ",data_file_raw=on");
+    let raw = folder.file("base.raw");
+    std::fs::write(&raw, vec![1; MIB as usize]).unwrap();
+    let overlay = OpenOptions { backing: nbd_img_formats::open::Backing::Path(raw), ..writable() };
+    let error = open(&image, &overlay).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    assert!(error.to_string().contains("backing file"), "{error}");
+    // An entry that leads elsewhere than where the guest's cluster lies.
+    let image = create(&folder, "");
+    qemu_io(&image, &["write -P 5 0 128k".to_owned()]);
+    let mut bytes = std::fs::read(&image).unwrap();
+    let parsed = Image::parse(&bytes).unwrap();
+    let table =
+        (u64::from_be_bytes(bytes[parsed.l1_at as usize..][..8].try_into().unwrap()) & !(1 << 63)) as usize;
+    bytes[table + 8..table + 16].copy_from_slice(&(1u64 << 63 | 0x40000).to_be_bytes());
+    std::fs::write(&image, bytes).unwrap();
+    let driver = open_file(&image);
+    for failed in [
+        driver.pwrite(64 * KIB, &[1; 10], Durability::Later),
+        driver.pwrite(64 * KIB, &[1; 64 << 10], Durability::Later),
+        driver.pread(64 * KIB, &mut [0; 10]),
+    ] {
+        assert!(failed.unwrap_err().to_string().contains("guest's"));
+    }
+    assert!(std::fs::read(folder.file("data")).unwrap()[256 << 10..].iter().all(|byte| *byte == 0));
 }

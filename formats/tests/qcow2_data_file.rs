@@ -481,33 +481,3 @@ fn a_dirty_image_is_repaired() {
     disk[..100].fill(6);
     assert_image(&folder, &image, &disk);
 }
-
-#[test]
-fn what_contradicts_a_data_file_is_refused_for_writing() {
-    let folder = Folder::new();
-    let image = create(&folder, ",data_file_raw=on", MIB);
-    let raw = folder.file("base.raw");
-    std::fs::write(&raw, vec![1; MIB as usize]).unwrap();
-    let overlay = OpenOptions { backing: nbd_img_formats::open::Backing::Path(raw), ..writable() };
-    let error = open(&image, &overlay).err().unwrap();
-    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
-    assert!(error.to_string().contains("backing file"), "{error}");
-    // An entry that leads elsewhere than where the guest's cluster lies.
-    let image = create(&folder, "", MIB);
-    qemu_io(&image, &["write -P 5 0 128k".to_owned()]);
-    let mut bytes = std::fs::read(&image).unwrap();
-    let parsed = Image::parse(&bytes).unwrap();
-    let table =
-        (u64::from_be_bytes(bytes[parsed.l1_at as usize..][..8].try_into().unwrap()) & !(1 << 63)) as usize;
-    bytes[table + 8..table + 16].copy_from_slice(&(1u64 << 63 | 0x40000).to_be_bytes());
-    std::fs::write(&image, bytes).unwrap();
-    let driver = open_file(&image);
-    for failed in [
-        driver.pwrite(64 * KIB, &[1; 10], Durability::Later),
-        driver.pwrite(64 * KIB, &[1; 64 << 10], Durability::Later),
-        driver.pread(64 * KIB, &mut [0; 10]),
-    ] {
-        assert!(failed.unwrap_err().to_string().contains("guest's"));
-    }
-    assert!(std::fs::read(folder.file("data")).unwrap()[256 << 10..].iter().all(|byte| *byte == 0));
-}

@@ -12,6 +12,7 @@ use nbd_img_formats::{Error, ReadPlan, WritePlan};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use super::ahead::Ahead;
 use super::buffers::{InBuf, OutBuf};
 use super::end::End;
 use super::linger::Linger;
@@ -65,6 +66,9 @@ pub struct Session {
     pub(super) write_plan: WritePlan,
     pub(super) poller: Poller,
     pub(super) linger: Linger,
+    pub(super) ahead: Ahead,
+    /// Reads whose bytes have come into memory.
+    arrived: Vec<Request>,
     /// Requests since the last park.
     pub(super) batch: u32,
     /// Requests since the last time the session sent.
@@ -103,6 +107,8 @@ impl Session {
             write_plan: WritePlan::default(),
             poller: Poller::new(shard.times.poll),
             linger: Linger::default(),
+            ahead: Ahead::default(),
+            arrived: Vec::new(),
             batch: 0,
             unsent: 0,
             worked_len: 0,
@@ -162,7 +168,7 @@ impl Session {
         self.shard.submit_held();
         let linger = self.linger_time(now);
         self.send_all().await?;
-        if !self.cell.ready.borrow().is_empty() {
+        if !self.cell.ready.borrow().is_empty() || !self.arrived.is_empty() {
             return Ok(None);
         }
         if !linger.is_zero() {
@@ -191,6 +197,10 @@ impl Session {
 
     /// Works on the requests that are wholly there.
     async fn work(&mut self) -> Result<Needs, End> {
+        for request in std::mem::take(&mut self.arrived) {
+            self.read_arrived(request).await?;
+            self.take_turns(request.len).await;
+        }
         loop {
             if !self.read_off_refused().await? {
                 return Ok(Needs::Input);
@@ -265,6 +275,7 @@ impl Session {
             let Some(done) = self.cell.ready.borrow_mut().pop_front() else { return Ok(()) };
             let Pending { request, work, error, lease, .. } = done;
             match (error, work) {
+                (_, Work::Arrival) => self.arrived.push(request),
                 (Some(error), _) => self.reply_error(&request, &error).await?,
                 (None, Work::Read { parts, .. }) => self.reply_parts(&request, &parts).await?,
                 (None, Work::Status { answers }) => {

@@ -6,6 +6,7 @@
 //! | [`shard`] | one thread: its sessions, and the answers on their way to them |
 //! | [`engine`], `park` | one session's life: receive, work, send, park |
 //! | `read`, `sendfile`, `write`, `status`, `calls` | how each command is served; `layout` frames reads |
+//! | `ahead` | what a client that reads from front to back will want next |
 //! | `refuse` | requests that are refused |
 //! | `encrypted` | what TLS adds to sending and receiving |
 //! | [`pending`] | requests that wait for the disk |
@@ -19,6 +20,7 @@
 //! The protocol's bytes are made and read in [`crate::nbd`]; where an image's bytes lie is the driver's
 //! business. Nothing here blocks: what would wait is submitted or given to the export's workers.
 
+mod ahead;
 pub mod budget;
 pub mod buffers;
 mod calls;

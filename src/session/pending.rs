@@ -48,6 +48,9 @@ pub enum Work {
         /// Must be finished when the last piece has completed.
         plan: WritePlan,
     },
+    /// The last of a read's bytes are on their way into memory, from where the read is to be answered. What
+    /// comes of it does not matter: it is served anew then.
+    Arrival,
     /// A call of the driver on a worker, with nothing but a result.
     Call,
     /// A block status query on a worker.
@@ -112,7 +115,7 @@ impl Pending {
                     }
                 }
             }
-            Work::Write { .. } | Work::Call | Work::Status { .. } => {}
+            Work::Write { .. } | Work::Arrival | Work::Call | Work::Status { .. } => {}
         }
     }
 
@@ -124,7 +127,7 @@ impl Pending {
                     self.error.get_or_insert(error);
                 }
             }
-            Work::Call | Work::Status { .. } => {}
+            Work::Arrival | Work::Call | Work::Status { .. } => {}
         }
     }
 }

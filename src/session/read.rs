@@ -11,7 +11,7 @@ use nbd_img_formats::{BlockDriver, Error, ErrorKind, GuestRange, Place};
 use smallvec::SmallVec;
 
 use super::budget::FLOOR_LEN;
-use super::buffers::OutBuf;
+use super::buffers::{OUT_LEN_MAX, OutBuf};
 use super::end::End;
 use super::engine::Session;
 use super::layout::{
@@ -19,6 +19,7 @@ use super::layout::{
     runs_of,
 };
 use super::pending::{Part, PartBytes, Pending, Work};
+use super::sendfile::Sending;
 use crate::nbd::reply::{self, ReplyTo};
 use crate::nbd::request::{CommandFlags, Request};
 
@@ -40,6 +41,16 @@ impl Session {
         if request.len == 0 {
             return self.reply_success(&request).await;
         }
+        self.read(request, true).await
+    }
+
+    /// A read whose bytes should be in memory by now.
+    pub(super) async fn read_arrived(&mut self, request: Request) -> Result<(), End> {
+        self.read(request, false).await
+    }
+
+    /// Serves a read, for the first time or again.
+    async fn read(&mut self, request: Request, first: bool) -> Result<(), End> {
         let range = match self.shard.export.range(request.offset, request.len) {
             Ok(range) => range,
             Err(error) => return self.reply_error(&request, &error).await,
@@ -49,8 +60,16 @@ impl Session {
             return self.reply_error(&request, &error).await;
         }
         let runs = runs_of(&self.read_plan);
-        if self.can_send(&runs, framing) {
-            return self.send_read(request, framing, &runs).await;
+        let sending = self.sending(&runs, framing);
+        if first && (sending != Sending::Never || range.len() <= OUT_LEN_MAX as u64) {
+            // What is streamed is noted slice by slice.
+            self.ahead.note(range);
+            self.read_ahead();
+        }
+        match sending {
+            Sending::Now => return self.send_read(request, framing, &runs).await,
+            Sending::Later if first && self.await_bytes(request, range) => return Ok(()),
+            Sending::Later | Sending::Never => {}
         }
         let needed = framed_len(&runs, framing);
         if !self.out.make_room_for(needed) {
@@ -68,6 +87,7 @@ impl Session {
             }
             Attempt::WouldWait => {
                 self.out.cut_back(mark);
+                self.read_ahead_of_miss();
                 self.submit_read(request, range, framing).await
             }
             Attempt::Failed(error) => {
@@ -330,6 +350,7 @@ impl Session {
         if let Err(error) = self.plan_read(slice, framing) {
             return Ok(Err(error));
         }
+        self.ahead.note(slice);
         let runs = runs_of(&self.read_plan);
         let needed = framed_len(&runs, framing);
         let mark = self.out.mark();
@@ -347,6 +368,7 @@ impl Session {
                 }
             }
         }
+        self.read_ahead_of_miss();
         self.read_plan.reset();
         let len = usize::try_from(slice.len()).unwrap_or(usize::MAX);
         let at = slice.offset();

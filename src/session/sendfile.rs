@@ -1,7 +1,8 @@
 //! Large reads that leave by sendfile: from the page cache to the socket without a copy here.
 //!
 //! Only where nothing that a plan names can be freed before the client has received it
-//! ([`Facts::sendable`](nbd_img_formats::Facts)), and only what is in memory, so that nothing waits.
+//! ([`Facts::sendable`](nbd_img_formats::Facts)), and only what is in memory, so that nothing waits; what is
+//! on its way there is waited for elsewhere.
 //! The data's header is out before the data is known to be there; a file that turns out too short ends a
 //! simple reply by closing, a structured one by padding and an error chunk.
 
@@ -10,12 +11,16 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use nbd_img_formats::mover::{short_read, storage_error};
-use nbd_img_formats::{Error, HostOffset, HostRange, Place, Storage};
+use nbd_img_formats::storage::{InPlace, Operation, OperationKind};
+use nbd_img_formats::workers::Lane;
+use nbd_img_formats::{BlockDriver, Error, GuestRange, HostOffset, HostRange, Place, ReadPlan, Storage};
 use tokio::io::Interest;
 
+use super::buffers::OUT_LEN_MAX;
 use super::end::End;
 use super::engine::Session;
 use super::layout::{Framing, Run, chunks};
+use super::pending::Work;
 use crate::nbd::errno::NbdError;
 use crate::nbd::reply;
 use crate::nbd::request::Request;
@@ -24,27 +29,75 @@ use crate::nbd::request::Request;
 /// 64 KiB up).
 const SEND_LEN_MIN: usize = 64 << 10;
 
+/// Whether a reply can leave by sendfile.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sending {
+    /// At once.
+    Now,
+    /// As soon as its bytes are in memory.
+    Later,
+    /// No.
+    Never,
+}
+
 impl Session {
-    /// Whether every run of the plan is either a hole that is told as such or large, plain and cached.
-    pub(super) fn can_send(&self, runs: &[Run], framing: Framing) -> bool {
+    /// Whether the plan can be sent: every run has to be either a hole that is told as such or large and
+    /// plain.
+    pub(super) fn sending(&self, runs: &[Run], framing: Framing) -> Sending {
         let driver = self.shard.export.driver();
         if runs.first().is_none_or(|run| run.len < SEND_LEN_MIN) || !driver.facts().sendable {
-            return false;
+            return Sending::Never;
         }
         if self.socket.get_ref().tls().is_some() {
             // What goes out has to be encrypted here.
+            return Sending::Never;
+        }
+        let mut sending = Sending::Now;
+        for (piece, run) in self.read_plan.pieces.iter().zip(runs) {
+            match piece.place {
+                Place::Zero { .. } if run.is_hole(framing) => {}
+                Place::Data { storage, at } if run.len >= SEND_LEN_MIN => {
+                    let storage = driver.storages().get(usize::from(storage.0));
+                    let range = HostRange::new(at, piece.len);
+                    if !storage.zip(range).is_some_and(|(storage, range)| storage.can_send(range)) {
+                        sending = Sending::Later;
+                    }
+                }
+                Place::Zero { .. } | Place::Data { .. } | Place::Slow(_) => return Sending::Never,
+            }
+        }
+        sending
+    }
+
+    /// Has a read, whose plan can be sent but for its bytes not being in memory, wait until they are. Returns
+    /// whether that is worth it: where it would otherwise be copied slice by slice, or where the bytes have
+    /// been asked for already.
+    pub(super) fn await_bytes(&mut self, request: Request, range: GuestRange) -> bool {
+        if self.shard.export.in_place().reads != InPlace::Ask {
             return false;
         }
-        self.read_plan.pieces.iter().zip(runs).all(|(piece, run)| match piece.place {
-            Place::Zero { .. } => run.is_hole(framing),
-            Place::Slow(_) => false,
-            Place::Data { storage, at } => {
-                let storage = driver.storages().get(usize::from(storage.0));
-                let range = HostRange::new(at, piece.len);
-                run.len >= SEND_LEN_MIN
-                    && storage.zip(range).is_some_and(|(storage, range)| storage.can_send(range))
-            }
-        })
+        self.read_ahead_of_miss();
+        let driver = self.shard.export.driver();
+        if self.ahead.has_asked_for(range)
+            && let Some((storage, at)) = last_byte(driver, &self.read_plan)
+        {
+            let storage = Arc::clone(storage);
+            self.read_plan.reset();
+            let token = self.insert_call(request, Work::Arrival, 0, None);
+            let operation = Operation { kind: OperationKind::Read, at, buf: self.shard.pool.take(1), token };
+            self.shard.submit(&storage, operation);
+            return true;
+        }
+        if range.len() <= OUT_LEN_MAX as u64 {
+            return false;
+        }
+        self.read_plan.reset();
+        let token = self.insert_call(request, Work::Arrival, 0, None);
+        self.shard.call(Lane::Read, token, self.shard.pool.take(1), move |driver, buf| {
+            driver.cache(range)?;
+            driver.pread(range.end().saturating_sub(1), buf).map(|()| buf.len())
+        });
+        true
     }
 
     /// Sends the reply of the plan, for which [`can_send`](Self::can_send) holds.
@@ -125,6 +178,20 @@ impl Session {
             }
         }
     }
+}
+
+/// Where the plan's last byte of data lies.
+fn last_byte<'a>(
+    driver: &'a Arc<dyn BlockDriver>,
+    plan: &ReadPlan,
+) -> Option<(&'a Arc<dyn Storage>, HostOffset)> {
+    plan.pieces.iter().rev().find_map(|piece| match piece.place {
+        Place::Data { storage, at } => {
+            let last = at.checked_add(piece.len.checked_sub(1)?)?;
+            driver.storages().get(usize::from(storage.0)).map(|storage| (storage, last))
+        }
+        Place::Zero { .. } | Place::Slow(_) => None,
+    })
 }
 
 /// Whether sendfile failed because of the socket rather than the file.

@@ -1,6 +1,7 @@
 //! Sockets between virtual machines and their host (vsock(7)), which no network sees.
 
 use std::fs::File;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 
 use rustix::ioctl::{Getter, ioctl, opcode};
@@ -10,8 +11,12 @@ use super::listener::BACKLOG;
 
 /// All of this machine's context ids (VMADDR_CID_ANY of vsock(7)).
 const CID_ANY: u32 = u32::MAX;
-/// Any free port (VMADDR_PORT_ANY).
-const PORT_ANY: u32 = u32::MAX;
+/// From here on ports are free to use (LAST_RESERVED_PORT of the kernel is 1023).
+const PORT_FREE_MIN: u32 = 1024;
+/// Up to here libnbd takes a port out of a URI; the kernel's own choice (VMADDR_PORT_ANY) is beyond it half the time.
+const PORT_URI_MAX: u32 = i32::MAX as u32;
+/// How many ports are tried when any will do. Our choice: two thousand million are there.
+const PORT_TRIES: u32 = 16;
 /// This machine, by loopback (VMADDR_CID_LOCAL).
 const CID_LOCAL: u32 = 1;
 /// IOCTL_VM_SOCKETS_GET_LOCAL_CID of linux/vm_sockets.h.
@@ -27,10 +32,30 @@ pub fn listen(cid: Option<u32>, port: u32) -> io::Result<Socket> {
         ),
         Some(_) | None => error,
     })?;
-    let port = if port == 0 { PORT_ANY } else { port };
-    socket.bind(&SockAddr::vsock(cid.unwrap_or(CID_ANY), port)).map_err(|error| explain(error, cid, port))?;
+    bind(&socket, cid.unwrap_or(CID_ANY), port).map_err(|error| explain(error, cid, port))?;
     socket.listen(BACKLOG)?;
     Ok(socket)
+}
+
+fn bind(socket: &Socket, cid: u32, port: u32) -> io::Result<()> {
+    if port != 0 {
+        return socket.bind(&SockAddr::vsock(cid, port));
+    }
+    let mut result = Ok(());
+    for _ in 0..PORT_TRIES {
+        result = socket.bind(&SockAddr::vsock(cid, any_port()));
+        if !result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse) {
+            break;
+        }
+    }
+    result
+}
+
+/// A random one.
+fn any_port() -> u32 {
+    let random = RandomState::new().build_hasher().finish() % u64::from(PORT_URI_MAX - PORT_FREE_MIN + 1);
+    // Below 2^31, so it fits.
+    PORT_FREE_MIN + u32::try_from(random).unwrap_or(0)
 }
 
 fn explain(error: io::Error, cid: Option<u32>, port: u32) -> io::Error {
@@ -77,5 +102,12 @@ mod tests {
             let text = explain(io::Error::from_raw_os_error(errno), cid, 5).to_string();
             assert!(text.contains(hint), "{text}");
         }
+    }
+
+    #[test]
+    fn any_port_is_one_that_uris_can_tell() {
+        let ports: Vec<u32> = (0..1000).map(|_| any_port()).collect();
+        assert!(ports.iter().all(|port| (1024..=0x7fff_ffff).contains(port)));
+        assert!(ports.windows(2).any(|two| two[0] != two[1]));
     }
 }

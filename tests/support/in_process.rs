@@ -5,8 +5,8 @@ use std::io::{self, Read, Write};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use nbd_img::export::{Export, ExportSpec};
@@ -21,14 +21,25 @@ use nbd_img_formats::storage::{
 use nbd_img_formats::workers::{Job, Lane};
 use nbd_img_formats::{BlockDriver, Durability, Error, Format, HostOffset, HostRange, Provision, Storage};
 
+const PAGE_LEN: usize = 4096;
+
 /// Memory that behaves like a disk: nothing is there at once, and it fails where it is told to.
 pub struct Disk {
     inner: Arc<MemoryStorage>,
     facts: StorageFacts,
     /// Reads that reach to or beyond this offset fail with EIO.
     pub fails_from: AtomicU64,
-    /// How long a read at offset 0 takes, in milliseconds.
+    /// How long a read of the byte at `slow_at` takes, in milliseconds.
     pub first_read_ms: AtomicU64,
+    /// Offset 0 unless a test says otherwise.
+    pub slow_at: AtomicU64,
+    /// For each 4 KiB whether it is in memory: brought there by reading and by asking for it. Without, everything
+    /// that can be sent is.
+    there: Option<Mutex<Vec<bool>>>,
+    /// What was asked for ahead, in the order of asking: begin and end.
+    pub asked: Mutex<Vec<(u64, u64)>>,
+    /// Bytes that left by `send`.
+    pub sent_len: AtomicU64,
     /// Whether it can send to sockets by itself, as a file in memory can; then `fails_from` is where it ends.
     pub sends: bool,
     /// Operations are answered before `submit` returns, so that those of a batch are answered together.
@@ -54,9 +65,30 @@ impl Disk {
             facts,
             fails_from: AtomicU64::new(u64::MAX),
             first_read_ms: AtomicU64::new(0),
+            slow_at: AtomicU64::new(0),
+            there: None,
+            asked: Mutex::default(),
+            sent_len: AtomicU64::new(0),
             sends: false,
             answers_at_once: AtomicBool::new(false),
             runs_of: AtomicU64::new(0),
+        }
+    }
+
+    /// A file that can be sent once it is in memory, where nothing of it is at first.
+    pub fn arriving(content: &[u8]) -> Arc<Self> {
+        let mut disk = Disk { sends: true, ..Self::waiting(content) };
+        disk.facts.reads = InPlace::Ask;
+        disk.there = Some(Mutex::new(vec![false; content.len().div_ceil(PAGE_LEN)]));
+        Arc::new(disk)
+    }
+
+    /// The range has been read, as far as that succeeds.
+    fn arrive(&self, begin: u64, end: u64) {
+        let Some(there) = &self.there else { return };
+        let good = end.min(self.fails_from.load(Ordering::Relaxed));
+        for page in begin / PAGE_LEN as u64..good.div_ceil(PAGE_LEN as u64) {
+            there.lock().unwrap()[page as usize] = true;
         }
     }
 
@@ -82,12 +114,14 @@ impl Storage for Disk {
     }
 
     fn pread(&self, buf: &mut [u8], at: HostOffset) -> io::Result<usize> {
-        if at.0 == 0 {
+        let end = at.0 + buf.len() as u64;
+        if (at.0..end).contains(&self.slow_at.load(Ordering::Relaxed)) {
             std::thread::sleep(Duration::from_millis(self.first_read_ms.load(Ordering::Relaxed)));
         }
-        if at.0 + buf.len() as u64 > self.fails_from.load(Ordering::Relaxed) {
+        if end > self.fails_from.load(Ordering::Relaxed) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
+        self.arrive(at.0, end);
         self.inner.pread(buf, at)
     }
 
@@ -127,11 +161,15 @@ impl Storage for Disk {
     }
 
     fn prefetch(&self, range: HostRange) -> io::Result<()> {
+        self.asked.lock().unwrap().push((range.at().0, range.end().0));
+        self.arrive(range.at().0, range.end().0);
         self.inner.prefetch(range)
     }
 
-    fn can_send(&self, _range: HostRange) -> bool {
+    fn can_send(&self, range: HostRange) -> bool {
+        let pages = range.at().0 as usize / PAGE_LEN..(range.end().0 as usize).div_ceil(PAGE_LEN);
         self.sends
+            && self.there.as_ref().is_none_or(|there| there.lock().unwrap()[pages].iter().all(|there| *there))
     }
 
     fn send(&self, socket: BorrowedFd<'_>, at: HostOffset, len: usize) -> io::Result<usize> {
@@ -139,7 +177,9 @@ impl Storage for Disk {
         let left = self.fails_from.load(Ordering::Relaxed).saturating_sub(at.0);
         let mut piece = vec![0; len.min(100_003).min(usize::try_from(left).unwrap_or(usize::MAX))];
         let got = self.inner.pread(&mut piece, at)?;
-        Ok(rustix::net::send(socket, &piece[..got], rustix::net::SendFlags::NOSIGNAL)?)
+        let sent = rustix::net::send(socket, &piece[..got], rustix::net::SendFlags::NOSIGNAL)?;
+        self.sent_len.fetch_add(sent as u64, Ordering::Relaxed);
+        Ok(sent)
     }
 
     fn submit(self: Arc<Self>, operations: &mut Vec<Operation>, queue: &Arc<Queue>) {

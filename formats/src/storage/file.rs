@@ -4,11 +4,10 @@
 //! bytes mean is not its business, nor who may open which file.
 
 use std::io;
-use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Advice, FileType, Mode, OFlags, SeekFrom};
+use rustix::fs::{FileType, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::calls::{pread_full, pwrite_all, retry, try_pread_full};
@@ -303,6 +302,7 @@ impl Storage for FileStorage {
     fn try_pread(&self, buf: &mut [u8], at: HostOffset) -> io::Result<TryRead> {
         match self.facts.reads {
             InPlace::Always => self.pread(buf, at).map(TryRead::Done),
+            InPlace::Ask if cachestat::is_far(self.file.as_fd(), buf.len(), at) => Ok(TryRead::WouldWait(0)),
             InPlace::Ask => try_pread_full(self.file.as_fd(), buf, at),
             InPlace::Never => Ok(TryRead::WouldWait(0)),
         }
@@ -380,17 +380,13 @@ impl Storage for FileStorage {
     }
 
     fn prefetch(&self, range: HostRange) -> io::Result<()> {
-        let Some(len) = NonZeroU64::new(range.len()) else { return Ok(()) };
-        if self.facts.direct {
-            return Ok(());
-        }
-        Ok(rustix::fs::fadvise(&self.file, range.at().0, Some(len), Advice::WillNeed)?)
+        if self.facts.direct { Ok(()) } else { cachestat::fetch(self.file.as_fd(), range) }
     }
 
     fn can_send(&self, range: HostRange) -> bool {
         let cached = match self.facts.reads {
             InPlace::Always => true,
-            InPlace::Ask => cachestat::is_cached(self.file.as_fd(), range),
+            InPlace::Ask => cachestat::is_there(self.file.as_fd(), range) == Some(true),
             InPlace::Never => false,
         };
         cached && self.facts.kind == StorageKind::File

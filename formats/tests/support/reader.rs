@@ -75,7 +75,7 @@ fn read_subclusters(
 ) -> Result<(), String> {
     let host = match image.decode(entry) {
         Entry::Data { host } => Some(host),
-        _ => None,
+        Entry::Unallocated | Entry::Zero { .. } | Entry::Compressed { .. } => None,
     };
     let len = image.cluster_len() as usize / 32;
     for (number, part) in buf.chunks_mut(len).enumerate() {
