@@ -269,7 +269,93 @@ fn what_cannot_be_told_is_refused_by_name() {
     let name = bytes.windows(3).rposition(|three| three == b"two").unwrap();
     bytes[name - 24 + 15] |= 1;
     fs::write(path.join("disk"), bytes).unwrap();
-    refused("disk", &["--bitmap", "two"], &["'two'", "bitmap --remove", "full backup"]);
+    refused("disk", &["--bitmap", "two"], &["'two'", "bitmap remove", "full backup"]);
     let server = serve(&path.join("disk"), &["one".to_owned()], Peer::NbdImg, &[]);
     server.stop();
+}
+
+/// Of an image with bitmaps `fine` and `usual` that record.
+fn recorded(folder: &Path) -> Vec<String> {
+    qemu_img(folder, "create -f qcow2 disk 64M");
+    qemu_img(folder, "bitmap --add -g 512 disk fine");
+    qemu_img(folder, "bitmap --add disk usual");
+    ["fine", "usual"].map(str::to_owned).to_vec()
+}
+
+/// Writes, zeroes and trims here and there, and gives what the server told of it in the end.
+fn write_around(image: &Path, bitmaps: &[String], seed: u64) -> Vec<Vec<(u64, u32)>> {
+    let flags: Vec<String> = bitmaps.iter().map(|name| format!("--bitmap={name}")).collect();
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let server = Serve::image(image).format("qcow2").args(&flags).peer(Peer::NbdImg).start();
+    let mut client = Client::unix(server.socket(), "", Wishes::STRUCTURED);
+    let mut rng = Rng::fixed(seed);
+    for round in 0..40 {
+        let len = rng.in_range(1..200_000);
+        let at = rng.below((64 << 20) - len);
+        match round % 4 {
+            0 => {
+                let request = Request::new(wire::command::TRIM, at, usize::try_from(len).unwrap());
+                assert_eq!(client.ask(request, &[]).error, 0);
+            }
+            1 => {
+                let request = Request::new(wire::command::WRITE_ZEROES, at, usize::try_from(len).unwrap());
+                assert_eq!(client.ask(request, &[]).error, 0);
+            }
+            2 => client.write(at / 512 * 512, &vec![7; 512]),
+            _ => client.write(at, &vec![9; usize::try_from(len).unwrap()]),
+        }
+    }
+    client.disconnect();
+    let told = maps(&server, wishes(bitmaps, true), 1 << 40);
+    server.stop();
+    told
+}
+
+/// QEMU reads what we have recorded, and goes on with it; then we do, and so on (iotest 165).
+#[test]
+fn writers_take_turns_with_qemu() {
+    let folder = support::scratch("bitmap-turns");
+    let path = folder.path();
+    let names = recorded(path);
+    let image = path.join("disk");
+    let mut before = Vec::new();
+    for round in 0..3 {
+        let told = write_around(&image, &names, round);
+        qemu_img(path, "check disk");
+        assert_eq!(same_as_qemu(&image, &names), told, "what was told while it was served is what is stored");
+        assert!(told[0].len() > before.len(), "bits are added");
+        qemu_io(path, "qcow2", "disk", &[&format!("write {}k 3k", 50_000 + round * 100)]);
+        before = told[0].clone();
+    }
+    let info: Value = serde_json::from_slice(&qemu_img(path, "info --output=json disk")).unwrap();
+    let bitmaps = info["format-specific"]["data"]["bitmaps"].as_array().unwrap();
+    assert!(bitmaps.iter().all(|bitmap| bitmap["flags"] == serde_json::json!(["auto"])), "{bitmaps:?}");
+}
+
+/// A killed server's bitmaps are inconsistent to QEMU, which keeps the image and can remove them.
+#[test]
+fn a_killed_server_leaves_bitmaps_in_use() {
+    let folder = support::scratch("bitmap-killed");
+    let path = folder.path();
+    recorded(path);
+    let mut server = Serve::image(path.join("disk")).format("qcow2").peer(Peer::NbdImg).start();
+    let mut client = Client::unix(server.socket(), "", Wishes::STRUCTURED);
+    client.write(0, &[1; 4096]);
+    client.flush();
+    server.signal(rustix::process::Signal::KILL);
+    server.wait(std::time::Duration::from_secs(30));
+    let info: Value = serde_json::from_slice(&qemu_img(path, "info --output=json disk")).unwrap();
+    for bitmap in info["format-specific"]["data"]["bitmaps"].as_array().unwrap() {
+        assert_eq!(bitmap["flags"], serde_json::json!(["in-use", "auto"]), "{bitmap}");
+    }
+    qemu_img(path, "check disk");
+    // It is written on; the bitmaps stay what they are.
+    let server = Serve::image(path.join("disk")).format("qcow2").peer(Peer::NbdImg).start();
+    let mut client = Client::unix(server.socket(), "", Wishes::STRUCTURED);
+    client.write(1 << 20, &[2; 4096]);
+    client.disconnect();
+    server.stop();
+    qemu_img(path, "bitmap --remove disk fine");
+    qemu_img(path, "bitmap --remove disk usual");
+    qemu_img(path, "check disk");
 }

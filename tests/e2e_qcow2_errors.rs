@@ -178,11 +178,6 @@ fn images_that_are_not_written() {
         file.write_all_at(&[2], 79).unwrap(); // the lowest byte of the incompatible features
     };
     refused_read_write(mark_corrupt, &["corrupt", "qemu-img check -r", "--read-only"]);
-    let add_bitmap = |folder: &Path| {
-        make(folder, "");
-        qemu_img(folder, "bitmap --add disk backup");
-    };
-    refused_read_write(add_bitmap, &["bitmap", "--read-only"]);
 }
 
 #[test]

@@ -241,9 +241,9 @@ fn resets(test: &str, args: &[&str], reset: impl Fn(&Server, &mut Rng) + Sync) {
     fs::write(&disk, &content).unwrap();
     let mut server = Serve::image(&disk)
         .format("raw")
-        .args(&["--cache", "none", "--max-connections", "32"])
+        .args(&["--cache", "none", "--max-connections", "128"])
         .args(args)
-        .qemu_args(&["--cache=none", "--aio=io_uring", "--shared=32"])
+        .qemu_args(&["--cache=none", "--aio=io_uring", "--shared=128"])
         .start();
     let mut round = |rounds: usize| {
         thread::scope(|scope| {
@@ -263,8 +263,8 @@ fn resets(test: &str, args: &[&str], reset: impl Fn(&Server, &mut Rng) + Sync) {
     assert!(after.1 <= before.1 + (24 << 20), "resident memory: {before:?} before, {after:?} after");
     // Pools and io_uring's own workers come and go with the load; one thread a reset would be a leak.
     assert!(after.2 <= before.2 + 64, "threads: {before:?} before, {after:?} after");
-    // Every slot of the 32 is free again.
-    let clients: Vec<_> = (0..30).map(|_| Client::unix(server.socket(), "", Wishes::STRUCTURED)).collect();
+    // Every slot is free again. (There are more than a server on a busy machine can be behind with.)
+    let clients: Vec<_> = (0..126).map(|_| Client::unix(server.socket(), "", Wishes::STRUCTURED)).collect();
     for mut client in clients {
         let half = RESET_DISK_LEN / 2;
         assert_same(

@@ -8,6 +8,7 @@ use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 use nbd_img_formats::Format;
 use nbd_img_formats::storage::Aio;
 
+use super::bitmap::BitmapCommand;
 use super::check::CheckArgs;
 use super::size;
 use super::tls::{TlsArgs, TlsCommand};
@@ -37,11 +38,21 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Show what an image is: format, sizes, features, backing chain, snapshots, bitmaps
     Info(InfoArgs),
+    /// Change or list the persistent dirty bitmaps of a qcow2 image that nobody serves or uses
+    #[command(subcommand)]
+    Bitmap(BitmapCommand),
     /// Look for damage in a qcow2 image, and repair it if told to
     Check(CheckArgs),
     /// Make certificates for TLS
     #[command(subcommand)]
     Tls(TlsCommand),
+    /// Take qemu-nbd's command line, as when the program is started by that name
+    #[command(name = "qemu-nbd", disable_help_flag = true)]
+    QemuNbd {
+        /// What qemu-nbd takes; `nbd-img qemu-nbd --help` shows it
+        #[arg(value_name = "ARGUMENT", trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
 }
 
 /// `nbd-img serve`.

@@ -4,6 +4,7 @@
 //! printed in one place, here, and end the process with one of [`ExitStatus`].
 
 mod args;
+mod bitmap;
 mod check;
 mod exit;
 mod export_spec;
@@ -11,6 +12,7 @@ mod info;
 mod logging;
 mod options;
 mod progress;
+mod qemu_nbd;
 mod size;
 mod tls;
 mod tls_init;
@@ -29,9 +31,15 @@ pub use exit::ExitStatus;
 ///
 /// To be called first thing in `main`: it takes over descriptors that the starter passed by number.
 pub fn run() -> ExitStatus {
-    let args = match args::Args::try_parse() {
+    let arguments: Vec<_> = std::env::args_os().collect();
+    match arguments.as_slice() {
+        [name, rest @ ..] if qemu_nbd::is_called(name) => return qemu_nbd::run(name, rest),
+        [_, command, rest @ ..] if command == qemu_nbd::NAME => return qemu_nbd::run(command, rest),
+        [..] => {}
+    }
+    let args = match args::Args::try_parse_from(&arguments) {
         Ok(args) => args,
-        Err(error) => return refuse_usage(&error, &std::env::args_os().skip(1).collect::<Vec<_>>()),
+        Err(error) => return refuse_usage(&error, arguments.get(1..).unwrap_or_default()),
     };
     match run_command(args) {
         Ok(status) => status,
@@ -57,6 +65,12 @@ fn run_command(args: args::Args) -> Result<ExitStatus, Error> {
             info::run(&options::info(info).map_err(Error::Usage)?)?;
             Ok(ExitStatus::Success)
         }
+        args::Command::Bitmap(command) => {
+            logging::start(verbose, true);
+            bitmap::run(command)?;
+            Ok(ExitStatus::Success)
+        }
+        args::Command::QemuNbd { args } => Ok(qemu_nbd::run(qemu_nbd::NAME.as_ref(), &args)),
         args::Command::Check(check) => {
             logging::start(verbose, true);
             check::run(&check)

@@ -9,8 +9,8 @@ use nbd_img_formats::open::{Backing, OpenOptions};
 use super::args::{DiscardArg, ImageArgs, InfoArgs, ListenArgs, ServeArgs};
 use super::{export_spec, tls};
 use crate::export::ExportSpec;
-use crate::server::ServeOptions;
 use crate::server::access::AccessRules;
+use crate::server::{Manners, ServeOptions};
 use crate::session::Times;
 use crate::transport::unix::FileAccess;
 use crate::transport::{Address, Place};
@@ -52,6 +52,7 @@ pub fn serve(mut args: ServeArgs) -> Result<ServeOptions, String> {
         pid_file: args.life.pid_file.clone(),
         ready_fd: args.life.ready_fd,
         drain_timeout: args.life.drain_timeout,
+        manners: Manners::default(),
         exports: exports(args, &mut access)?,
         access: AccessRules::default(),
     };
@@ -220,6 +221,9 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
         offset: image.offset.unwrap_or(0),
         size: image.size,
         tls_required: image.tls_required,
+        exact_window: false,
+        single_client: false,
+        hide_depth: false,
         cache,
         aio: image.aio.map(Into::into).unwrap_or_default(),
         bitmaps: bitmaps(image.bitmap).map_err(|text| about(&text))?,

@@ -37,6 +37,8 @@ pub struct Export {
     size: u64,
     read_only: bool,
     tls_required: bool,
+    single_client: bool,
+    hide_depth: bool,
     write_through: bool,
     bitmaps: Vec<String>,
     detect_zeroes: DetectZeroes,
@@ -83,6 +85,8 @@ impl Export {
             size,
             read_only: spec.read_only,
             tls_required: spec.tls_required,
+            single_client: spec.single_client,
+            hide_depth: spec.hide_depth,
             write_through: spec.cache.is_write_through(),
             bitmaps: spec.bitmaps.clone(),
             detect_zeroes: spec.detect_zeroes,
@@ -159,6 +163,14 @@ impl Export {
         if fua || self.write_through { Durability::Fua } else { Durability::Later }
     }
 
+    /// Names of the metadata contexts that clients may select.
+    fn contexts(&self) -> Vec<String> {
+        let depth = (!self.hide_depth).then_some(wire::ALLOCATION_DEPTH);
+        let fixed = [Some(wire::BASE_ALLOCATION), depth].into_iter().flatten().map(str::to_owned);
+        let bitmaps = self.bitmaps.iter().map(|name| format!("{}{name}", wire::DIRTY_BITMAP_PREFIX));
+        fixed.chain(bitmaps).collect()
+    }
+
     /// What the protocol tells clients. Cheap, and touches no file.
     pub fn info(&self) -> ExportInfo {
         let facts = self.driver.facts();
@@ -166,8 +178,8 @@ impl Export {
             | TransmissionFlags::SEND_FLUSH
             | TransmissionFlags::SEND_FUA
             | TransmissionFlags::SEND_DF
-            | TransmissionFlags::CAN_MULTI_CONN
             | TransmissionFlags::SEND_CACHE;
+        flags.set(TransmissionFlags::CAN_MULTI_CONN, !self.single_client);
         if self.read_only {
             flags |= TransmissionFlags::READ_ONLY;
         } else {
@@ -175,8 +187,6 @@ impl Export {
                 | TransmissionFlags::SEND_WRITE_ZEROES
                 | TransmissionFlags::SEND_FAST_ZERO;
         }
-        let mut contexts = vec![wire::BASE_ALLOCATION.to_owned(), wire::ALLOCATION_DEPTH.to_owned()];
-        contexts.extend(self.bitmaps.iter().map(|name| format!("{}{name}", wire::DIRTY_BITMAP_PREFIX)));
         ExportInfo {
             name: self.name.clone(),
             description: self.description.clone(),
@@ -185,7 +195,7 @@ impl Export {
             block_min_len: facts.block_min_len,
             block_preferred_len: facts.block_preferred_len,
             payload_max_len: PAYLOAD_LEN_MAX,
-            contexts,
+            contexts: self.contexts(),
             tls_required: self.tls_required,
         }
     }
@@ -214,7 +224,7 @@ pub fn provision(no_hole: bool) -> Provision {
 /// where they were stated, and it says so; never cut off silently).
 fn window(spec: &ExportSpec, disk: u64) -> Result<(u64, u64)> {
     let round = |what: &'static str, stated: u64| {
-        let rounded = stated - stated % SECTOR_LEN;
+        let rounded = if spec.exact_window { stated } else { stated - stated % SECTOR_LEN };
         if rounded != stated {
             tracing::warn!(export = %spec.name.escape_debug(), stated, rounded, "--{what} is rounded down to whole sectors");
         }

@@ -66,6 +66,12 @@ pub struct ExportSpec {
     pub offset: u64,
     /// Its size in bytes; `None` is up to the end of the disk.
     pub size: Option<u64>,
+    /// Take offset and size to the byte instead of rounding them down.
+    pub exact_window: bool,
+    /// Have only one client at a time, which is told not to open more connections.
+    pub single_client: bool,
+    /// Do not offer the metadata context that tells depths in the backing chain.
+    pub hide_depth: bool,
     /// Caching and durability.
     pub cache: CacheMode,
     /// Who carries out what would wait.

@@ -30,6 +30,7 @@ pub fn prepare(listener: Listener, server: Arc<Server>) -> io::Result<impl Futur
         let mut burst = 0_u32;
         let failures = Rare::default();
         loop {
+            server.clients.room().await;
             match listener.async_io(Interest::READABLE, Listener::accept).await {
                 Ok((stream, peer)) => {
                     pause = PAUSE_FIRST;

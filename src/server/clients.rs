@@ -17,8 +17,10 @@ use super::rare::Rare;
 pub struct Clients {
     sessions_max: usize,
     handshakes_max: usize,
+    full_waits: bool,
     state: Mutex<State>,
     gone: Notify,
+    room: Notify,
     rare: RareEvents,
 }
 
@@ -41,13 +43,15 @@ struct RareEvents {
 }
 
 impl Clients {
-    /// Nobody yet. Both limits are at least 1.
-    pub fn new(sessions_max: u32, handshakes_max: usize) -> Arc<Clients> {
+    /// Nobody yet. Both limits are at least 1. `full_waits` is whether [`room`](Self::room) waits.
+    pub fn new(sessions_max: u32, handshakes_max: usize, full_waits: bool) -> Arc<Clients> {
         Arc::new(Clients {
             sessions_max: usize::try_from(sessions_max).unwrap_or(usize::MAX),
             handshakes_max,
+            full_waits,
             state: Mutex::default(),
             gone: Notify::new(),
+            room: Notify::new(),
             rare: RareEvents::default(),
         })
     }
@@ -125,15 +129,29 @@ impl Clients {
         Some(Permit(Arc::clone(self)))
     }
 
-    /// Waits until a session ends and leaves none.
+    /// Waits until a session ends and leaves none; where clients wait for each other, also nobody who negotiates.
     pub async fn last_gone(&self) {
         loop {
             self.gone.notified().await;
             let state = self.state.lock();
-            if state.sessions == 0 && state.had_session {
+            let negotiating = self.full_waits && !state.handshakes.is_empty();
+            if state.sessions == 0 && state.had_session && !negotiating {
                 return;
             }
         }
+    }
+
+    /// Returns at once, or, where clients wait for each other, when another connection may be accepted: all
+    /// that there are, also those in negotiation, hold a slot then.
+    pub async fn room(&self) {
+        while self.full_waits && self.connections() >= self.sessions_max {
+            self.room.notified().await;
+        }
+    }
+
+    fn connections(&self) -> usize {
+        let state = self.state.lock();
+        state.sessions + state.handshakes.len()
     }
 
     /// Waits until nobody is connected: neither in a session nor in negotiation. One task may wait, by this or by
@@ -197,6 +215,7 @@ impl Handshake {
 impl Drop for Handshake {
     fn drop(&mut self) {
         self.clients.state.lock().handshakes.remove(&self.id);
+        self.clients.room.notify_one();
         self.clients.gone.notify_one();
     }
 }
@@ -211,6 +230,7 @@ impl Drop for Permit {
             state.sessions = state.sessions.saturating_sub(1);
         }
         self.0.gone.notify_one();
+        self.0.room.notify_one();
     }
 }
 
@@ -221,7 +241,7 @@ mod tests {
 
     #[test]
     fn slots_are_counted_and_come_back() {
-        let clients = Clients::new(2, 10);
+        let clients = Clients::new(2, 10, false);
         let first = clients.admit("a", "").unwrap();
         let _second = clients.admit("b", "").unwrap();
         assert!(clients.is_full() && clients.admit("c", "").is_none());
@@ -231,7 +251,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_oldest_handshake_gives_way() {
-        let clients = Clients::new(1, 2);
+        let clients = Clients::new(1, 2, false);
         let mut tasks = Vec::new();
         for _ in 0..3 {
             let handshake = clients.begin_handshake();
@@ -254,7 +274,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_last_to_go_is_noticed() {
-        let clients = Clients::new(2, 2);
+        let clients = Clients::new(2, 2, false);
         let (first, second) = (clients.admit("a", "").unwrap(), clients.admit("b", "").unwrap());
         let waiting = tokio::spawn({
             let clients = Arc::clone(&clients);
@@ -268,9 +288,27 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn whoever_waits_gets_the_next_slot() {
+        let clients = Clients::new(1, 2, true);
+        clients.room().await;
+        let handshake = clients.begin_handshake();
+        clients.register_handshake(handshake.id(), tokio::spawn(pending::<()>()).abort_handle());
+        let waiting = tokio::spawn({
+            let clients = Arc::clone(&clients);
+            async move { clients.room().await }
+        });
+        let permit = clients.admit("a", "").unwrap();
+        drop(handshake);
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished());
+        drop(permit);
+        waiting.await.unwrap();
+    }
+
+    #[tokio::test]
     async fn who_negotiates_is_there_but_not_the_last_to_go() {
         for all in [true, false] {
-            let clients = Clients::new(2, 2);
+            let clients = Clients::new(2, 2, false);
             let handshake = clients.begin_handshake();
             clients.register_handshake(handshake.id(), tokio::spawn(async {}).abort_handle());
             let waiting = tokio::spawn({

@@ -25,6 +25,7 @@ pub struct Signals {
     interrupt: Signal,
     hang_up: Signal,
     hang_ups: Rare,
+    hang_up_ends: bool,
     tls: Option<Arc<Tls>>,
 }
 
@@ -35,6 +36,8 @@ pub enum Reason {
     Terminate,
     /// SIGINT.
     Interrupt,
+    /// SIGHUP, where it ends the server.
+    HangUp,
     /// `--exit-last`, or nobody else can come.
     LastClient,
 }
@@ -44,19 +47,22 @@ impl fmt::Display for Reason {
         f.write_str(match self {
             Reason::Terminate => "SIGTERM",
             Reason::Interrupt => "SIGINT",
+            Reason::HangUp => "SIGHUP",
             Reason::LastClient => "the last client has gone",
         })
     }
 }
 
 impl Signals {
-    /// From now on these signals do not end the process by themselves.
-    pub fn watch() -> io::Result<Signals> {
+    /// From now on these signals do not end the process by themselves. `hang_up_ends` is whether SIGHUP asks for
+    /// the end too.
+    pub fn watch(hang_up_ends: bool) -> io::Result<Signals> {
         Ok(Signals {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
             hang_up: signal(SignalKind::hangup())?,
             hang_ups: Rare::default(),
+            hang_up_ends,
             tls: None,
         })
     }
@@ -73,6 +79,9 @@ impl Signals {
                 _ = self.terminate.recv() => return Reason::Terminate,
                 _ = self.interrupt.recv() => return Reason::Interrupt,
                 _ = self.hang_up.recv() => {
+                    if self.hang_up_ends {
+                        return Reason::HangUp;
+                    }
                     if let Some(tls) = &self.tls {
                         tls.reload();
                     } else if let Some(count) = self.hang_ups.note(std::time::Instant::now()) {

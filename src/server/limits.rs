@@ -4,9 +4,9 @@ use std::thread;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Most connections in negotiation. Our choice: they cost a descriptor and a few KiB each, and a
-/// thousand silent ones must not push out a good client that takes milliseconds.
-const HANDSHAKES_MAX: usize = 1024;
+/// Most connections in negotiation. Our choice: they cost a descriptor and some KiB each, tens of KiB in the midst of TLS,
+/// and thousands of strangers that come at once must not push out a good client that takes milliseconds.
+const HANDSHAKES_MAX: usize = 4096;
 
 /// Fewest, when descriptors are scarce.
 const HANDSHAKES_MIN: usize = 16;

@@ -52,7 +52,8 @@ use self::directory::Exports;
 use self::end::Ends;
 use self::tls::Tls;
 
-pub use self::options::{Inherited, ServeOptions};
+pub use self::options::{Background, Inherited, Manners, ServeOptions};
+pub use self::ready::go_to_background;
 
 /// How a server ended that had started.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -119,15 +120,17 @@ pub fn run(options: ServeOptions, mut inherited: Inherited) -> Result<Outcome, E
             tls.as_ref().is_some_and(|tls| tls.mode() == TlsMode::Required),
         ),
         // The starter of a captive server has its own use for stdout, and knows where it listens.
-        print: !captive,
+        print: !captive && !options.manners.quiet,
         ready_fd: inherited.ready_fd,
+        background: options.manners.background,
         pid_file: options.pid_file.clone(),
+        keep_pid_file: options.manners.keep_pid_file,
     };
     let budget = Budget::new(BUDGET_LEN_DEFAULT);
     let served = exports
         .into_iter()
         .map(|export| (Arc::clone(&export), Shards::new(export, Arc::clone(&budget), options.times)));
-    let clients = Clients::new(options.max_connections, handshakes_max);
+    let clients = Clients::new(options.max_connections, handshakes_max, options.manners.full_waits);
     let server = Arc::new(Server {
         exports: Exports::new(served.collect(), options.access.clone(), Arc::clone(&clients)),
         clients,
@@ -165,7 +168,7 @@ async fn serve(
 ) -> Result<Outcome, Error> {
     let system = |error| Error::System("cannot watch for signals", error);
     // Before the starter is told: it may send one at once.
-    let mut signals = end::Signals::watch().map_err(system)?;
+    let mut signals = end::Signals::watch(options.manners.hang_up_ends).map_err(system)?;
     if let Some(tls) = &server.tls {
         signals.reload_on_hang_up(Arc::clone(tls));
         tokio::spawn(Arc::clone(tls).keep_up());

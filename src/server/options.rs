@@ -48,6 +48,37 @@ pub struct ServeOptions {
     pub ready_fd: Option<RawFd>,
     /// Time that requests in flight and the last flush get.
     pub drain_timeout: Duration,
+    /// How it behaves towards its starter and its clients.
+    pub manners: Manners,
+}
+
+/// Where the qemu-nbd front behaves as its model does. The default is nbd-img's own way.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Manners {
+    /// Print no URIs.
+    pub quiet: bool,
+    /// Leave the pid file behind.
+    pub keep_pid_file: bool,
+    /// SIGHUP ends the server; without, it has certificates read again.
+    pub hang_up_ends: bool,
+    /// While there are as many connections as there may be clients, the next ones wait to be accepted; without,
+    /// they are told.
+    pub full_waits: bool,
+    /// What becomes of the process once it listens.
+    pub background: Background,
+}
+
+/// What becomes of a process once its server listens.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Background {
+    /// It stays as it is.
+    #[default]
+    No,
+    /// It leaves its folder, and its standard streams are closed, but for stderr if it `keeps_log`.
+    Yes {
+        /// Whether stderr stays open.
+        keeps_log: bool,
+    },
 }
 
 /// What the starter passed down: sockets of socket activation, and those that `--listen` names.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use sd_notify::NotifyState;
 
-use super::Error;
+use super::{Background, Error};
 use crate::export::Export;
 use crate::transport::Listener;
 
@@ -23,6 +23,10 @@ pub struct Announcement {
     pub ready_fd: Option<OwnedFd>,
     /// Where the process id goes.
     pub pid_file: Option<PathBuf>,
+    /// Whether the pid file stays at the end.
+    pub keep_pid_file: bool,
+    /// What becomes of the process before the starter is told.
+    pub background: Background,
 }
 
 impl Announcement {
@@ -31,13 +35,17 @@ impl Announcement {
     pub fn make(self) -> Result<Option<PidFile>, Error> {
         let pid_file = self
             .pid_file
-            .map(|path| PidFile::write(&path).map_err(|error| Error::PidFile(path, error)))
+            .map(|path| {
+                PidFile::write(&path, self.keep_pid_file).map_err(|error| Error::PidFile(path, error))
+            })
             .transpose()?;
         let text: String = self.uris.iter().flat_map(|uri| [uri.as_str(), "\n"]).collect();
         if self.print {
             let mut stdout = io::stdout();
             log_failure("stdout", stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()));
         }
+        go_to_background(self.background)
+            .map_err(|error| Error::System("cannot go to the background", error))?;
         if let Some(fd) = self.ready_fd {
             // Without a URI to tell, the line itself is the message.
             let text = if text.is_empty() { "\n" } else { &text };
@@ -66,6 +74,19 @@ pub fn tell_stopping() {
     log_failure("NOTIFY_SOCKET", sd_notify::notify(&[NotifyState::Stopping]));
 }
 
+/// Does what `background` asks for: the last step whose errors the starter gets to see.
+pub fn go_to_background(background: Background) -> io::Result<()> {
+    let Background::Yes { keeps_log } = background else { return Ok(()) };
+    std::env::set_current_dir("/")?;
+    let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    if !keeps_log {
+        rustix::stdio::dup2_stderr(&null)?;
+    }
+    Ok(())
+}
+
 /// The server serves whether or not its starter listens to it.
 fn log_failure(whom: &str, told: io::Result<()>) {
     if let Err(error) = told {
@@ -73,15 +94,16 @@ fn log_failure(whom: &str, told: io::Result<()>) {
     }
 }
 
-/// The pid file. Dropping it removes the file if it still names this process.
+/// The pid file. Dropping it removes the file if it still names this process, unless it is to stay.
 #[derive(Debug)]
 pub struct PidFile {
     path: PathBuf,
+    stays: bool,
 }
 
 impl PidFile {
     /// Puts the process id into `path`, replacing what is there; nobody ever sees a part of it.
-    fn write(path: &Path) -> io::Result<PidFile> {
+    fn write(path: &Path, stays: bool) -> io::Result<PidFile> {
         let name = path.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
         let mut temporary = std::ffi::OsString::from(".");
         temporary.push(name);
@@ -98,12 +120,15 @@ impl PidFile {
             let _ = fs::remove_file(&temporary);
             return Err(error);
         }
-        Ok(PidFile { path: std::path::absolute(path)? })
+        Ok(PidFile { path: std::path::absolute(path)?, stays })
     }
 }
 
 impl Drop for PidFile {
     fn drop(&mut self) {
+        if self.stays {
+            return;
+        }
         let ours = fs::read_to_string(&self.path).is_ok_and(|text| text.trim() == process::id().to_string());
         if ours && let Err(error) = fs::remove_file(&self.path) {
             tracing::warn!(path = ?self.path, %error, "cannot remove the pid file");
@@ -120,17 +145,25 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("pid");
         fs::write(&path, "old").unwrap();
-        let file = PidFile::write(&path).unwrap();
+        let file = PidFile::write(&path, false).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), format!("{}\n", process::id()));
         drop(file);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 
     #[test]
+    fn a_pid_file_may_stay() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pid");
+        drop(PidFile::write(&path, true).unwrap());
+        assert_eq!(fs::read_to_string(&path).unwrap(), format!("{}\n", process::id()));
+    }
+
+    #[test]
     fn a_pid_file_of_another_process_is_left_alone() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("pid");
-        let file = PidFile::write(&path).unwrap();
+        let file = PidFile::write(&path, false).unwrap();
         fs::write(&path, "1\n").unwrap();
         drop(file);
         assert_eq!(fs::read_to_string(&path).unwrap(), "1\n");

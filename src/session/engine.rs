@@ -133,13 +133,18 @@ impl Session {
     async fn run(&mut self) -> End {
         let mut quantum = QUANTUM;
         loop {
-            match self.turn().await {
-                Ok(Some(needs)) => {
-                    if let Err(end) = self.park(needs).await {
-                        return end;
-                    }
+            let went = match self.turn().await {
+                Ok(Some(needs)) => self.park(needs).await,
+                Ok(None) => Ok(()),
+                Err(end) => Err(end),
+            };
+            match went {
+                Ok(()) => {}
+                Err(End::Eof) => {
+                    // A client that has gone altogether is told nothing, and that it has gone is why.
+                    let _ = self.answer_the_rest().await;
+                    return End::Eof;
                 }
-                Ok(None) => {}
                 Err(end) => return end,
             }
             quantum -= 1;
@@ -285,6 +290,19 @@ impl Session {
                 (None, Work::Write { .. } | Work::Call) => self.reply_success(&request).await?,
             }
             drop(lease);
+        }
+    }
+
+    /// Answers what is still worked on, for a client that only sends no more.
+    async fn answer_the_rest(&mut self) -> Result<(), End> {
+        self.shard.submit_held();
+        loop {
+            self.answer_ready().await?;
+            self.send_all().await?;
+            if self.cell.pending.borrow().is_empty() || self.socket.get_ref().has_hung_up() {
+                return Ok(());
+            }
+            self.cell.wake.notified().await;
         }
     }
 

@@ -16,6 +16,11 @@ use super::inherited::InheritedSocket;
 /// own word for it.
 const TLS_FIRST_NAME: &str = "nbds";
 
+/// How many sockets were passed to this process.
+pub fn count() -> io::Result<usize> {
+    Ok(sd_notify::listen_fds()?.len())
+}
+
 /// The sockets that were passed to this process, with their numbers: none if `LISTEN_PID` is absent or another's.
 /// Those named `nbds` begin with TLS.
 ///

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use rustix::buffer::spare_capacity;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, recv, send, sockopt};
 use socket2::{SockAddr, Socket};
 
@@ -70,6 +71,15 @@ impl Stream {
         }
     }
 
+    /// Whether the peer is known to have gone altogether, so that it cannot receive either. TCP only learns that from
+    /// what it sends.
+    pub fn has_hung_up(&self) -> bool {
+        let mut look = [PollFd::new(self, PollFlags::empty())];
+        // Without events to ask for it tells just these two, and without a time it does not wait.
+        let gone = PollFlags::HUP | PollFlags::ERR;
+        poll(&mut look, Some(&Timespec::default())).is_ok() && look[0].revents().intersects(gone)
+    }
+
     /// Whether it is a Unix socket: those profit from a larger send buffer.
     pub fn is_unix(&self) -> bool {
         match self {
@@ -128,5 +138,21 @@ fn describe_unix_peer(stream: BorrowedFd<'_>) -> String {
     match sockopt::socket_peercred(stream) {
         Ok(peer) => format!("unix pid {} uid {}", peer.pid.as_raw_nonzero(), peer.uid.as_raw()),
         Err(_) => "unix".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_only_stops_sending_has_not_hung_up() {
+        let (here, there) = UnixStream::pair().unwrap();
+        let stream = Stream::Unix(here);
+        assert!(!stream.has_hung_up());
+        there.shutdown(Shutdown::Write).unwrap();
+        assert!(!stream.has_hung_up());
+        drop(there);
+        assert!(stream.has_hung_up());
     }
 }

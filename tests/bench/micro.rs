@@ -6,15 +6,16 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)] // A bench that cannot run fails loudly.
 
 use std::hint::black_box;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
 use divan::Bencher;
 use divan::counter::ItemsCount;
-use nbd_img_formats::open::{OpenOptions, open};
+use nbd_img_formats::open::{OpenOptions, change_bitmap, open};
 use nbd_img_formats::plan::{MapMode, Place, ReadPlan, WritePlan};
-use nbd_img_formats::{BlockDriver, Format, GuestRange};
+use nbd_img_formats::qcow2::BitmapChange;
+use nbd_img_formats::{BlockDriver, Durability, Format, GuestRange};
 
 const CLUSTER_LEN: u64 = 64 << 10;
 const BLOCK_LEN: u64 = 4 << 10;
@@ -41,8 +42,21 @@ impl Image {
         }
         let status = command.arg(&path).arg(size.to_string()).status();
         assert!(status.expect("qemu-img is in the Debian package qemu-utils").success());
-        let options = OpenOptions { format: Some(format), ..open_options };
-        Image { driver: open(&path, &options).unwrap().driver, _folder: folder }
+        Image { driver: Self::open(&path, format, open_options), _folder: folder }
+    }
+
+    fn open(path: &Path, format: Format, open_options: OpenOptions) -> Arc<dyn BlockDriver> {
+        open(path, &OpenOptions { format: Some(format), ..open_options }).unwrap().driver
+    }
+
+    /// The same image, opened anew with an enabled dirty bitmap.
+    fn with_bitmap(self) -> Self {
+        self.driver.close().unwrap();
+        let path = self._folder.path().join("image");
+        let add = BitmapChange::Add { granularity: None, enabled: true };
+        change_bitmap(&path, "bitmap", add).unwrap();
+        let options = OpenOptions { writable: true, ..OpenOptions::default() };
+        Image { driver: Self::open(&path, Format::Qcow2, options), _folder: self._folder }
     }
 
     /// A qcow2 image of which every cluster is allocated, opened for writing, tables of `warm_len` bytes in memory.
@@ -179,7 +193,21 @@ mod plan {
     /// A write in place, begun and finished.
     #[divan::bench(args = [4 << 10, 256 << 10])]
     fn write_qcow2_warm(bencher: Bencher, len: u64) {
-        let image = Image::allocated(SIZE, 32 << 20, SIZE);
+        write(bencher, &Image::allocated(SIZE, 32 << 20, SIZE), len);
+    }
+
+    /// The same, recorded in a dirty bitmap.
+    #[divan::bench(args = [4 << 10, 256 << 10])]
+    fn write_qcow2_recorded(bencher: Bencher, len: u64) {
+        let image = Image::allocated(SIZE, 32 << 20, SIZE).with_bitmap();
+        // The first change marks the bitmap; the tables come into memory.
+        image.driver.pwrite(0, &[1; 512], Durability::Later).unwrap();
+        let all = GuestRange::new(0, SIZE).unwrap();
+        image.driver.map_read(all, MapMode::Wait, &mut ReadPlan::default()).unwrap();
+        write(bencher, &image, len);
+    }
+
+    fn write(bencher: Bencher, image: &Image, len: u64) {
         let (mut places, mut plan) = (Places::new(SIZE - len, BLOCK_LEN), WritePlan::default());
         bencher.bench_local(|| {
             image.driver.prepare_write(places.next(len), MapMode::Try, &mut plan).unwrap();

@@ -4,6 +4,7 @@
 
 pub mod certificates;
 pub mod client;
+pub mod front;
 pub mod fuse;
 pub mod images;
 pub mod in_process;
@@ -36,6 +37,14 @@ pub fn testdata(name: &str) -> PathBuf {
 /// what only nbd-img promises, and says so.
 pub fn is_nbd_img() -> bool {
     server::Peer::of_this_run() == server::Peer::NbdImg
+}
+
+/// More descriptors for this process than most shells give: tests that hold a crowd have both its ends in mind.
+pub fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let current = maximum.map_or(Some(8192), |max| Some(max.min(8192)));
+    setrlimit(Resource::Nofile, Rlimit { current, maximum }).unwrap();
 }
 
 /// How often a test repeats something: `default` in CI, or what the environment variable `name` says.

@@ -7,6 +7,12 @@ pub fn descriptors(pid: u32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
 }
 
+/// What they are.
+pub fn descriptor_targets(pid: u32) -> Vec<String> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    entries.filter_map(|entry| Some(fs::read_link(entry.ok()?.path()).ok()?.display().to_string())).collect()
+}
+
 /// Resident memory of `pid` in bytes.
 pub fn resident_len(pid: u32) -> u64 {
     status_field(pid, "VmRSS:") * 1024

@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 
 use super::policy::{FileIdentity, Gate, Role};
 use super::probe::{magic_name, probe};
-use super::{Backing, OpenOptions};
+use super::{Backing, Names, OpenOptions};
 use crate::driver::{BlockDriver, Format};
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::{Caches, Header, ImageNumber, Parts, Qcow2Driver, WriteOptions};
+use crate::qcow2::{BitmapChange, Caches, Header, ImageNumber, Parts, Qcow2Driver, WriteOptions};
 use crate::raw::{RawDriver, RawOptions};
 use crate::storage::{FileOptions, FileStorage, LockMode, MappedStorage, Storage};
 use crate::sync::Arc;
@@ -85,7 +85,10 @@ impl Chain<'_> {
     fn open_named_by_operator(&mut self, path: &Path, file_options: &FileOptions) -> Result<Link> {
         let file = FileStorage::open(path, file_options)?;
         self.note(FileIdentity::of(&*file)?, path, path)?;
-        let gate = Arc::new(Gate::new(path, &self.options.allow_dirs)?);
+        let gate = Arc::new(match self.options.names {
+            Names::Confined => Gate::new(path, &self.options.allow_dirs)?,
+            Names::Trusted => Gate::open_to_all(),
+        });
         Ok(Link { storage: file, path: path.to_owned(), gate })
     }
 
@@ -118,9 +121,11 @@ impl Chain<'_> {
             let data_file = self.open_data_file(&link, &header)?;
             let below = self.open_backing(&link, &header)?;
             let stated = header.extensions.backing_format.clone();
+            // As for the backing file itself, what the operator says is about the image that he named.
+            let by_operator = self.options.backing_format.filter(|_| self.layers.is_empty());
             self.layers.push(Layer { image: link.storage, header, data_file });
             let Some(below) = below else { return Ok(None) };
-            match backing_format(stated.as_deref(), &below)? {
+            match by_operator.map_or_else(|| backing_format(stated.as_deref(), &below), Ok)? {
                 Format::Qcow2 => link = below,
                 Format::Raw | Format::MmapRaw => {
                     return Ok(Some(RawDriver::open(below.storage, RawOptions::default())?));
@@ -133,13 +138,16 @@ impl Chain<'_> {
         if !header.geometry.is_external() {
             return Ok(None);
         }
+        // An image and its data are written together.
+        let top = self.layers.is_empty();
+        let file_options = if top { self.top_file_options() } else { self.backing_file_options() };
+        if let Some(path) = self.options.data_file.as_deref().filter(|_| top) {
+            return Ok(Some(self.open_named_by_operator(path, &file_options)?.storage));
+        }
         let name = header.extensions.data_file_name.as_deref().ok_or_else(|| {
             Error::new(ErrorKind::Unsupported, "the image needs an external data file and does not name it")
                 .with_path(&link.path)
         })?;
-        // An image and its data are written together.
-        let top = self.layers.is_empty();
-        let file_options = if top { self.top_file_options() } else { self.backing_file_options() };
         let data_file =
             self.open_named_by_image(&link.path, &link.gate, name, Role::DataFile, &file_options)?;
         Ok(Some(data_file.storage))
@@ -243,4 +251,25 @@ fn check_raw_options(path: &Path, options: &OpenOptions) -> Result<()> {
         _ => return Ok(()),
     };
     Err(Error::new(ErrorKind::InvalidInput, what).with_path(path))
+}
+
+/// Changes a dirty bitmap of the qcow2 image at `path`, which nobody else may have open meanwhile.
+pub fn change_bitmap(path: &Path, name: &str, change: BitmapChange<'_>) -> Result<()> {
+    let file_options = FileOptions { writable: true, direct: false, lock: LockMode::Writer };
+    let image: Arc<dyn Storage> = FileStorage::open(path, &file_options)?;
+    let header = Header::load(&image)?;
+    let caches = Caches::new(0, [&header])?;
+    let driver = Qcow2Driver::open(Parts {
+        image,
+        header,
+        data_file: None,
+        // What the disk holds does not matter.
+        backing: None,
+        number: ImageNumber(0),
+        caches,
+        snapshot: None,
+        write: Some(WriteOptions::default()),
+    })?;
+    let changed = driver.change_bitmap(name, change);
+    changed.and(driver.close())
 }

@@ -15,7 +15,7 @@ mod probe;
 use std::path::{Path, PathBuf};
 
 pub use alone::{Access, open_alone};
-pub use chain::CHAIN_MAX;
+pub use chain::{CHAIN_MAX, change_bitmap};
 
 use crate::driver::{BlockDriver, Format};
 use crate::error::Result;
@@ -35,6 +35,12 @@ pub struct OpenOptions {
     pub exact_size: bool,
     /// What becomes of the backing file that an image names.
     pub backing: Backing,
+    /// Format of the backing file in [`Backing::Path`]; else the one that the image states.
+    pub backing_format: Option<Format>,
+    /// The external data file, whatever the image says.
+    pub data_file: Option<PathBuf>,
+    /// Which files an image may name.
+    pub names: Names,
     /// Folders, besides the image's own, below which backing and data files may lie.
     pub allow_dirs: Vec<PathBuf>,
     /// Serve this internal snapshot (name or id) instead of the active state; read-only.
@@ -55,6 +61,9 @@ impl Default for OpenOptions {
             direct: false,
             exact_size: false,
             backing: Backing::Follow,
+            backing_format: None,
+            data_file: None,
+            names: Names::Confined,
             allow_dirs: Vec::new(),
             snapshot: None,
             discard: true,
@@ -76,6 +85,17 @@ pub enum Backing {
     Path(PathBuf),
 }
 
+/// Which files an image may name.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Names {
+    /// Those in its own folder or in [`OpenOptions::allow_dirs`].
+    Confined,
+    /// Every file and block device, found as QEMU finds it: a relative backing file beside the image, a relative
+    /// data file in the current folder. For images whose maker is trusted with everything that this process can
+    /// read.
+    Trusted,
+}
+
 /// An open image.
 pub struct Opened {
     /// What serves it.
@@ -85,8 +105,7 @@ pub struct Opened {
 }
 
 /// Opens the image at `path`. The file, and every file of its chain, is locked as QEMU locks it; files
-/// that the image names are opened for reading only, and only if they lie in its folder or in
-/// [`OpenOptions::allow_dirs`]. Where no format is stated, the file is looked at first, read-only.
+/// that the image names are opened for reading only, and only if [`OpenOptions::names`] allows them. Where no format is stated, the file is looked at first, read-only.
 pub fn open(path: &Path, options: &OpenOptions) -> Result<Opened> {
     let (format, probed) = match options.format {
         Some(format) => (format, false),

@@ -4,6 +4,8 @@
 //! file below the folder of the image that the operator named, or below a folder that he allows; and then
 //! for reading, but for the data file of an image that is itself opened for writing. Where symbolic links lead is decided by the kernel while it opens (openat2), not by
 //! a look beforehand. Nothing outside is ever opened, not even to find out what it is.
+//!
+//! Where the operator trusts an image as QEMU does ([`Gate::open_to_all`]), a plain path may lead anywhere.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -41,7 +43,8 @@ pub struct Named {
 
 /// Opens what images name, if it may.
 pub struct Gate {
-    roots: Vec<Root>,
+    /// `None` if every folder is allowed.
+    roots: Option<Vec<Root>>,
 }
 
 /// A folder below which files may lie.
@@ -87,41 +90,71 @@ impl Gate {
             })?;
             roots.push(root);
         }
-        Ok(Gate { roots })
+        Ok(Gate { roots: Some(roots) })
+    }
+
+    /// The gate that lets every file and block device through, for images that are trusted.
+    pub fn open_to_all() -> Self {
+        Gate { roots: None }
     }
 
     /// Opens the file that `image` calls `name`. Fails with `Denied` if the policy does not allow it.
     pub fn open(&self, image: &Path, name: &[u8], role: Role, writable: bool) -> Result<Named> {
+        let Some(roots) = &self.roots else {
+            // QEMU writes this prefix before names that would look like a protocol.
+            let plain = name.strip_prefix(b"file:").unwrap_or(name);
+            return open_anywhere(&Request { image, name: plain, role, writable }, plain.len() == name.len());
+        };
         let request = Request { image, name, role, writable };
         request.check_plain()?;
-        let path = self.lexical_path(&request)?;
+        let path = lexical_path(roots, &request)?;
         let real = std::fs::canonicalize(&path).map_err(|e| request.cannot_open(e))?;
-        let root = self.roots.iter().rev().find(|root| real.starts_with(&root.real));
+        let root = roots.iter().rev().find(|root| real.starts_with(&root.real));
         let root = root.ok_or_else(|| request.denied("leads out of the folders that are allowed"))?;
         let beneath = real.strip_prefix(&root.real).unwrap_or(&real);
         let (file, identity) = root.open_beneath(beneath, &request)?;
         Ok(Named { file, path, identity })
     }
+}
 
-    /// The path that the name stands for. Refuses what lies outside by its mere spelling, before
-    /// anything of it is looked at.
-    fn lexical_path(&self, request: &Request<'_>) -> Result<PathBuf> {
-        let name = Path::new(OsStr::from_bytes(request.name));
-        let folder = folder_of(request.image);
-        let path = if name.is_absolute() {
-            name.to_owned()
-        } else {
-            // Without links in it, `..` means the same to us as to the kernel.
-            std::fs::canonicalize(folder).map_err(|e| request.cannot_open(e))?.join(name)
-        };
-        let plain = without_dots(&path);
-        let inside = |root: &Root| plain.starts_with(&root.given) || plain.starts_with(&root.real);
-        if self.roots.iter().any(inside) {
-            Ok(path)
-        } else {
-            Err(request.denied("lies outside of the folders that are allowed"))
-        }
+/// The path that the name stands for. Refuses what lies outside by its mere spelling, before anything of it
+/// is looked at.
+fn lexical_path(roots: &[Root], request: &Request<'_>) -> Result<PathBuf> {
+    let name = Path::new(OsStr::from_bytes(request.name));
+    let folder = folder_of(request.image);
+    let path = if name.is_absolute() {
+        name.to_owned()
+    } else {
+        // Without links in it, `..` means the same to us as to the kernel.
+        std::fs::canonicalize(folder).map_err(|e| request.cannot_open(e))?.join(name)
+    };
+    let plain = without_dots(&path);
+    let inside = |root: &Root| plain.starts_with(&root.given) || plain.starts_with(&root.real);
+    if roots.iter().any(inside) {
+        Ok(path)
+    } else {
+        Err(request.denied("lies outside of the folders that are allowed"))
     }
+}
+
+/// Opens a file of a trusted image where QEMU looks for it.
+fn open_anywhere(request: &Request<'_>, may_be_protocol: bool) -> Result<Named> {
+    if may_be_protocol {
+        request.check_plain()?;
+    } else {
+        request.check_name()?;
+    }
+    let name = Path::new(OsStr::from_bytes(request.name));
+    let path = match request.role {
+        Role::Backing => folder_of(request.image).join(name),
+        Role::DataFile => name.to_owned(),
+    };
+    let access = if request.writable { OFlags::RDWR } else { OFlags::RDONLY };
+    let flags = access | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = rustix::fs::open(&path, flags, Mode::empty()).map_err(|e| request.cannot_open(e.into()))?;
+    let stat = rustix::fs::fstat(&file).map_err(|e| request.cannot_open(e.into()))?;
+    // What is neither a regular file nor a block device is refused by whoever reads it.
+    Ok(Named { file, path, identity: FileIdentity::from_stat(&stat) })
 }
 
 impl Root {
@@ -193,15 +226,20 @@ impl Request<'_> {
     /// Refuses what is no plain path. As QEMU has it, a colon before the first slash makes a protocol
     /// (`nbd:`, `json:`, `fat:rw:/`), whatever stands before it.
     fn check_plain(&self) -> Result<()> {
+        self.check_name()?;
+        let before_slash = self.name.split(|byte| *byte == b'/').next().unwrap_or_default();
+        if before_slash.contains(&b':') {
+            return Err(self.denied("begins with a protocol; only plain paths are followed"));
+        }
+        Ok(())
+    }
+
+    fn check_name(&self) -> Result<()> {
         if self.name.is_empty() {
             return Err(self.denied("is empty"));
         }
         if self.name.contains(&0) {
             return Err(self.denied("contains a NUL byte"));
-        }
-        let before_slash = self.name.split(|byte| *byte == b'/').next().unwrap_or_default();
-        if before_slash.contains(&b':') {
-            return Err(self.denied("begins with a protocol; only plain paths are followed"));
         }
         Ok(())
     }

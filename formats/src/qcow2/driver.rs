@@ -10,6 +10,7 @@ use super::parts::{Caches, Parts};
 use super::snapshots::{self, Snapshot};
 use super::tables::{ImageNumber, L1Table, TableCache, TableSlice};
 use super::types::{DataFile, Geometry, GuestCluster};
+use super::write::bitmap_change::{self, BitmapChange};
 use super::write::options::WriteOptions;
 use super::write::{Writer, begin, commit, prepare, reclaim, slow, zero};
 use crate::address::{GuestRange, HostOffset, HostRange};
@@ -61,6 +62,13 @@ impl Qcow2Driver {
         open_parts(parts).map(Arc::new).map_err(|e| e.with_path(path))
     }
 
+    /// Changes the image's dirty bitmaps, for an image that was opened for writing and that nothing was
+    /// written to yet. It is durable on return; the bitmaps that the driver knows stay those from before, so
+    /// it has to be closed then. A failure changes nothing, unless it is one of the file's.
+    pub fn change_bitmap(&self, name: &str, change: BitmapChange<'_>) -> Result<()> {
+        bitmap_change::change(self, self.writer()?, &self.header, name, change)
+    }
+
     pub(super) fn geometry(&self) -> Geometry {
         self.header.geometry
     }
@@ -71,6 +79,10 @@ impl Qcow2Driver {
 
     pub(super) fn tables(&self) -> &TableCache {
         &self.caches.tables
+    }
+
+    pub(super) fn bitmaps(&self) -> &Bitmaps {
+        &self.bitmaps
     }
 
     pub(super) fn clusters(&self) -> &ClusterCache {
@@ -347,6 +359,9 @@ impl BlockDriver for Qcow2Driver {
             StatusQuery::Allocation | StatusQuery::Depth => mover::status(self, query, range, visitor),
             StatusQuery::Bitmap(name) => {
                 let range = checked_range(self, range.offset(), range.len())?;
+                if let Some(live) = self.writer.as_ref().and_then(|writer| writer.bitmaps.live(name)) {
+                    return bitmaps::visit(range, live.granularity(), |page| Ok(live.page(page)), visitor);
+                }
                 if self.bitmaps.visit(self.image(), name, range, visitor)? {
                     return Ok(());
                 }

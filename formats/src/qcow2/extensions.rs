@@ -12,14 +12,16 @@ const BACKING_FORMAT: u32 = 0xe279_2aca;
 /// Names of feature bits.
 const FEATURE_NAMES: u32 = 0x6803_f857;
 /// Where the bitmap directory lies.
-const BITMAPS: u32 = 0x2385_2875;
+pub const BITMAPS: u32 = 0x2385_2875;
 /// Where the LUKS header lies.
 const FULL_DISK_ENCRYPTION: u32 = 0x0537_be77;
 /// Name of the external data file.
 const DATA_FILE: u32 = 0x4441_5441;
 
 /// Bytes before an extension's data: magic and length.
-const HEAD_LEN: usize = 8;
+pub const HEAD_LEN: usize = 8;
+/// Bytes of the bitmaps extension's data (specification).
+pub const BITMAPS_LEN: u64 = 24;
 /// Bytes of an entry in the feature name table: type, bit, name.
 const FEATURE_ENTRY_LEN: usize = 48;
 /// Type of incompatible features in the feature name table.
@@ -36,6 +38,8 @@ pub struct Extensions {
     pub bitmaps: Option<BitmapsExtension>,
     /// Whether there is an encryption header.
     pub encryption_header: bool,
+    /// Where the mark of the list's end stands in the file, if there is one.
+    pub end_at: Option<u64>,
     feature_names: Vec<(u8, u8, String)>,
 }
 
@@ -48,6 +52,10 @@ pub struct BitmapsExtension {
     pub directory_len: u64,
     /// Where the directory lies.
     pub directory_at: u64,
+    /// Where the extension's own data lies in the file.
+    pub data_at: u64,
+    /// No other one follows it.
+    pub is_last: bool,
 }
 
 impl Extensions {
@@ -58,11 +66,17 @@ impl Extensions {
         let mut rest = first_cluster.get(header_len as usize..end).unwrap_or_default();
         let mut extensions = Extensions::default();
         while !rest.is_empty() {
+            let head_at = end - rest.len();
+            let data_at = head_at + HEAD_LEN;
             let (magic, data, behind) = split_extension(rest)?;
             if magic == END {
+                extensions.end_at = (rest.len() >= HEAD_LEN).then_some(head_at as u64);
                 break;
             }
-            extensions.take(magic, data)?;
+            if let Some(bitmaps) = &mut extensions.bitmaps {
+                bitmaps.is_last = false;
+            }
+            extensions.take(magic, data, data_at as u64)?;
             rest = behind;
         }
         Ok(extensions)
@@ -76,13 +90,13 @@ impl Extensions {
             .map_or_else(|| format!("bit {bit}"), |(_, _, name)| format!("'{}'", name.escape_debug()))
     }
 
-    fn take(&mut self, magic: u32, data: &[u8]) -> Result<()> {
+    fn take(&mut self, magic: u32, data: &[u8], data_at: u64) -> Result<()> {
         match magic {
             BACKING_FORMAT => self.backing_format = Some(String::from_utf8_lossy(data).into_owned()),
             DATA_FILE => self.data_file_name = Some(data.to_vec()),
             FEATURE_NAMES => self.feature_names = feature_names(data),
             FULL_DISK_ENCRYPTION => self.encryption_header = true,
-            BITMAPS => self.bitmaps = Some(BitmapsExtension::parse(data)?),
+            BITMAPS => self.bitmaps = Some(BitmapsExtension::parse(data, data_at)?),
             _ => {}
         }
         Ok(())
@@ -90,12 +104,12 @@ impl Extensions {
 }
 
 impl BitmapsExtension {
-    fn parse(data: &[u8]) -> Result<Self> {
+    fn parse(data: &[u8], data_at: u64) -> Result<Self> {
         let fields = (be_u32(data, 0), be_u64(data, 8), be_u64(data, 16));
         let (Some(count), Some(directory_len), Some(directory_at)) = fields else {
             return Err(corrupt("the bitmaps header extension is too short"));
         };
-        Ok(BitmapsExtension { count, directory_len, directory_at })
+        Ok(BitmapsExtension { count, directory_len, directory_at, data_at, is_last: true })
     }
 }
 

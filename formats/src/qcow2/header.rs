@@ -146,6 +146,8 @@ pub struct Header {
     pub autoclear: Autoclear,
     /// Name of the backing file, as it stands in the header.
     pub backing_name: Option<Vec<u8>>,
+    /// Where it stands; extensions end there.
+    pub backing_name_at: Option<u64>,
     /// What the header extensions say.
     pub extensions: Extensions,
 }
@@ -278,6 +280,7 @@ impl RawHeader {
             compatible: Compatible::from_bits_retain(self.compatible_features.get()),
             autoclear,
             backing_name: self.backing_name(&first_cluster)?,
+            backing_name_at: Some(self.backing_file_offset.get()).filter(|at| *at != 0),
             extensions,
         })
     }

@@ -43,6 +43,7 @@ pub use header::{Autoclear, Compatible, Compression, Header, Incompatible, Table
 pub use parts::{Caches, Parts};
 pub use tables::ImageNumber;
 pub use types::{DataFile, Geometry};
+pub use write::bitmap_change::BitmapChange;
 pub use write::options::WriteOptions;
 
 /// The four bytes that a qcow2 image begins with, as a number (specification).

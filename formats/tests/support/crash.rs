@@ -205,10 +205,28 @@ impl Run<'_> {
         if let Some(raw) = self.scene.read_raw(&left.image, left.data()).unwrap() {
             assert!(raw == content, "{}: the raw data file has another content", self.name());
         }
+        self.check_bitmaps_at_end(&Image::parse(&left.image).unwrap());
     }
 
     fn left(&self, mut bytes_of: impl FnMut(FileId) -> SparseBytes) -> Left {
         Left { image: bytes_of(IMAGE), data: self.scene.data.is_some().then(|| bytes_of(DATA)) }
+    }
+
+    /// After a close the enabled bitmap has what it had, what was written, and nothing else.
+    fn check_bitmaps_at_end(&self, image: &Image<'_>) {
+        let before = Image::parse(&self.scene.image).unwrap();
+        for (old, bitmap) in before.bitmaps.iter().zip(&image.bitmaps) {
+            let mut expected = before.dirty_granules(old);
+            if old.flags == 2 {
+                let changes = self.steps.iter().filter(|step| step.action != Action::Flush && step.len > 0);
+                for step in changes {
+                    let granule = |at: u64| (at >> old.granularity_bits) as usize;
+                    expected[granule(step.at)..=granule(step.at + step.len - 1)].fill(true);
+                }
+            }
+            assert_eq!(bitmap.flags, old.flags, "{}: flags of {}", self.name(), old.name);
+            assert!(image.dirty_granules(bitmap) == expected, "{}: bits of {}", self.name(), old.name);
+        }
     }
 
     /// Something of the image as it is in the end.
@@ -289,6 +307,7 @@ impl Run<'_> {
         if let Some(raw) = self.scene.read_raw(&left.image, left.data())? {
             self.journal.check(&raw, cut).map_err(|what| format!("in the raw data file: {what}"))?;
         }
+        self.scene.check_bitmaps(&left.image, &content)?;
         if random.below(QEMU_ONE_IN) == 0 {
             let files = left.files();
             let maker = Maker::of_files(&files.image, files.data.as_deref());
@@ -354,6 +373,7 @@ impl Run<'_> {
         let disk: &dyn Storage = &*storages.image;
         let data: &dyn Storage = storages.data.as_deref().map_or(disk, |data| data);
         let content = self.scene.read_files(&disk, &data)?;
+        self.scene.check_bitmaps(&disk, &content)?;
         if content != journal.now() {
             return Err("what was written after the crash is not there".to_owned());
         }

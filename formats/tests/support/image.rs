@@ -114,8 +114,16 @@ pub struct Snapshot {
 }
 
 /// A dirty bitmap.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Bitmap {
+    /// Where its entry in the directory is.
+    pub entry_at: u64,
+    /// Its name.
+    pub name: String,
+    /// Its flags: bit 0 is "in use", bit 1 "auto".
+    pub flags: u32,
+    /// One bit stands for two to the power of this bytes.
+    pub granularity_bits: u32,
     /// Where its table is.
     pub table_at: u64,
     /// How many entries that has.
@@ -314,6 +322,21 @@ impl<'a> Image<'a> {
         }
     }
 
+    /// The granules that a bitmap has set, of those that the disk has.
+    pub fn dirty_granules(&self, bitmap: &Bitmap) -> Vec<bool> {
+        let cluster_len = self.cluster_len();
+        let mut bits = Vec::new();
+        for entry in self.bytes.table(bitmap.table_at, bitmap.table_entries) {
+            let mut bytes = vec![if entry & 1 == 1 { 0xff } else { 0 }; cluster_len as usize];
+            if entry & OFFSET_MASK != 0 {
+                self.bytes.fill(&mut bytes, entry & OFFSET_MASK);
+            }
+            bits.extend(bytes.iter().flat_map(|byte| (0..8).map(move |bit| byte >> bit & 1 == 1)));
+        }
+        bits.truncate(self.size.div_ceil(1 << bitmap.granularity_bits) as usize);
+        bits
+    }
+
     fn l2_entry_len(&self) -> u64 {
         if self.incompatible & INCOMPATIBLE_EXTENDED_L2 != 0 { 16 } else { 8 }
     }
@@ -377,12 +400,18 @@ impl<'a> Image<'a> {
             if at >= self.bytes.length() {
                 return Err("the bitmap directory is cut off".to_owned());
             }
+            let (name_len, extra_len) = (self.bytes.be16(at + 18), self.bytes.be32(at + 20));
+            let mut name = vec![0; usize::from(name_len)];
+            self.bytes.fill(&mut name, at + 24 + u64::from(extra_len));
             self.bitmaps.push(Bitmap {
+                entry_at: at,
+                name: String::from_utf8_lossy(&name).into_owned(),
+                flags: self.bytes.be32(at + 12),
+                granularity_bits: self.bytes.be32(at + 16) >> 16 & 0xff,
                 table_at: self.bytes.be64(at),
                 table_entries: u64::from(self.bytes.be32(at + 8)),
             });
-            let lens = u64::from(self.bytes.be16(at + 18)) + u64::from(self.bytes.be32(at + 20));
-            at += (24 + lens).next_multiple_of(8);
+            at += (24 + u64::from(name_len) + u64::from(extra_len)).next_multiple_of(8);
         }
         Ok(())
     }

@@ -74,6 +74,8 @@ impl Scene {
             Scene::mixed("device", "refcount_bits=64", None, true).on_device(),
             Scene::mixed("overlay on a device", "refcount_bits=2", Some(SIZE), true).on_device(),
             Scene::empty("empty", "refcount_bits=16"),
+            Scene::mixed("bitmaps", "refcount_bits=64", None, true).with_bitmaps(),
+            Scene::mixed("bitmaps on a device", "refcount_bits=16", None, false).with_bitmaps().on_device(),
         ]
     }
 
@@ -245,6 +247,33 @@ impl Scene {
         }
     }
 
+    /// The same image with three bitmaps of other granularities: `on`, which is enabled, `off`, which is not,
+    /// and `stale`, which is in use. The first two have recorded something.
+    pub fn with_bitmaps(mut self) -> Scene {
+        let maker = Maker::of(&self.image);
+        let path = maker.path();
+        let add = |name: &str, granularity: &str| {
+            maker::run("qemu-img", &["bitmap", "--add", "-g", granularity, maker::text(&path), name]);
+        };
+        let write = |at: u64| {
+            let same = &self.content[at as usize..(at + CLUSTER) as usize];
+            maker.write(at, same, false);
+        };
+        add("off", "512");
+        write(9 * CLUSTER);
+        add("on", "1024");
+        add("stale", "4096");
+        write(3 * CLUSTER);
+        write(64 * CLUSTER);
+        maker::run("qemu-img", &["bitmap", "--disable", maker::text(&path), "off"]);
+        self.image = maker.bytes();
+        // As whoever was killed leaves it.
+        let name = self.image.windows(5).rposition(|five| five == b"stale").unwrap();
+        self.image[name - 24 + 15] |= 1;
+        assert_eq!(maker::qemu_check(&self.image).0, 0);
+        self
+    }
+
     /// The same image on a device that has room for everything to be written once more.
     pub fn on_device(mut self) -> Scene {
         self.device_len = Some((self.image.len() as u64 + 2 * SIZE).next_multiple_of(CLUSTER));
@@ -314,6 +343,38 @@ impl Scene {
     pub fn backing_driver(&self) -> Option<Arc<dyn BlockDriver>> {
         let backing = MemoryStorage::copy_of(self.backing.as_ref()?).unwrap();
         Some(RawDriver::open(backing, RawOptions::default()).unwrap())
+    }
+
+    /// Whether the bitmaps of `image`, in which the guest sees `content`, can be relied on: what they do not
+    /// say is not dirty is as it was at first.
+    pub fn check_bitmaps(&self, image: &dyn Bytes, content: &[u8]) -> std::result::Result<(), String> {
+        let (before, now) = (Image::parse(&self.image)?, Image::parse(image)?);
+        let named = |image: &Image<'_>| -> Vec<String> {
+            image.bitmaps.iter().map(|bitmap| bitmap.name.clone()).collect()
+        };
+        if named(&before) != named(&now) {
+            return Err(format!("the bitmaps are {:?}", named(&now)));
+        }
+        for (old, bitmap) in before.bitmaps.iter().zip(&now.bitmaps) {
+            let (was, is) = (before.dirty_granules(old), now.dirty_granules(bitmap));
+            let enabled = old.flags == 2;
+            if !enabled && (was, old.flags) != (is.clone(), bitmap.flags) {
+                return Err(format!("the bitmap {} has changed", old.name));
+            }
+            if !enabled || bitmap.flags == 3 {
+                continue;
+            }
+            let len = 1 << bitmap.granularity_bits;
+            let pairs = self.content.chunks(len).zip(content.chunks(len));
+            let missed = pairs
+                .zip(before.dirty_granules(old).iter().zip(&is))
+                .position(|((old, now), (was, is))| (old != now || *was) && !is);
+            if let Some(granule) = missed {
+                let flags = bitmap.flags;
+                return Err(format!("the bitmap {} ({flags}) does not tell of granule {granule}", old.name));
+            }
+        }
+        Ok(())
     }
 
     /// What the guest sees in `image`, and in its snapshots: these must be as they were.

@@ -7,19 +7,23 @@ import struct
 
 REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, OPTION_REPLY_MAGIC = 0x25609513, 0x67446698, 0x3E889045565A9
 READ, WRITE, DISCONNECT, FLUSH = 0, 1, 2, 3
-OPTION_GO, REPLY_ACK, REPLY_INFO, INFO_EXPORT = 7, 1, 3, 0
+OPTION_STARTTLS, OPTION_GO, REPLY_ACK, REPLY_INFO, INFO_EXPORT = 5, 7, 1, 3, 0
 
 
 class Client:
-    """One connection in transmission."""
+    """One connection in transmission. `secured` turns a connected socket to TLS."""
 
-    def __init__(self, path, export="", patience=30):
+    def __init__(self, path, export="", patience=30, secured=None):
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.socket.settimeout(patience)
         self.size = None
         try:
             self.socket.connect(path)
-            self._negotiate(export.encode())
+            self._greet()
+            if secured:
+                self._option(OPTION_STARTTLS, b"")
+                self.socket = secured(self.socket)
+            self._option(OPTION_GO, struct.pack(">I", len(export.encode())) + export.encode() + struct.pack(">H", 0))
         except BaseException:
             self.socket.close()
             raise
@@ -50,12 +54,14 @@ class Client:
             if magic != SIMPLE_REPLY_MAGIC or error:
                 raise OSError(f"a reply has magic {magic:#x} and error {error}")
 
-    def _negotiate(self, export):
+    def _greet(self):
         if self._take(16) != b"NBDMAGICIHAVEOPT":
             raise OSError("not an NBD server")
         self._take(2)
-        data = struct.pack(">I", len(export)) + export + struct.pack(">H", 0)
-        self.socket.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", OPTION_GO, len(data)) + data)
+        self.socket.sendall(struct.pack(">I", 3))
+
+    def _option(self, option, data):
+        self.socket.sendall(struct.pack(">8sII", b"IHAVEOPT", option, len(data)) + data)
         while True:
             magic, _, kind, length = struct.unpack(">QIII", self._take(20))
             body = self._take(length)

@@ -13,12 +13,14 @@ use crate::storage::Storage;
 use crate::sync::Arc;
 
 /// Most bitmaps (QEMU's limit).
-const COUNT_MAX: u32 = 65535;
+const COUNT_MAX: u64 = 65535;
 /// Longest directory. Our choice: 65535 bitmaps with names of 30 bytes, where QEMU has 64 MiB, so that a
 /// chain of hostile images takes little memory.
 const DIRECTORY_LEN_MAX: u64 = 4 << 20;
 /// Bytes of an entry before its extra data (specification, "Bitmap directory").
 const ENTRY_LEN: usize = 24;
+/// Where the flags stand in an entry (specification).
+const FLAGS_AT: u64 = 12;
 /// Entries begin at multiples of this (specification).
 const ENTRY_UNIT: usize = 8;
 /// Longest name (QEMU's limit).
@@ -71,16 +73,46 @@ pub struct Entry {
     pub name: Box<[u8]>,
 }
 
+/// The directory of an image, and where it is.
+#[derive(Clone, Default, Debug)]
+pub struct Directory {
+    /// Where the data of the header extension that points to it lies.
+    pub extension_at: HostOffset,
+    /// Where it lies.
+    pub at: HostOffset,
+    /// Its bytes; 0 if there is none.
+    pub len: u64,
+    /// The bitmaps.
+    pub entries: Vec<Entry>,
+}
+
+impl Directory {
+    /// Where the flags of entry number `index` stand, and what they are.
+    pub fn flags_of(&self, index: usize) -> Option<(HostOffset, Flags)> {
+        let before: u64 = self.entries.iter().take(index).map(|entry| entry.bytes().len() as u64).sum();
+        let entry = self.entries.get(index)?;
+        Some((HostOffset(self.at.0 + before + FLAGS_AT), entry.flags))
+    }
+
+    /// Whether it can be written. The error says why not.
+    pub fn check_size(&self) -> Result<(), String> {
+        check_size(self.entries.len() as u64, self.bytes().len() as u64)
+    }
+
+    /// The directory as it stands in the file.
+    pub fn bytes(&self) -> Vec<u8> {
+        self.entries.iter().flat_map(Entry::bytes).collect()
+    }
+}
+
 /// Reads the directory that the header points to. The error says what is wrong with it.
 pub fn read(
     storage: &Arc<dyn Storage>,
     geometry: Geometry,
     extension: BitmapsExtension,
-) -> Result<Vec<Entry>, String> {
-    let BitmapsExtension { count, directory_len, directory_at } = extension;
-    if count > COUNT_MAX || directory_len > DIRECTORY_LEN_MAX {
-        return Err(format!("{count} bitmaps in a directory of {directory_len} bytes are too many"));
-    }
+) -> Result<Directory, String> {
+    let BitmapsExtension { count, directory_len, directory_at, data_at, is_last: _ } = extension;
+    check_size(u64::from(count), directory_len)?;
     if !geometry.is_aligned(directory_at) {
         return Err(format!("it cannot lie at {directory_at:#x}"));
     }
@@ -90,7 +122,20 @@ pub fn read(
     }
     let mut bytes = vec![0; usize::try_from(directory_len).unwrap_or(0)];
     read_exact(storage, HostOffset(directory_at), &mut bytes).map_err(|error| error.to_string())?;
-    parse(&bytes, count)
+    let entries = parse(&bytes, count)?;
+    Ok(Directory {
+        extension_at: HostOffset(data_at),
+        at: HostOffset(directory_at),
+        len: directory_len,
+        entries,
+    })
+}
+
+fn check_size(count: u64, len: u64) -> Result<(), String> {
+    if count > COUNT_MAX || len > DIRECTORY_LEN_MAX {
+        return Err(format!("{count} bitmaps in a directory of {len} bytes are too many"));
+    }
+    Ok(())
 }
 
 /// The entries in the bytes of a directory, which they fill.
@@ -111,6 +156,20 @@ fn parse(bytes: &[u8], count: u32) -> Result<Vec<Entry>, String> {
 }
 
 impl Entry {
+    /// That of a bitmap without extra data.
+    pub fn new(name: &[u8], granularity_bits: u8, flags: Flags, table_at: u64, table_entries: u32) -> Self {
+        let kind = TYPE_DIRTY_TRACKING;
+        Entry {
+            table_at,
+            table_entries,
+            flags,
+            kind,
+            granularity_bits,
+            extra: Box::default(),
+            name: name.into(),
+        }
+    }
+
     fn split(bytes: &[u8]) -> Option<(Self, &[u8])> {
         let head: &[u8; ENTRY_LEN] = bytes.first_chunk()?;
         let [.., kind, granularity_bits, n0, n1, _, _, _, _] = *head;
@@ -143,19 +202,14 @@ impl Entry {
         if unknown != 0 {
             return Err(format!("its flags {:#x} are not known", self.flags.bits()));
         }
-        if !self.extra.is_empty() && !self.flags.contains(Flags::EXTRA_COMPATIBLE) {
-            return Err(
-                "it must not be used without knowing its extra data, which nobody here does".to_owned()
-            );
-        }
         if !granularity.contains(&self.granularity_bits) {
             return Err(format!(
                 "its granularity of 2^{} bytes is not supported (2^9 to 2^31 are)",
                 self.granularity_bits
             ));
         }
-        if self.name.len() > NAME_LEN_MAX {
-            return Err(format!("its name has {} bytes ({NAME_LEN_MAX} are the most)", self.name.len()));
+        if self.name.is_empty() || self.name.len() > NAME_LEN_MAX {
+            return Err(format!("its name has {} bytes (1 to {NAME_LEN_MAX} are possible)", self.name.len()));
         }
         let data_len = u64::from(self.table_entries) * geometry.cluster_len();
         if self.table_entries == 0 || data_len > DATA_LEN_MAX {
@@ -170,6 +224,33 @@ impl Entry {
     /// Bytes of the disk that one bit stands for.
     pub fn granularity(&self) -> u64 {
         1 << self.granularity_bits
+    }
+
+    /// Whether it may be used: it has no extra data, or may be used without knowing that. Such data is left
+    /// as it is (specification).
+    pub fn is_known(&self) -> bool {
+        self.extra.is_empty() || self.flags.contains(Flags::EXTRA_COMPATIBLE)
+    }
+
+    /// Bytes of its table.
+    pub fn table_len(&self) -> u64 {
+        u64::from(self.table_entries) * 8
+    }
+
+    /// The entry as it stands in the file, with its padding.
+    pub fn bytes(&self) -> Vec<u8> {
+        let name_len = u16::try_from(self.name.len()).unwrap_or(u16::MAX);
+        let extra_len = u32::try_from(self.extra.len()).unwrap_or(u32::MAX);
+        let mut bytes = self.table_at.to_be_bytes().to_vec();
+        bytes.extend(self.table_entries.to_be_bytes());
+        bytes.extend(self.flags.bits().to_be_bytes());
+        bytes.extend([self.kind, self.granularity_bits]);
+        bytes.extend(name_len.to_be_bytes());
+        bytes.extend(extra_len.to_be_bytes());
+        bytes.extend(&*self.extra);
+        bytes.extend(&*self.name);
+        bytes.resize(bytes.len().next_multiple_of(ENTRY_UNIT), 0);
+        bytes
     }
 
     /// Names of its flags, for people.

@@ -4,12 +4,14 @@
 //! |---|---|
 //! | `directory` | the list of an image's bitmaps |
 //! | `table` | the bits of one in the file |
+//! | `live` | the bits of one in memory, while they are recorded |
 //! | `page` | pages of bits and their runs |
 //!
 //! A reader of the disk does not depend on bitmaps: a directory that makes no sense yields an empty list
 //! and a warning, and fails whoever asks for a bitmap by name.
 
 mod directory;
+mod live;
 mod page;
 mod table;
 
@@ -23,13 +25,23 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::info::BitmapInfo;
 use crate::storage::Storage;
 use crate::sync::{Arc, Mutex};
-use directory::{Entry, Flags};
+pub use directory::{Directory, Entry, Flags};
+pub use live::{ClusterBits, LiveBitmap};
 use page::Runs;
-use table::StoredBitmap;
+pub use page::visit;
+pub use table::{Stored, StoredBitmap};
+
+/// The directory of an image's bitmaps, and the tables that it leads to, in the same order.
+pub struct Tables {
+    /// The directory.
+    pub directory: Directory,
+    /// The tables.
+    pub stored: Vec<StoredBitmap>,
+}
 
 /// The bitmaps of an image.
 pub struct Bitmaps {
-    entries: Vec<Entry>,
+    directory: Directory,
     /// What is wrong with the directory.
     damage: Option<String>,
     /// Those that were asked for.
@@ -44,17 +56,17 @@ impl Bitmaps {
             Some(extension) if header.autoclear.contains(Autoclear::BITMAPS) => {
                 directory::read(storage, header.geometry, extension)
             }
-            Some(_) | None => Ok(Vec::new()),
+            Some(_) | None => Ok(Directory::default()),
         };
-        let (entries, damage) = match found {
-            Ok(entries) => (entries, None),
+        let (directory, damage) = match found {
+            Ok(directory) => (directory, None),
             Err(damage) => {
                 let path = &storage.facts().path;
                 tracing::warn!(?path, damage, "the directory of dirty bitmaps is damaged; none are listed");
-                (Vec::new(), Some(damage))
+                (Directory::default(), Some(damage))
             }
         };
-        Bitmaps { entries, damage, offered: Mutex::new(HashMap::new()) }
+        Bitmaps { directory, damage, offered: Mutex::new(HashMap::new()) }
     }
 
     /// What people want to know of them.
@@ -64,26 +76,59 @@ impl Bitmaps {
             granularity: entry.granularity(),
             flags: entry.flag_names(),
         };
-        self.entries.iter().map(info).collect()
+        self.directory.entries.iter().map(info).collect()
     }
 
     /// Makes a bitmap ready for [`visit`](Self::visit). `false`: there is none of that name. Fails if it
     /// does not tell what is dirty.
     pub fn offer(&self, storage: &Arc<dyn Storage>, header: &Header, name: &str) -> Result<bool> {
-        if let Some(damage) = &self.damage {
-            let text = format!(
-                "the image is damaged: its directory of dirty bitmaps makes no sense ({damage}); without \
-                 --bitmap it can be served"
-            );
-            return Err(Error::new(ErrorKind::Corrupt, text).with_path(&storage.facts().path));
-        }
-        let Some(entry) = self.entries.iter().find(|entry| *entry.name == *name.as_bytes()) else {
+        self.check_directory(storage, "without --bitmap it can be served read-only")?;
+        let Some(entry) = self.directory.entries.iter().find(|entry| *entry.name == *name.as_bytes()) else {
             return Ok(false);
         };
-        check_usable(storage, header, entry)?;
+        self.check_usable(storage, header, entry)?;
         let bitmap = StoredBitmap::load(storage, header, entry)?;
         self.offered.lock().insert(entry.name.clone(), Arc::new(bitmap));
         Ok(true)
+    }
+
+    /// Loads all tables, for whoever writes the image. Fails if one of them makes no sense, or could not be
+    /// kept as its flags want it.
+    pub fn load_tables(&self, storage: &Arc<dyn Storage>, header: &Header) -> Result<Tables> {
+        self.check_directory(storage, "use --read-only, or repair it (qemu-img check)")?;
+        let load = |entry: &Entry| {
+            check_shape(storage, header, entry)?;
+            if entry.flags.contains(Flags::AUTO) && !entry.flags.contains(Flags::IN_USE) {
+                check_known(storage, entry)?;
+            }
+            StoredBitmap::load(storage, header, entry)
+        };
+        let stored = self.directory.entries.iter().map(load).collect::<Result<_>>()?;
+        Ok(Tables { directory: self.directory.clone(), stored })
+    }
+
+    /// Fails unless the bitmap tells what is dirty.
+    pub fn check_usable(&self, storage: &Arc<dyn Storage>, header: &Header, entry: &Entry) -> Result<()> {
+        check_shape(storage, header, entry)?;
+        check_known(storage, entry)?;
+        if entry.flags.contains(Flags::IN_USE) {
+            let path = &storage.facts().path;
+            let name = entry.shown_name();
+            let text = format!(
+                "the bitmap '{name}' does not tell what is dirty: whoever used the image last has not stored it \
+                 (after a crash), or uses it now; remove it (nbd-img bitmap remove) and begin with a full backup"
+            );
+            return Err(Error::new(ErrorKind::Corrupt, text).with_path(path));
+        }
+        Ok(())
+    }
+
+    fn check_directory(&self, storage: &Arc<dyn Storage>, remedy: &str) -> Result<()> {
+        let Some(damage) = &self.damage else { return Ok(()) };
+        let text = format!(
+            "the image is damaged: its directory of dirty bitmaps makes no sense ({damage}); {remedy}"
+        );
+        Err(Error::new(ErrorKind::Corrupt, text).with_path(&storage.facts().path))
     }
 
     /// Visits the runs of `range`. `false`: no bitmap of that name was [offered](Self::offer).
@@ -95,7 +140,7 @@ impl Bitmaps {
         visitor: StatusVisitor<'_>,
     ) -> Result<bool> {
         let Some(bitmap) = self.offered.lock().get(name.as_bytes()).cloned() else { return Ok(false) };
-        page::visit(range, bitmap.granularity(), |page| bitmap.page(storage, page), visitor)?;
+        visit(range, bitmap.granularity(), |page| bitmap.page(storage, page), visitor)?;
         Ok(true)
     }
 }
@@ -125,20 +170,16 @@ pub fn visit_below(
     Ok(())
 }
 
-/// Fails unless the bitmap tells what is dirty.
-fn check_usable(storage: &Arc<dyn Storage>, header: &Header, entry: &Entry) -> Result<()> {
-    let path = &storage.facts().path;
-    let name = entry.shown_name();
-    if let Err(why) = entry.check(header.geometry) {
-        let text = format!("the bitmap '{name}' cannot be used: {why}");
-        return Err(Error::new(ErrorKind::Unsupported, text).with_path(path));
-    }
-    if entry.flags.contains(Flags::IN_USE) {
-        let text = format!(
-            "the bitmap '{name}' does not tell what is dirty: whoever used the image last has not stored it \
-             (after a crash), or uses it now; remove it (qemu-img bitmap --remove) and begin with a full backup"
-        );
-        return Err(Error::new(ErrorKind::Corrupt, text).with_path(path));
-    }
-    Ok(())
+fn check_shape(storage: &Arc<dyn Storage>, header: &Header, entry: &Entry) -> Result<()> {
+    entry.check(header.geometry).map_err(|why| unusable(storage, entry, &why))
+}
+
+fn check_known(storage: &Arc<dyn Storage>, entry: &Entry) -> Result<()> {
+    let why = "it must not be used without knowing its extra data, which nobody here does";
+    if entry.is_known() { Ok(()) } else { Err(unusable(storage, entry, why)) }
+}
+
+fn unusable(storage: &Arc<dyn Storage>, entry: &Entry, why: &str) -> Error {
+    let text = format!("the bitmap '{}' cannot be used: {why}", entry.shown_name());
+    Error::new(ErrorKind::Unsupported, text).with_path(&storage.facts().path)
 }

@@ -31,6 +31,19 @@ impl Page {
         Page::Bits(bytes.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect())
     }
 
+    /// Copies the bytes from `at` on.
+    pub fn copy_to(&self, at: u64, buf: &mut [u8]) {
+        match self {
+            Page::Zeroes => buf.fill(0),
+            Page::Ones => buf.fill(u8::MAX),
+            Page::Bits(words) => {
+                let skipped = usize::try_from(at).unwrap_or(usize::MAX);
+                let bytes = words.iter().flat_map(|word| word.to_le_bytes()).skip(skipped);
+                buf.iter_mut().zip(bytes).for_each(|(to, byte)| *to = byte);
+            }
+        }
+    }
+
     /// Whether bit number `from` is set, and how many from it on are the same, of those before `end`.
     fn run(&self, from: u64, end: u64) -> (bool, u64) {
         let words = match self {

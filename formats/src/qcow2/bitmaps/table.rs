@@ -4,7 +4,7 @@
 
 use super::super::header::{Header, check_place};
 use super::super::types::Geometry;
-use super::directory::Entry;
+use super::directory::{Entry, Flags};
 use super::page::{PAGE_LEN, Page};
 use crate::address::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
@@ -30,6 +30,25 @@ pub enum Stored {
     At(HostOffset),
 }
 
+impl Stored {
+    fn decode(raw: u64) -> Self {
+        match (raw & OFFSET_MASK, raw & ALL_ONES) {
+            (0, 0) => Stored::Zeroes,
+            (0, _) => Stored::Ones,
+            (at, _) => Stored::At(HostOffset(at)),
+        }
+    }
+
+    /// The entry of a table that says this.
+    pub fn encode(self) -> u64 {
+        match self {
+            Stored::Zeroes => 0,
+            Stored::Ones => ALL_ONES,
+            Stored::At(at) => at.0,
+        }
+    }
+}
+
 /// A bitmap in the file.
 pub struct StoredBitmap {
     geometry: Geometry,
@@ -40,18 +59,18 @@ pub struct StoredBitmap {
 }
 
 impl StoredBitmap {
-    /// Loads the table of a bitmap that was [checked](Entry::check), and checks it: it has the entries
-    /// that a disk of this size needs, each is possible, lies within the file and not on other bits, the
+    /// Loads the table of a bitmap that was [checked](Entry::check), and checks it: unless the bitmap is in
+    /// use it has the entries that a disk of this size needs, each is possible, lies within the file and not on other bits, the
     /// table itself, or what the header points to.
     pub fn load(storage: &Arc<dyn Storage>, header: &Header, entry: &Entry) -> Result<Self> {
         let geometry = header.geometry;
         let corrupt = |what: String| Err(damaged(storage, entry, what));
         let bits = header.virtual_size.div_ceil(entry.granularity());
         let needed = bits.div_ceil(8).div_ceil(geometry.cluster_len());
-        if needed != u64::from(entry.table_entries) {
+        if needed != u64::from(entry.table_entries) && !entry.flags.contains(Flags::IN_USE) {
             return corrupt(format!("its table has {} entries, not {needed}", entry.table_entries));
         }
-        let len = needed * 8;
+        let len = entry.table_len();
         if check_place("table", entry.table_at, len, geometry).is_err() {
             return corrupt(format!("its table cannot lie at {:#x}", entry.table_at));
         }
@@ -88,7 +107,7 @@ impl StoredBitmap {
         }
         let words = |entries: u32| u64::from(entries) * 8;
         places.push((0, cluster_len));
-        places.push((entry.table_at, words(entry.table_entries)));
+        places.push((entry.table_at, entry.table_len()));
         places.push((header.l1.at.0, words(header.l1.entries)));
         places.push((header.refcount_table.at.0, words(header.refcount_table.entries)));
         places.extend(header.extensions.bitmaps.map(|found| (found.directory_at, found.directory_len)));
@@ -106,13 +125,24 @@ impl StoredBitmap {
         1 << self.granularity_bits
     }
 
+    /// The same as a power of two.
+    pub fn granularity_bits(&self) -> u8 {
+        self.granularity_bits
+    }
+
+    /// How many bits stand for a part of the disk.
+    pub fn bits(&self) -> u64 {
+        self.bits
+    }
+
+    /// What addresses depend on.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
     /// The clusters of bits, in order.
     pub fn clusters(&self) -> impl Iterator<Item = Stored> {
-        self.table.iter().map(|raw| match (raw & OFFSET_MASK, raw & ALL_ONES) {
-            (0, 0) => Stored::Zeroes,
-            (0, _) => Stored::Ones,
-            (at, _) => Stored::At(HostOffset(at)),
-        })
+        self.table.iter().map(|raw| Stored::decode(*raw))
     }
 
     /// Page number `page` of the bits.
@@ -151,8 +181,7 @@ impl StoredBitmap {
 /// The error for a bitmap that contradicts itself.
 pub fn damaged(storage: &Arc<dyn Storage>, entry: &Entry, what: String) -> Error {
     let name = entry.shown_name();
-    let text =
-        format!("the bitmap '{name}' is damaged: {what}; it can only be removed (qemu-img bitmap --remove)");
+    let text = format!("the bitmap '{name}' is damaged: {what}");
     Error::new(ErrorKind::Corrupt, text).with_path(&storage.facts().path)
 }
 

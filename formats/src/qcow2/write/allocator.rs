@@ -176,6 +176,32 @@ impl Allocator {
         Ok(host)
     }
 
+    /// As [`allocate_metadata`](Self::allocate_metadata), so many clusters in a row.
+    pub fn allocate_stretch(&mut self, clusters: u64, kind: Kind) -> Result<HostCluster, Need> {
+        if clusters == 1 {
+            return self.allocate_metadata(kind);
+        }
+        let entries = self.refcounts.block_entries();
+        // With the blocks that describe them, and those that describe these, too.
+        let room = clusters + clusters / (entries - 1) + 4;
+        let (start, last) = loop {
+            let start = self.free_stretch(room)?;
+            let last = self.refcounts.block_of(HostIndex(start.0 + room));
+            if last.0 < self.refcounts.table_len() {
+                break (start, last);
+            }
+            self.grow_table(last)?;
+        };
+        let next = self.create_blocks(start, last)?;
+        for index in next.0..next.0 + clusters {
+            self.refcounts.set(HostIndex(index), 1)?;
+        }
+        self.space.fresh = HostIndex(next.0 + clusters);
+        let host = self.geometry.host_at(next);
+        self.map.add(host.start(), clusters * self.geometry.cluster_len(), kind);
+        Ok(host)
+    }
+
     /// Sees to it that the refcount of the cluster can be set: that a block describes it.
     pub fn describe(&mut self, index: HostIndex) -> Result<(), Need> {
         let block = self.refcounts.block_of(index);
@@ -273,6 +299,19 @@ impl Allocator {
         self.refcounts.set(index, 1)
     }
 
+    /// Makes the blocks that are missing up to `last`, in the free stretch at `start`; returns what is behind
+    /// them.
+    fn create_blocks(&mut self, start: HostIndex, last: BlockIndex) -> Result<HostIndex, Need> {
+        let mut next = start;
+        for block in self.refcounts.block_of(start).0..=last.0 {
+            if self.refcounts.block_at(BlockIndex(block))?.is_none() {
+                self.create_block(BlockIndex(block), next)?;
+                next = HostIndex(next.0 + 1);
+            }
+        }
+        Ok(next)
+    }
+
     /// Puts a longer refcount table, and the blocks that describe it, at the end of what is used.
     fn grow_table(&mut self, wanted: BlockIndex) -> Result<(), Need> {
         let cluster_len = self.geometry.cluster_len();
@@ -295,14 +334,8 @@ impl Allocator {
             clusters = (last.0 as u64 + 1).div_ceil(cluster_len / 8);
         };
         self.refcounts.lengthen_table(usize::try_from(clusters * (cluster_len / 8)).unwrap_or(0));
-        let mut next = start;
         let last = self.refcounts.block_of(HostIndex(start.0 + room));
-        for block in self.refcounts.block_of(start).0..=last.0 {
-            if self.refcounts.block_at(BlockIndex(block))?.is_none() {
-                self.create_block(BlockIndex(block), next)?;
-                next = HostIndex(next.0 + 1);
-            }
-        }
+        let next = self.create_blocks(start, last)?;
         for index in next.0..next.0 + clusters {
             self.refcounts.set(HostIndex(index), 1)?;
         }

@@ -7,15 +7,15 @@ use super::super::header::{Compatible, Header, Incompatible, TableLocation};
 use super::super::snapshots::Snapshot;
 use super::super::types::{DataFile, HostIndex};
 use super::allocator::{Allocator, HOST_END, Space};
+use super::bitmaps::{Places, Recorder};
 use super::meta::Meta;
 use super::metadata_map::{Kind, MetadataMap};
 use super::options::WriteOptions;
 use super::refcounts::{BlockIndex, Refcounts};
-use super::{Writer, repair};
+use super::{Writer, bitmaps, repair};
 use crate::address::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{read_exact, storage_error};
-use crate::sync::atomic::Ordering;
 
 /// Most clusters of L1 tables over all snapshots. Our choice: thousands of snapshots of a disk of terabytes, and
 /// a few dozen megabytes of memory for knowing where they lie, however long a small file says that they are.
@@ -36,8 +36,9 @@ pub fn check(header: &Header, snapshot: Option<&str>, has_backing: bool) -> Resu
                     use --read-only";
         return Err(Error::new(ErrorKind::Corrupt, text));
     }
-    if header.extensions.bitmaps.is_some_and(|bitmaps| bitmaps.count > 0) {
-        return unsupported("persistent dirty bitmaps");
+    // A word of the header is turned to a new directory at once only if it lies in one sector.
+    if header.extensions.bitmaps.is_some_and(|bitmaps| !bitmaps.data_at.is_multiple_of(8)) {
+        return unsupported("header extensions that are not aligned");
     }
     if header.geometry.is_external() && header.snapshots.entries > 0 {
         return unsupported("an external data file and internal snapshots");
@@ -78,17 +79,22 @@ pub fn begin(
     let short = header.geometry.is_external() && check_data_file(driver)?;
     let dirty = header.incompatible.contains(Incompatible::DIRTY);
     let mut table = header.refcount_table;
+    let tables = bitmaps::load_tables(driver, header)?;
+    let placed = bitmaps::places(&tables, header.geometry);
     if dirty {
         table = repair::rebuild(driver, header, snapshots)?;
     } else if header.compatible.contains(Compatible::LAZY_REFCOUNTS) {
         tracing::debug!("the image asks for lazy refcounts; they are kept up to date all the same");
     }
     let refcounts = load_table(driver, header, table)?;
-    let map = map_metadata(driver, header, &refcounts, snapshots)?;
+    let map = map_metadata(driver, header, &refcounts, snapshots, &placed)?;
+    let recorder = Recorder::load(driver, tables)?;
     let space = find_space(driver, &refcounts)?;
     let allocator = Allocator::new(header.geometry, refcounts, map, space);
-    let writer = Writer::new(header, options, Meta::new(allocator), dirty);
-    writer.short_data_file.store(short, Ordering::Release);
+    let writer = Writer::new(header, options, Meta::new(allocator), recorder, dirty);
+    if short {
+        writer.needs_long_data_file();
+    }
     Ok(writer)
 }
 
@@ -106,6 +112,7 @@ pub fn map_metadata(
     header: &Header,
     refcounts: &Refcounts,
     snapshots: (&[Snapshot], u64),
+    placed: &Places,
 ) -> Result<MetadataMap> {
     let cluster_len = header.geometry.cluster_len();
     let mut map = MetadataMap::new(header.geometry);
@@ -131,6 +138,9 @@ pub fn map_metadata(
             return Err(Error::new(ErrorKind::Unsupported, text));
         }
         map.add(l1.at, len, Kind::InactiveL1);
+    }
+    for (at, len, kind) in placed {
+        map.add(*at, *len, *kind);
     }
     for index in 0..driver.l1().len() {
         let raw = driver.l1().raw(index);

@@ -22,7 +22,7 @@ use super::allocator::MovedTable;
 use super::meta::{Content, DirtySlice, Extent, Freed};
 use super::pins::Epoch;
 use super::refcounts::BlockWrite;
-use super::{Writer, reclaim};
+use super::{Writer, bitmaps, reclaim};
 use crate::address::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{check_writable, storage_error};
@@ -78,11 +78,13 @@ pub fn flush_and_reclaim(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     Ok(())
 }
 
-/// Commits until nothing is left to do, and gives back what the file was made longer by and not used.
+/// Commits until nothing is left to do, stores the dirty bitmaps, and gives back what the file was made longer by and not used.
 /// For the end: no plan is made any more, and what old ones still read is not reused.
 pub fn settle(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     writer.begin_close();
     flush_and_reclaim(driver, writer)?;
+    // What this cannot do leaves the bitmaps marked as in use; the rest is done all the same.
+    let stored = bitmaps::store(driver, writer);
     // A commit lets clusters go, which changes refcounts for the next one.
     for _ in 0..SETTLE_ROUNDS {
         if writer.lock().is_settled() {
@@ -91,7 +93,8 @@ pub fn settle(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
         reclaim::reclaim_all(driver, writer, reclaim::When::Now);
         flush_and_reclaim(driver, writer)?;
     }
-    writer.trim_file(driver)
+    writer.trim_file(driver)?;
+    stored
 }
 
 /// Rounds after which nothing but errors can keep clusters from being let go: the commit that frees them,

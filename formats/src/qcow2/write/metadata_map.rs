@@ -27,6 +27,12 @@ pub enum Kind {
     SnapshotTable,
     /// The L1 table of a snapshot.
     InactiveL1,
+    /// The directory of dirty bitmaps.
+    BitmapDirectory,
+    /// The table of a dirty bitmap.
+    BitmapTable,
+    /// Bits of a dirty bitmap.
+    BitmapData,
 }
 
 /// Bits of the sieve in front of the map: 8 KiB. Our choice: an image of 1 TiB with clusters of 64 KiB has some 2,500
@@ -120,6 +126,9 @@ impl fmt::Display for Kind {
             Kind::RefcountBlock => "a refcount block",
             Kind::SnapshotTable => "the snapshot table",
             Kind::InactiveL1 => "a snapshot's L1 table",
+            Kind::BitmapDirectory => "the directory of dirty bitmaps",
+            Kind::BitmapTable => "a dirty bitmap's table",
+            Kind::BitmapData => "a dirty bitmap",
         })
     }
 }

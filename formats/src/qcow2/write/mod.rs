@@ -11,6 +11,8 @@
 //! | `zero`, `provide` | zeroing and discarding; zeroes with room |
 //! | `data_file` | places in an external data file, and giving their room back |
 //! | `commit`, `reclaim` | making changes durable in an order that a crash cannot hurt; letting clusters go |
+//! | `bitmaps` | recording changes in dirty bitmaps, and storing these |
+//! | `bitmap_change`, `bitmap_header` | adding, removing, ... bitmaps; the header's way to them |
 //! | `options` | what is chosen at open |
 //! | `begin`, `repair` | what happens to an image that is opened for writing |
 //!
@@ -18,6 +20,9 @@
 
 pub mod allocator;
 pub mod begin;
+pub mod bitmap_change;
+mod bitmap_header;
+pub mod bitmaps;
 pub mod commit;
 mod data_file;
 pub mod meta;
@@ -40,7 +45,7 @@ use super::driver::Qcow2Driver;
 use super::header::{Autoclear, Header, Incompatible};
 use super::tables::TableSlice;
 use super::types::{DataFile, Geometry};
-use crate::address::HostOffset;
+use crate::address::{GuestRange, HostOffset};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{check_writable, read_exact, storage_error};
 use crate::plan::{Pin, PinHolder};
@@ -48,6 +53,7 @@ use crate::storage::Durability;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, thread};
 use allocator::Need;
+use bitmaps::Recorder;
 use meta::Meta;
 use options::WriteOptions;
 use pins::Pins;
@@ -68,12 +74,14 @@ pub struct Writer {
     geometry: Geometry,
     /// Version 3: the header has feature bits.
     has_features: bool,
-    /// The autoclear bits to be cleared before the first change; 0 when they are.
-    autoclear: AtomicU64,
-    /// The autoclear bits whose promise is kept.
-    kept_autoclear: u64,
+    /// The autoclear bits, and what is left of them with the first change: those that are kept true here.
+    autoclear: (u64, u64),
+    /// Nothing is left to do before the first change.
+    begun: AtomicBool,
     /// A raw data file is shorter than the guest's disk, to be changed before the first change.
     short_data_file: AtomicBool,
+    /// The dirty bitmaps.
+    pub(super) bitmaps: Recorder,
     incompatible: u64,
     /// What the metadata was found to contradict itself in at open.
     conflict: Option<String>,
@@ -102,19 +110,22 @@ pub struct MetaGuard<'a> {
 
 impl Writer {
     /// `repaired`: the header's dirty bit was cleared since the header was read.
-    fn new(header: &Header, options: WriteOptions, meta: Meta, repaired: bool) -> Self {
-        let kept = match header.geometry.data_file() {
-            DataFile::ExternalRaw => Autoclear::DATA_FILE_RAW,
-            DataFile::Internal | DataFile::External => Autoclear::empty(),
+    fn new(header: &Header, options: WriteOptions, meta: Meta, bitmaps: Recorder, repaired: bool) -> Self {
+        let autoclear = header.autoclear.bits();
+        let true_here = match header.geometry.data_file() {
+            DataFile::ExternalRaw => Autoclear::BITMAPS | Autoclear::DATA_FILE_RAW,
+            DataFile::Internal | DataFile::External => Autoclear::BITMAPS,
         };
+        let kept = (header.autoclear & true_here).bits();
         let dirty = if repaired { Incompatible::DIRTY } else { Incompatible::empty() };
         Writer {
             options,
             geometry: header.geometry,
             has_features: header.version >= 3,
-            autoclear: AtomicU64::new((header.autoclear - kept).bits()),
-            kept_autoclear: kept.bits(),
+            autoclear: (autoclear, kept),
+            begun: AtomicBool::new(autoclear == kept && bitmaps.is_idle()),
             short_data_file: AtomicBool::new(false),
+            bitmaps,
             incompatible: (header.incompatible - dirty).bits(),
             conflict: meta.allocator.map.conflict().map(str::to_owned),
             meta: Mutex::new(meta),
@@ -127,6 +138,12 @@ impl Writer {
             loading: Mutex::new(()),
             grown: AtomicBool::new(false),
         }
+    }
+
+    /// The raw data file has to be made longer before the first change.
+    fn needs_long_data_file(&self) {
+        self.short_data_file.store(true, Ordering::Release);
+        self.begun.store(false, Ordering::Release);
     }
 
     /// Whether an error has made the image unwritable for good.
@@ -167,8 +184,19 @@ impl Writer {
     /// From here on nothing is changed.
     fn begin_close(&self) {
         let _meta = self.lock();
-        self.closing.store(true, Ordering::Release);
+        self.closing.store(true, Ordering::SeqCst);
         self.changed.notify_all();
+    }
+
+    /// Marks a range that is about to be changed in the enabled dirty bitmaps; to be called before any of it
+    /// is. Fails when the image is being closed: these bits might not be stored any more.
+    fn record(&self, range: GuestRange) -> Result<()> {
+        if self.bitmaps.is_idle() || range.is_empty() {
+            return Ok(());
+        }
+        self.bitmaps.mark(range);
+        // After the bits: see `LiveBitmap::set`.
+        if self.closing.load(Ordering::SeqCst) { Err(closed()) } else { Ok(()) }
     }
 
     /// Waits until something has changed.
@@ -178,9 +206,7 @@ impl Writer {
 
     /// Whether nothing is left to do before the first change.
     fn is_begun(&self) -> bool {
-        self.autoclear.load(Ordering::Acquire) == 0
-            && self.conflict.is_none()
-            && !self.short_data_file.load(Ordering::Acquire)
+        self.begun.load(Ordering::Acquire) && self.conflict.is_none()
     }
 
     /// Gives back what the file was made longer by and not used.
@@ -254,7 +280,7 @@ fn closed() -> Error {
 }
 
 /// Sees to what has to be done once before the first change: features that a writer does not know lose
-/// their promise, and a raw data file is made as long as the disk.
+/// their promise, a raw data file is made as long as the disk, and enabled bitmaps are not up to date from now on.
 fn begin_changes(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     check_writable(driver)?;
     if let Some(conflict) = &writer.conflict {
@@ -271,14 +297,15 @@ fn begin_changes(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
         data_file::lengthen(driver)?;
         writer.short_data_file.store(false, Ordering::Release);
     }
-    if writer.autoclear.load(Ordering::Acquire) != 0 {
-        let image = driver.image();
-        let kept = writer.kept_autoclear.to_be_bytes();
-        let write = image.pwrite(&kept, AUTOCLEAR_AT, Durability::Later);
+    let image = driver.image();
+    writer.bitmaps.mark_in_use(driver)?;
+    let (autoclear, kept) = writer.autoclear;
+    if autoclear != kept {
+        let write = image.pwrite(&kept.to_be_bytes(), AUTOCLEAR_AT, Durability::Later);
         write.map_err(|e| storage_error(image, "cannot write the header", AUTOCLEAR_AT, e))?;
-        image.sync().map_err(|e| storage_error(image, "cannot make the header durable", AUTOCLEAR_AT, e))?;
-        writer.autoclear.store(0, Ordering::Release);
     }
+    image.sync().map_err(|e| storage_error(image, "cannot make the header durable", AUTOCLEAR_AT, e))?;
+    writer.begun.store(true, Ordering::Release);
     Ok(())
 }
 

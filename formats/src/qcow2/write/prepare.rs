@@ -36,6 +36,7 @@ pub fn prepare(
         }
         begin_changes(driver, writer)?;
     }
+    writer.record(range)?;
     // Before any look at a mapping.
     let slot = SlotGuard { writer, slot: writer.pins.pin() };
     let mut pass = Pass { driver, writer, mode, claims: Vec::new(), slow: None, settled: true };

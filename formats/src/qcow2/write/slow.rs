@@ -14,7 +14,7 @@ use super::{MetaGuard, Writer, begin_changes, check_changing, closed, commit, co
 use super::{prepare, satisfy, subclusters};
 use crate::address::{GuestRange, HostOffset};
 use crate::error::{Error, ErrorKind, Result};
-use crate::mover::storage_error;
+use crate::mover::{checked_range, storage_error};
 use crate::plan::MapMode;
 use crate::storage::Durability;
 use crate::sync::Arc;
@@ -22,6 +22,7 @@ use crate::sync::Arc;
 /// See [`BlockDriver::write_slow`](crate::BlockDriver::write_slow).
 pub fn write(driver: &Qcow2Driver, writer: &Arc<Writer>, offset: u64, buf: &[u8]) -> Result<()> {
     begin_changes(driver, writer)?;
+    writer.record(checked_range(driver, offset, buf.len() as u64)?)?;
     let geometry = driver.geometry();
     let mut at = offset;
     let mut rest = buf;

@@ -45,6 +45,7 @@ pub fn write_zeroes(
 ) -> Result<()> {
     begin_changes(driver, writer)?;
     if zeroes_data_file(driver) && request.provision != Provision::Allocate {
+        writer.record(range)?;
         return zero_data_file(driver, range, request);
     }
     let whole = match request.provision {
@@ -55,6 +56,7 @@ pub fn write_zeroes(
         let what = "zeroing this range takes writing zeroes";
         return Err(Error::new(ErrorKind::WouldBeSlow, what).with_path(&driver.image().facts().path));
     }
+    writer.record(range)?;
     let (head, tail) = ends(range, whole);
     for part in [head, tail] {
         zero_part(driver, writer, part, request.provision)?;
@@ -83,6 +85,10 @@ pub fn try_write_zeroes(
     if zeroes_data_file(driver) || !driver.geometry().can_zero() || whole.len() != range.len() {
         return Ok(false);
     }
+    if !writer.is_begun() {
+        return Ok(false);
+    }
+    writer.record(range)?;
     try_change_clusters(driver, writer, whole, goal)
 }
 
@@ -94,6 +100,10 @@ pub fn try_discard(driver: &Qcow2Driver, writer: &Writer, range: GuestRange) -> 
     if zeroes_data_file(driver) {
         return Ok(false);
     }
+    if !writer.is_begun() {
+        return Ok(false);
+    }
+    writer.record(range)?;
     try_change_clusters(driver, writer, whole_clusters(driver, range), Goal::Discard)
 }
 
@@ -103,6 +113,8 @@ pub fn discard(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) ->
         return Ok(());
     }
     begin_changes(driver, writer)?;
+    // As QEMU does: also what is too short to be given back.
+    writer.record(range)?;
     if zeroes_data_file(driver) {
         return discard_data_file(driver, whole_clusters(driver, range));
     }
@@ -263,9 +275,6 @@ fn change_clusters(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange
 
 /// As [`change_clusters`], as far as memory goes. Returns whether all was done.
 fn try_change_clusters(driver: &Qcow2Driver, writer: &Writer, range: GuestRange, goal: Goal) -> Result<bool> {
-    if !writer.is_begun() {
-        return Ok(false);
-    }
     let geometry = driver.geometry();
     let mut rest = range;
     let mut cost = 0;

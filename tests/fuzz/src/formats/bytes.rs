@@ -52,14 +52,20 @@ fn places(size: u64) -> [u64; 4] {
     [0, size / 3, size.saturating_sub(READ_LEN), size.saturating_sub(100)]
 }
 
+/// Most dirty bitmaps of an image that are asked for.
+const BITMAPS_MAX: usize = 4;
+
 fn read(driver: &Arc<Qcow2Driver>) {
     let size = driver.size();
+    let listed = driver.info().unwrap().bitmaps.into_iter().map(|bitmap| bitmap.name).take(BITMAPS_MAX);
+    let offered: Vec<String> = listed.filter(|name| matches!(driver.offer_bitmap(name), Ok(true))).collect();
     let mut buf = vec![0; READ_LEN as usize];
     for at in places(size) {
         let len = (size - at).min(READ_LEN);
         let _ = driver.pread(at, &mut buf[..len as usize]);
         let range = GuestRange::new(at, (size - at).min(1 << 20)).unwrap();
-        for query in [StatusQuery::Allocation, StatusQuery::Depth] {
+        let bitmaps = offered.iter().map(|name| StatusQuery::Bitmap(name));
+        for query in [StatusQuery::Allocation, StatusQuery::Depth].into_iter().chain(bitmaps) {
             let mut covered = 0;
             let outcome = driver.status(query, range, &mut |len, _| {
                 covered += len;

@@ -1,0 +1,310 @@
+//! Dirty bitmaps of an image that is written: enabled ones record what changes, and are stored when the
+//! image is closed.
+//!
+//! Before the first change they are durably marked as in use: whatever happens from there on, an old state
+//! of them is not taken for the present one. At the close, when everything else is durable, their bits, their
+//! tables and a directory without the marks go to clusters of their own; sync; then one word of the header
+//! is turned to the new directory; sync. Only then the old clusters are let go. A close that does not get
+//! there leaves the marks.
+
+use super::super::bitmaps::{ClusterBits, Directory, Flags, LiveBitmap, Stored, StoredBitmap, Tables};
+use super::super::driver::Qcow2Driver;
+use super::super::header::Header;
+use super::super::types::{Geometry, HostCluster};
+use super::meta::Content;
+use super::metadata_map::Kind;
+use super::{Writer, commit, satisfy};
+use crate::address::{GuestRange, HostOffset};
+use crate::error::{Error, ErrorKind, Result};
+use crate::mover::{check_writable, storage_error};
+use crate::storage::Durability;
+use crate::sync::atomic::{AtomicBool, Ordering};
+
+/// Most bytes of bits of all enabled bitmaps together. Our choice: two bitmaps of a disk of 64 TiB at the
+/// usual granularity, and half of what QEMU allows for one.
+const LIVE_LEN_MAX: u64 = 256 << 20;
+/// Most clusters of the bitmaps of an image. Our choice, as for the L1 tables of snapshots: a few dozen
+/// megabytes of memory for knowing where they lie.
+const CLUSTERS_MAX: u64 = 1 << 19;
+/// Where the directory's offset stands in the data of the header extension (specification).
+const DIRECTORY_OFFSET_AT: u64 = 16;
+
+/// The bitmaps of an image that is written.
+pub struct Recorder {
+    live: Vec<LiveBitmap>,
+    tables: Tables,
+    /// Some may be marked as in use because of us.
+    marked: AtomicBool,
+}
+
+/// What lies where because of bitmaps: first byte, length, kind.
+pub type Places = Vec<(HostOffset, u64, Kind)>;
+
+impl Recorder {
+    /// Brings the enabled bitmaps of `tables` into memory.
+    pub fn load(driver: &Qcow2Driver, tables: Tables) -> Result<Self> {
+        let enabled = |index: usize| {
+            let entry = tables.directory.entries.get(index);
+            entry.is_some_and(|entry| {
+                entry.flags.contains(Flags::AUTO) && !entry.flags.contains(Flags::IN_USE)
+            })
+        };
+        let chosen: Vec<_> = tables.stored.iter().enumerate().filter(|(index, _)| enabled(*index)).collect();
+        let len: u64 = chosen.iter().map(|(_, stored)| stored.bits().div_ceil(8)).sum();
+        if len > LIVE_LEN_MAX {
+            let text = format!(
+                "its enabled dirty bitmaps have {len} bytes of bits, and all of them stay in memory while the \
+                 image is written ({LIVE_LEN_MAX} bytes are the most); use --read-only, or disable or remove \
+                 some (nbd-img bitmap disable)"
+            );
+            return Err(Error::new(ErrorKind::Unsupported, text).with_path(&driver.image().facts().path));
+        }
+        let load = |(index, stored)| LiveBitmap::load(driver.image(), index, stored);
+        let live = chosen.into_iter().map(load).collect::<Result<_>>()?;
+        Ok(Recorder { live, tables, marked: AtomicBool::new(false) })
+    }
+
+    /// Whether no bitmap records anything.
+    pub fn is_idle(&self) -> bool {
+        self.live.is_empty()
+    }
+
+    /// Marks what `range` touches in all enabled bitmaps.
+    pub fn mark(&self, range: GuestRange) {
+        for bitmap in &self.live {
+            bitmap.set(range);
+        }
+    }
+
+    /// The enabled bitmap of this name.
+    pub fn live(&self, name: &str) -> Option<&LiveBitmap> {
+        let named = |bitmap: &&LiveBitmap| {
+            let entry = self.tables.directory.entries.get(bitmap.entry);
+            entry.is_some_and(|entry| *entry.name == *name.as_bytes())
+        };
+        self.live.iter().find(named)
+    }
+
+    /// The directory as it was when the image was opened.
+    pub fn directory(&self) -> &Directory {
+        &self.tables.directory
+    }
+
+    /// What the file has of the bitmap with this number in the directory.
+    pub fn stored(&self, index: usize) -> Option<&StoredBitmap> {
+        self.tables.stored.get(index)
+    }
+
+    /// Says in the file that the enabled bitmaps are in use; a sync has to follow. Each flag word lies in
+    /// one sector, so it is there or not.
+    pub fn mark_in_use(&self, driver: &Qcow2Driver) -> Result<()> {
+        self.marked.store(!self.live.is_empty(), Ordering::Release);
+        for bitmap in &self.live {
+            let Some((at, flags)) = self.tables.directory.flags_of(bitmap.entry) else { continue };
+            write(driver, at, &(flags | Flags::IN_USE).bits().to_be_bytes())?;
+        }
+        Ok(())
+    }
+}
+
+/// Loads the tables of all bitmaps, in use or not: their clusters are in use in any case. Refuses, by name,
+/// what would not be kept as the specification wants it.
+pub fn load_tables(driver: &Qcow2Driver, header: &Header) -> Result<Tables> {
+    let tables = driver.bitmaps().load_tables(driver.image(), header)?;
+    let clusters: u64 = places(&tables, header.geometry)
+        .iter()
+        .map(|(_, len, _)| header.geometry.host_span(HostOffset(0), *len).1)
+        .sum();
+    if clusters > CLUSTERS_MAX {
+        let text = "the image's dirty bitmaps are too large together for it to be written; use --read-only";
+        return Err(Error::new(ErrorKind::Unsupported, text).with_path(&driver.image().facts().path));
+    }
+    Ok(tables)
+}
+
+/// Where the directory, the tables and the bits lie.
+pub fn places(tables: &Tables, geometry: Geometry) -> Places {
+    let mut places = Vec::new();
+    let Directory { at, len, entries, .. } = &tables.directory;
+    if *len > 0 {
+        places.push((*at, *len, Kind::BitmapDirectory));
+    }
+    for (entry, stored) in entries.iter().zip(&tables.stored) {
+        places.push((HostOffset(entry.table_at), entry.table_len(), Kind::BitmapTable));
+        places.extend(stored.clusters().filter_map(|stored| match stored {
+            Stored::At(at) => Some((at, geometry.cluster_len(), Kind::BitmapData)),
+            Stored::Zeroes | Stored::Ones => None,
+        }));
+    }
+    places
+}
+
+/// Stores the bits of the enabled bitmaps and says that they are up to date. For the end: nothing is recorded
+/// any more, and all that was is durable.
+pub fn store(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
+    let recorder = &writer.bitmaps;
+    if !recorder.marked.load(Ordering::Acquire) {
+        return Ok(());
+    }
+    check_writable(driver)?;
+    let mut storing = Storing::new(driver, writer);
+    let stored = storing.prepare(recorder).and_then(|directory_at| {
+        // The new clusters are counted, and what was written to them above is durable.
+        commit::commit(driver, writer)?;
+        Ok(directory_at)
+    });
+    match stored {
+        Ok(directory_at) => storing.switch(directory_at).map_err(not_stored),
+        Err(error) => {
+            storing.give_back();
+            Err(not_stored(error))
+        }
+    }
+}
+
+/// Clusters that bits, tables and a directory are written to.
+pub struct Storing<'a> {
+    driver: &'a Qcow2Driver,
+    writer: &'a Writer,
+    new: Vec<(HostCluster, u64)>,
+    old: Vec<(HostOffset, u64)>,
+}
+
+impl<'a> Storing<'a> {
+    /// Nothing is written yet.
+    pub fn new(driver: &'a Qcow2Driver, writer: &'a Writer) -> Self {
+        Storing { driver, writer, new: Vec::new(), old: Vec::new() }
+    }
+
+    /// What lies here is to be let go.
+    pub fn replace(&mut self, at: HostOffset, len: u64) {
+        self.old.push((at, len));
+    }
+
+    /// The table of the bitmap with this number in the directory is to be let go.
+    pub fn replace_table_of(&mut self, index: usize) {
+        if let Some(entry) = self.writer.bitmaps.directory().entries.get(index) {
+            self.replace(HostOffset(entry.table_at), entry.table_len());
+        }
+    }
+
+    /// So are its table and all its bits.
+    pub fn replace_all_of(&mut self, index: usize) {
+        self.replace_table_of(index);
+        let Some(stored) = self.writer.bitmaps.stored(index) else { return };
+        for stored in stored.clusters() {
+            self.replace_cluster(stored);
+        }
+    }
+
+    fn replace_cluster(&mut self, stored: Stored) {
+        match stored {
+            Stored::At(at) => self.replace(at, self.writer.geometry.cluster_len()),
+            Stored::Zeroes | Stored::Ones => {}
+        }
+    }
+
+    /// Writes everything new; returns where the directory is.
+    fn prepare(&mut self, recorder: &Recorder) -> Result<HostCluster> {
+        let mut directory = recorder.directory().clone();
+        self.replace(directory.at, directory.len);
+        for bitmap in &recorder.live {
+            let Some(entry) = directory.entries.get_mut(bitmap.entry) else { continue };
+            entry.flags.remove(Flags::IN_USE);
+            if let Some(table) = self.write_bits(bitmap)? {
+                self.replace_table_of(bitmap.entry);
+                entry.table_at = self.write_table(&table)?.start().0;
+            }
+        }
+        self.write_new(&directory.bytes(), Kind::BitmapDirectory)
+    }
+
+    /// Writes the clusters of bits that have changed, and returns the table; `None` if none has.
+    pub fn write_bits(&mut self, bitmap: &LiveBitmap) -> Result<Option<Vec<u64>>> {
+        let mut changed = false;
+        let mut table = Vec::new();
+        let Some(stored) = self.writer.bitmaps.stored(bitmap.entry) else { return Ok(None) };
+        for (cluster, stored) in stored.clusters().enumerate() {
+            if !bitmap.is_changed(cluster) {
+                table.push(stored.encode());
+                continue;
+            }
+            changed = true;
+            self.replace_cluster(stored);
+            let now = match bitmap.cluster_bits(cluster) {
+                ClusterBits::Zeroes => Stored::Zeroes,
+                ClusterBits::Ones => Stored::Ones,
+                ClusterBits::Bytes(bytes) => Stored::At(self.write_new(&bytes, Kind::BitmapData)?.start()),
+            };
+            table.push(now.encode());
+        }
+        Ok(changed.then_some(table))
+    }
+
+    /// Writes a table.
+    pub fn write_table(&mut self, table: &[u64]) -> Result<HostCluster> {
+        let bytes: Vec<u8> = table.iter().flat_map(|raw| raw.to_be_bytes()).collect();
+        self.write_new(&bytes, Kind::BitmapTable)
+    }
+
+    /// Writes `bytes`, and zeroes up to the end of the last cluster, to new clusters in a row.
+    pub fn write_new(&mut self, bytes: &[u8], kind: Kind) -> Result<HostCluster> {
+        let cluster_len = self.writer.geometry.cluster_len();
+        let clusters = (bytes.len() as u64).div_ceil(cluster_len).max(1);
+        let host = loop {
+            let allocated = self.writer.lock().allocator.allocate_stretch(clusters, kind);
+            match allocated {
+                Ok(host) => break host,
+                Err(need) => satisfy(self.driver, self.writer, need)?,
+            }
+        };
+        self.new.push((host, clusters));
+        let mut padded = bytes.to_vec();
+        padded.resize(usize::try_from(clusters * cluster_len).unwrap_or(bytes.len()), 0);
+        write(self.driver, host.start(), &padded)?;
+        Ok(host)
+    }
+
+    /// Turns the header to the new directory, and lets go of what the old one led to.
+    fn switch(self, directory_at: HostCluster) -> Result<()> {
+        let Storing { driver, writer, .. } = self;
+        check_writable(driver)?;
+        let at = HostOffset(writer.bitmaps.directory().extension_at.0 + DIRECTORY_OFFSET_AT);
+        write(driver, at, &directory_at.start().0.to_be_bytes())?;
+        let image = driver.image();
+        if let Err(error) = image.sync() {
+            writer.fail("a sync has failed, so nobody knows what is durable");
+            return Err(storage_error(image, "cannot make the header durable", at, error));
+        }
+        self.let_go_old();
+        Ok(())
+    }
+
+    /// Nothing leads to what was to be let go any more, durably.
+    pub fn let_go_old(&self) {
+        let mut meta = self.writer.lock();
+        for (at, len) in &self.old {
+            let (first, count) = self.writer.geometry.host_span(*at, *len);
+            meta.free(first, count, Content::Metadata);
+        }
+    }
+
+    /// Nothing leads to the new clusters.
+    pub fn give_back(&self) {
+        let mut meta = self.writer.lock();
+        for (host, clusters) in &self.new {
+            meta.free(self.writer.geometry.host_index(host.start()), *clusters, Content::Metadata);
+        }
+    }
+}
+
+fn write(driver: &Qcow2Driver, at: HostOffset, bytes: &[u8]) -> Result<()> {
+    let image = driver.image();
+    let written = image.pwrite(bytes, at, Durability::Later);
+    written.map_err(|e| storage_error(image, "cannot write the image's dirty bitmaps", at, e))
+}
+
+fn not_stored(error: Error) -> Error {
+    let text = "the dirty bitmaps could not be stored, and will not be usable (all data is there)";
+    Error::new(error.kind(), text).with_source(error)
+}
