@@ -178,7 +178,6 @@ fn images_that_are_not_written() {
         file.write_all_at(&[2], 79).unwrap(); // the lowest byte of the incompatible features
     };
     refused_read_write(mark_corrupt, &["corrupt", "qemu-img check -r", "--read-only"]);
-    refused_read_write(|folder| make(folder, "-o extended_l2=on"), &["extended L2", "--read-only"]);
 }
 
 #[test]

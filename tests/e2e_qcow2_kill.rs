@@ -47,7 +47,7 @@ struct Kind {
 const KIND: Kind =
     Kind { name: "", disk_len: 12 << 20, made_by: &[], snapshot: false, cache: "--cache=writeback" };
 
-const KINDS: [Kind; 10] = [
+const KINDS: [Kind; 11] = [
     Kind { name: "64k", made_by: &["convert -f raw -O qcow2 source disk"], ..KIND },
     Kind {
         name: "data-file",
@@ -62,6 +62,11 @@ const KINDS: [Kind; 10] = [
     Kind {
         name: "overlay-4k",
         made_by: &["create -f qcow2 -o cluster_size=4k -b source -F raw disk"],
+        ..KIND
+    },
+    Kind {
+        name: "subclusters",
+        made_by: &["create -f qcow2 -o cluster_size=16k,extended_l2=on -b source -F raw disk"],
         ..KIND
     },
     Kind {

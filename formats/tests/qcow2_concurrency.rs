@@ -60,7 +60,7 @@ mod threads {
     /// Operations of a thread in a round.
     const ROUND_OPERATIONS: u64 = 100;
 
-    const ARENAS: [Arena; 5] = [
+    const ARENAS: [Arena; 6] = [
         Arena {
             name: "eight stripes in a cluster",
             options: "cluster_size=4k",
@@ -96,6 +96,16 @@ mod threads {
             options: "cluster_size=1k,compat=v2",
             cluster: 1024,
             stripe: 1024 * 2 + 512,
+            threads: 8,
+            overlay: true,
+            grows: true,
+            dirty_len_max: 4096,
+        },
+        Arena {
+            name: "subclusters",
+            options: "cluster_size=16k,extended_l2=on",
+            cluster: 16384,
+            stripe: 512 * 3 + 64,
             threads: 8,
             overlay: true,
             grows: true,

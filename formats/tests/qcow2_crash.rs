@@ -80,6 +80,26 @@ fn short_sequences_with_a_data_file() {
     explore_all("short sequences, data file", &scenes, &steps::sequences(), states() * 2 / 10, None);
 }
 
+/// The same with subclusters. Their images are larger, so only so many sequences are run as the number of states
+/// asks for.
+#[test]
+fn short_sequences_with_subclusters() {
+    let scenes = Scene::with_subclusters();
+    let states = states() * 2 / 10;
+    let mut random = Random::new(Random::seed("short sequences, subclusters"));
+    let all = steps::sequences();
+    // A short sequence has some 25 records.
+    let count = usize::try_from(states / 25).unwrap().clamp(100, all.len());
+    let sequences: Vec<_> =
+        (0..count).map(|_| all[random.below(all.len() as u64) as usize].clone()).collect();
+    explore_all("short sequences, subclusters", &scenes, &sequences, states, None);
+}
+
+#[test]
+fn long_sequences_with_subclusters() {
+    explore_long("long sequences, subclusters", &Scene::with_subclusters(), states() / 10);
+}
+
 #[test]
 fn long_sequences() {
     explore_long("long sequences", &Scene::all(), states() * 2 / 10);

@@ -209,8 +209,9 @@ impl<'a> Trial<'a> {
             match driver.pread(number as u64 * CLUSTER, cluster) {
                 Ok(()) => {}
                 Err(error) => {
-                    let table = number / 64;
-                    let touched = self.steps.iter().any(|step| step.touches(table));
+                    let span = self.scene.table_span();
+                    let table = (number as u64 * CLUSTER / span) as usize;
+                    let touched = self.steps.iter().any(|step| step.touches(table, span));
                     assert!(!live && touched, "{}: cluster {number}: {error}", self.name());
                     cluster.copy_from_slice(&self.disk.any_allowed(number as u64 * CLUSTER, CLUSTER));
                 }
@@ -288,6 +289,13 @@ fn every_call_may_fail() {
 fn every_call_may_fail_with_a_data_file() {
     let seed = Random::seed("every call may fail, data file");
     fail_every_call(seed, &Scene::with_data_file(), &scripts(seed));
+}
+
+/// The same with subclusters.
+#[test]
+fn every_call_may_fail_with_subclusters() {
+    let seed = Random::seed("every call may fail, subclusters");
+    fail_every_call(seed, &Scene::with_subclusters(), &scripts(seed));
 }
 
 fn fail_every_call(seed: u64, scenes: &[Scene], scripts: &[Vec<Kind>]) {
@@ -382,9 +390,11 @@ fn calls_of_a_growing_refcount_table_may_fail() {
 #[test]
 fn a_full_file_system_is_survived() {
     let grows = |scene: &Scene| scene.device_len.is_none() && !scene.data_on_device;
-    for scene in Scene::all().into_iter().chain(Scene::with_data_file()).filter(grows) {
+    let scenes = [Scene::all(), Scene::with_data_file(), Scene::with_subclusters()];
+    for scene in scenes.into_iter().flatten().filter(grows) {
         let mut outcomes = [0; 2];
-        for more in 0..150 {
+        let step = if scene.table_span() > SIZE { 3 } else { 1 };
+        for more in (0..150).step_by(step) {
             let refused = survive(&scene, more * CLUSTER, more);
             outcomes[usize::from(refused)] += 1;
         }

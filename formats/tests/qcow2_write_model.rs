@@ -208,6 +208,35 @@ fn data_files() {
 }
 
 #[test]
+fn subclusters() {
+    for (name, options, size) in [
+        ("subclusters of 512", "cluster_size=16k,extended_l2=on", MIB + 3 * 512),
+        ("subclusters of 2k", "cluster_size=64k,extended_l2=on", 2 * MIB),
+        ("subclusters of 64k", "cluster_size=2M,extended_l2=on,refcount_bits=64", 8 * MIB),
+        ("subclusters, preallocated", "cluster_size=16k,extended_l2=on,preallocation=metadata", MIB),
+        ("subclusters, data file", "cluster_size=16k,extended_l2=on,data_file=DATA", MIB),
+        ("subclusters, raw", "cluster_size=16k,extended_l2=on,data_file=DATA,data_file_raw=on", MIB),
+    ] {
+        Case::new(name, options, size).run();
+    }
+    let options = "cluster_size=16k,extended_l2=on";
+    let case = |name, options| Case::new(name, options, MIB);
+    for (name, len) in [("subclusters, as long", MIB), ("subclusters, shorter", MIB / 2 + 700)] {
+        Case { backing: Some(len), ..case(name, options) }.run();
+    }
+    Case {
+        backing: Some(MIB),
+        ..case("subclusters, data overlay", "cluster_size=16k,extended_l2=on,data_file=DATA")
+    }
+    .run();
+    Case { snapshots: 3, ..case("subclusters, snapshots", options) }.run();
+    Case { snapshots: 2, compressed: true, ..case("subclusters, compressed", options) }.run();
+    let zstd = "cluster_size=64k,extended_l2=on,compression_type=zstd";
+    Case { compressed: true, ..case("subclusters, zstd", zstd) }.run();
+    Case { discard: false, table_cache_len: 0, ..case("subclusters, odd", options) }.run();
+}
+
+#[test]
 fn odds() {
     Case { discard: false, ..Case::new("no discard", "cluster_size=4k", MIB) }.run();
     Case { table_cache_len: 0, ..Case::new("tiny cache", "cluster_size=512", MIB) }.run();
@@ -225,6 +254,10 @@ fn eight_threads() {
     Case { snapshots: 2, ..Case::new("threads snapshots", "cluster_size=1k", MIB) }.run_concurrently();
     Case { compressed: true, ..Case::new("threads compressed", "cluster_size=64k", 4 * MIB) }
         .run_concurrently();
+    let split = |name| Case { table_cache_len: 0, ..Case::new(name, "cluster_size=16k,extended_l2=on", MIB) };
+    split("threads subclusters").run_concurrently();
+    Case { backing: Some(MIB), ..split("threads subclusters overlay") }.run_concurrently();
+    Case { snapshots: 2, ..split("threads subclusters snapshots") }.run_concurrently();
     let outside = |name, options| Case { table_cache_len: 0, ..Case::new(name, options, MIB) };
     outside("threads data file", "cluster_size=4k,data_file=DATA").run_concurrently();
     outside("threads raw data file", "cluster_size=512,data_file=DATA,data_file_raw=on").run_concurrently();

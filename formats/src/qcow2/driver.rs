@@ -456,7 +456,7 @@ fn facts(header: &Header, backing: Option<&Arc<dyn BlockDriver>>, write: Option<
         // A request of a cluster touches one entry, and decompresses nothing twice.
         block_preferred_len: u32::try_from(preferred).unwrap_or(4096),
         // Version 2 has no zero flag, so a backing file would shine through.
-        fast_zero: write.is_some() && (header.geometry.zero_flag() || backing.is_none()),
+        fast_zero: write.is_some() && (header.geometry.can_zero() || backing.is_none()),
         // A cluster of an image that is written can be freed while a client still has it in its socket.
         sendable: write.is_none(),
         holes_in_storage: backing.is_some_and(|backing| backing.facts().holes_in_storage),

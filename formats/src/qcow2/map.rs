@@ -153,7 +153,8 @@ fn entries_to_runs(
     Ok(())
 }
 
-fn subcluster_layer(kind: Subcluster, host: Option<HostCluster>, within: u64) -> Layer {
+/// What a byte `within` a cluster is whose subcluster is of this kind.
+pub fn subcluster_layer(kind: Subcluster, host: Option<HostCluster>, within: u64) -> Layer {
     match (kind, host) {
         (Subcluster::Data, Some(host)) => Layer::Data(host.at(within)),
         // An entry with allocated subclusters and no cluster was refused when it was decoded.
@@ -275,13 +276,13 @@ fn push_holes(driver: &Qcow2Driver, mut at: HostOffset, mut len: u64, plan: &mut
     }
 }
 
-/// Whether the backing file reads as zeroes in the cluster of `part`, `part` itself apart. What is below
+/// Whether the backing file reads as zeroes in the unit of `part`, `part` itself apart. What is below
 /// never changes.
 pub fn below_is_zero_around(driver: &Qcow2Driver, part: GuestRange) -> Result<bool> {
     let Some(backing) = driver.backing() else { return Ok(true) };
-    let geometry = driver.geometry();
-    let start = part.offset() - geometry.offset_in_cluster(part.offset());
-    let end = start + geometry.cluster_len();
+    let unit_len = driver.geometry().unit_len();
+    let start = part.offset() - part.offset() % unit_len;
+    let end = start + unit_len;
     let mut plan = ReadPlan::default();
     for (from, to) in [(start, part.offset()), (part.end(), end)] {
         let len = to.min(backing.size()).saturating_sub(from);

@@ -3,6 +3,7 @@
 //! | module | what is in it |
 //! |---|---|
 //! | `types` | offsets, indices and entries as types, checked when decoded |
+//! | `subclusters` | the state of parts of a cluster |
 //! | `header`, `extensions` | the first cluster, from bytes to values within all limits |
 //! | `snapshots` | the table of internal snapshots |
 //! | `bitmaps` | persistent dirty bitmaps |
@@ -34,6 +35,7 @@ mod parts;
 mod read;
 mod resize;
 mod snapshots;
+mod subclusters;
 mod tables;
 mod types;
 mod write;

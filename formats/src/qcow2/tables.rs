@@ -9,7 +9,7 @@
 
 use super::flight::Flights;
 use super::header::TableLocation;
-use super::types::{EntryFault, Geometry, GuestCluster, HostCluster, L2Entry, SliceNumber};
+use super::types::{EntryFault, EntryWords, Geometry, GuestCluster, HostCluster, L2Entry, SliceNumber};
 use crate::address::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::read_exact;
@@ -216,16 +216,48 @@ impl TableSlice {
         self.holds.fetch_sub(1, Ordering::Release);
     }
 
+    /// Index of the first word of the cluster's entry.
+    pub fn first_word(&self, cluster: GuestCluster) -> usize {
+        self.geometry.index_in_slice(cluster).saturating_mul(self.geometry.entry_words())
+    }
+
+    /// The entry of `cluster` as it stands. Both words of an entry are of the same moment, or of a change that
+    /// is between them: see [`set_entry`](Self::set_entry).
+    pub fn entry_words(&self, cluster: GuestCluster) -> EntryWords {
+        let first = self.first_word(cluster);
+        if !self.geometry.extended_l2() {
+            return EntryWords { raw: self.raw(first), bitmap: 0 };
+        }
+        loop {
+            let (raw, bitmap) = (self.raw(first), self.raw(first + 1));
+            if self.raw(first) == raw {
+                return EntryWords { raw, bitmap };
+            }
+        }
+    }
+
     /// The entry of `cluster`, checked.
     pub fn entry(&self, cluster: GuestCluster) -> std::result::Result<L2Entry, EntryFault> {
-        let words = self.geometry.entry_words();
-        let first = self.geometry.index_in_slice(cluster).saturating_mul(words);
-        let raw = self.raw(first);
-        let bitmap = match words {
-            2 => self.raw(first + 1),
-            _ => 0,
-        };
+        let EntryWords { raw, bitmap } = self.entry_words(cluster);
         self.geometry.decode_l2(raw, bitmap, cluster)
+    }
+
+    /// Changes the entry of `cluster`, under the conditions of [`set`](Self::set). Who looks in between sees
+    /// the old state: a cluster comes before the subclusters in it, and goes after them. Only those of a
+    /// compressed one come before it, as they mean nothing there.
+    pub fn set_entry(&self, cluster: GuestCluster, entry: EntryWords, commit: u64) {
+        let first = self.first_word(cluster);
+        if !self.geometry.extended_l2() {
+            return self.set(first, entry.raw, commit);
+        }
+        let cluster_first = entry.raw != 0 && !self.geometry.is_compressed(self.raw(first));
+        if cluster_first {
+            self.set(first, entry.raw, commit);
+        }
+        self.set(first + 1, entry.bitmap, commit);
+        if !cluster_first {
+            self.set(first, entry.raw, commit);
+        }
     }
 }
 
@@ -376,80 +408,8 @@ fn words_of(bytes: &[u8]) -> impl Iterator<Item = u64> {
 }
 
 #[cfg(all(test, not(shuttle)))]
-mod tests {
-    use super::super::types::DataFile;
-    use super::*;
-
-    fn slice(geometry: Geometry, word: u64) -> TableSlice {
-        TableSlice::of_words(std::iter::repeat_n(word, 64), geometry)
-    }
-
-    fn here() -> Result<HostOffset> {
-        Ok(HostOffset(0))
-    }
-
-    fn key(slice: u64) -> SliceKey {
-        SliceKey { image: ImageNumber(0), slice: SliceNumber(slice) }
-    }
-
-    #[test]
-    fn budget_holds_and_what_is_used_stays() {
-        let geometry = Geometry::new(9, false, 3, DataFile::Internal);
-        let cache = TableCache::new(0, geometry.slice_len());
-        for round in 1..50 {
-            cache.get_or_load(key(0), here, |_| Ok(slice(geometry, 0))).unwrap();
-            cache.get_or_load(key(round), here, |_| Ok(slice(geometry, 1))).unwrap();
-            let kept: usize = cache.sets.iter().map(|set| set.read().slots.len()).sum();
-            assert!(kept <= 2);
-        }
-        // Slice 0 was in use all the time, so only the others were read anew.
-        assert_eq!(cache.loads(), 50);
-    }
-
-    #[test]
-    fn a_budget_for_a_disk_holds_the_disk() {
-        let cache = TableCache::new(32 << 20, 64 << 10);
-        let geometry = Geometry::new(9, false, 3, DataFile::Internal);
-        for _ in 0..3 {
-            for number in 0..512 {
-                cache.get_or_load(key(number), here, |_| Ok(slice(geometry, 0))).unwrap();
-            }
-        }
-        assert_eq!(cache.loads(), 512);
-    }
-
-    #[test]
-    fn a_failed_load_leaves_nothing_behind() {
-        let geometry = Geometry::new(9, false, 3, DataFile::Internal);
-        let cache = TableCache::new(0, 512);
-        let failed = cache.get_or_load(key(0), here, |_| Err(Error::new(ErrorKind::Io, "as the test wants")));
-        assert!(failed.is_err());
-        assert!(cache.get(key(0)).is_none());
-        assert!(cache.get_or_load(key(0), here, |_| Ok(slice(geometry, 0))).is_ok());
-    }
-
-    /// A load that takes so long that the table was copied, changed, written and dropped meanwhile.
-    #[test]
-    fn a_table_that_moves_while_it_is_read_is_read_anew() {
-        let geometry = Geometry::new(9, false, 3, DataFile::Internal);
-        let cache = TableCache::new(0, geometry.slice_len());
-        let place = AtomicU64::new(512);
-        let locate = || Ok(HostOffset(place.load(Ordering::SeqCst)));
-        let load = |at: HostOffset| {
-            if at == HostOffset(512) {
-                let moved = cache.hold_or_insert(key(0), Arc::new(slice(geometry, 1024)));
-                place.store(1024, Ordering::SeqCst);
-                moved.release();
-                for other in 1..50 {
-                    cache.get_or_load(key(other), here, |_| Ok(slice(geometry, 0))).unwrap();
-                }
-                assert!(cache.get(key(0)).is_none(), "it is to be dropped here");
-            }
-            Ok(slice(geometry, at.0))
-        };
-        assert_eq!(cache.get_or_load(key(0), locate, load).unwrap().raw(0), 1024);
-    }
-}
+#[path = "tables_tests.rs"]
+mod tests;
 
 #[cfg(all(test, shuttle))]
 mod interleavings {

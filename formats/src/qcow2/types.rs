@@ -5,14 +5,13 @@
 
 use std::fmt;
 
+pub use super::subclusters::{ALL_UNITS, EntryWords, SUBCLUSTERS, Subcluster, Subclusters};
 use crate::address::HostOffset;
 
 /// Smallest cluster: 512 bytes (specification, `cluster_bits`).
 pub const CLUSTER_BITS_MIN: u32 = 9;
 /// Largest cluster: 2 MiB (QEMU's limit; the specification leaves it open).
 pub const CLUSTER_BITS_MAX: u32 = 21;
-/// Subclusters in a cluster of an image with extended L2 entries (specification, "Extended L2 entries").
-pub const SUBCLUSTERS: u32 = 32;
 /// Most bytes of an L2 table that are read and cached as one. Our choice, as QEMU's: a random read of an
 /// image with large clusters does not cost a table of 2 MiB.
 const SLICE_LEN_MAX: u64 = 64 << 10;
@@ -98,24 +97,6 @@ pub struct Blob {
     pub len_max: u64,
 }
 
-/// The state of the 32 subclusters of a cluster; never both allocated and zero.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Subclusters {
-    allocated: u32,
-    zero: u32,
-}
-
-/// What a subcluster is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Subcluster {
-    /// In the backing file.
-    Unallocated,
-    /// Zeroes.
-    Zero,
-    /// In its cluster.
-    Data,
-}
-
 /// A checked L2 entry.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum L2Entry {
@@ -180,6 +161,22 @@ impl Geometry {
     /// Bytes in an L2 entry.
     fn entry_len_bits(self) -> u32 {
         if self.extended_l2 { 4 } else { 3 }
+    }
+
+    /// Bytes of a cluster that have a state of their own: a subcluster, or all of it.
+    pub fn unit_len(self) -> u64 {
+        if self.extended_l2 { self.subcluster_len() } else { self.cluster_len() }
+    }
+
+    /// The units that `len` bytes from `within` a cluster on touch, which do not reach out of it.
+    pub fn units(self, within: u64, len: u64) -> u32 {
+        if !self.extended_l2 || len == 0 {
+            return ALL_UNITS;
+        }
+        let first = within / self.unit_len();
+        let last = (within + len - 1) / self.unit_len();
+        let count = (last + 1 - first).min(u64::from(SUBCLUSTERS));
+        u32::try_from(((1u64 << count) - 1) << first & u64::from(ALL_UNITS)).unwrap_or(ALL_UNITS)
     }
 
     /// Words of 64 bits in an L2 entry.
@@ -252,9 +249,9 @@ impl Geometry {
         self.offset_in_cluster(offset) == 0
     }
 
-    /// Whether standard L2 entries have the zero flag.
-    pub fn zero_flag(self) -> bool {
-        self.zero_flag
+    /// Whether an entry can say that what it stands for reads as zeroes: not in version 2.
+    pub fn can_zero(self) -> bool {
+        self.zero_flag || self.extended_l2
     }
 
     /// The offset of the host cluster with this number.
@@ -280,16 +277,45 @@ impl Geometry {
         host.0 | L2_COPIED
     }
 
-    /// The L2 entry for zeroes, with the cluster that is kept for them. Only where there is a zero flag.
-    pub fn encode_zero(self, host: Option<HostCluster>) -> u64 {
-        L2_ZERO | host.map_or(0, |host| host.0 | L2_COPIED)
+    /// The L2 entry for zeroes, with the cluster that is kept for them. Only where entries
+    /// [can](Self::can_zero).
+    pub fn encode_zero(self, host: Option<HostCluster>) -> EntryWords {
+        let raw = host.map_or(0, |host| self.encode_owned(host));
+        match self.extended_l2 {
+            true => EntryWords { raw, bitmap: Subclusters::ZEROES.encode() },
+            false => EntryWords { raw: raw | L2_ZERO, bitmap: 0 },
+        }
     }
 
-    /// The cluster of the L2 entry of `cluster` that may be overwritten in place: plain data that nothing
-    /// else refers to.
-    pub fn overwritable(self, raw: u64, cluster: GuestCluster) -> Option<HostCluster> {
+    /// The L2 entry for data in `host`, which nothing else refers to: of these units, and of those that
+    /// `old` has there. The others are what they were.
+    pub fn encode_mapped(self, old: L2Entry, host: HostCluster, units: u32) -> EntryWords {
+        let raw = self.encode_owned(host);
+        if !self.extended_l2 {
+            return EntryWords { raw, bitmap: 0 };
+        }
+        let kept = match old {
+            L2Entry::Split { host: old_host, subclusters } if old_host == Some(host) => subclusters,
+            L2Entry::Split { subclusters, .. } => subclusters.without_data(),
+            L2Entry::Unallocated | L2Entry::Zero { .. } | L2Entry::Data { .. } | L2Entry::Compressed(_) => {
+                Subclusters::NONE
+            }
+        };
+        EntryWords { raw, bitmap: kept.with_data(units).encode() }
+    }
+
+    /// The cluster of the L2 entry of `cluster` in which these units may be overwritten in place: plain data
+    /// that nothing else refers to.
+    pub fn overwritable(self, entry: EntryWords, cluster: GuestCluster, units: u32) -> Option<HostCluster> {
+        let EntryWords { raw, bitmap } = entry;
         if raw & (L2_RESERVED | L2_ZERO | L2_COMPRESSED) != 0 || !self.is_sole(raw) {
             return None;
+        }
+        if self.extended_l2 {
+            let subclusters = Subclusters::decode(bitmap, true).ok()?;
+            if subclusters.allocated() & units != units {
+                return None;
+            }
         }
         let host = self.data_cluster(raw).ok().flatten()?;
         (!self.is_external() || host == self.place_of(cluster)).then_some(host)
@@ -412,30 +438,6 @@ impl HostCluster {
     pub fn at(self, offset: u64) -> HostOffset {
         // Clusters lie below 2^56 and `offset` is smaller than a cluster or a table.
         HostOffset(self.0 + offset)
-    }
-}
-
-impl Subclusters {
-    fn decode(bitmap: u64, has_cluster: bool) -> Result<Self, EntryFault> {
-        let [b0, b1, b2, b3, b4, b5, b6, b7] = bitmap.to_le_bytes();
-        let allocated = u32::from_le_bytes([b0, b1, b2, b3]);
-        let zero = u32::from_le_bytes([b4, b5, b6, b7]);
-        if allocated & zero != 0 || (allocated != 0 && !has_cluster) {
-            return Err(EntryFault::BadSubclusters);
-        }
-        Ok(Subclusters { allocated, zero })
-    }
-
-    /// What subcluster `index` is, and how many from it on are the same.
-    pub fn run_from(self, index: u32) -> (Subcluster, u32) {
-        let (kind, mask) = if self.allocated >> index & 1 == 1 {
-            (Subcluster::Data, self.allocated)
-        } else if self.zero >> index & 1 == 1 {
-            (Subcluster::Zero, self.zero)
-        } else {
-            (Subcluster::Unallocated, !(self.allocated | self.zero))
-        };
-        (kind, (mask >> index).trailing_ones().min(SUBCLUSTERS - index))
     }
 }
 

@@ -73,17 +73,20 @@ fn external_data_files_use_offset_zero() {
     let external = Geometry::new(16, false, 3, DataFile::External);
     let entry = external.decode_l2(L2_COPIED, 0, GuestCluster(0));
     assert_eq!(entry, Ok(L2Entry::Data { host: HostCluster(0), copied: true }));
-    assert_eq!(external.overwritable(L2_COPIED, GuestCluster(0)), Some(HostCluster(0)));
-    assert_eq!(external.overwritable(0, GuestCluster(0)), None);
+    let overwritable = |geometry: Geometry, raw: u64, cluster: u64| {
+        geometry.overwritable(EntryWords { raw, bitmap: 0 }, GuestCluster(cluster), ALL_UNITS)
+    };
+    assert_eq!(overwritable(external, L2_COPIED, 0), Some(HostCluster(0)));
+    assert_eq!(overwritable(external, 0, 0), None);
     assert_eq!(external.decode_l2(0, 0, GuestCluster(0)), Ok(L2Entry::Unallocated));
     for data_file in [DataFile::External, DataFile::ExternalRaw] {
         let geometry = Geometry::new(16, false, 3, data_file);
         for raw in [L2_COPIED, 0x40000, L2_COPIED | 0x60000] {
             let fault = Err(EntryFault::NotTheGuestOffset);
             assert_eq!(geometry.decode_l2(raw, 0, GuestCluster(5)), fault, "{raw:#x}");
-            assert_eq!(geometry.overwritable(raw, GuestCluster(5)), None);
+            assert_eq!(overwritable(geometry, raw, 5), None);
         }
-        assert_eq!(geometry.overwritable(0x50000, GuestCluster(5)), Some(HostCluster(0x50000)));
+        assert_eq!(overwritable(geometry, 0x50000, 5), Some(HostCluster(0x50000)));
     }
     let fault = external.decode_l2(L2_COMPRESSED, 0, GuestCluster(0));
     assert_eq!(fault, Err(EntryFault::CompressedWithDataFile));
@@ -104,4 +107,42 @@ fn subclusters_run() {
     assert_eq!(g.decode_l2(0x50000, 1 << 32 | 1, GuestCluster(0)), Err(EntryFault::BadSubclusters));
     assert_eq!(g.decode_l2(0, 1, GuestCluster(0)), Err(EntryFault::BadSubclusters));
     assert_eq!(g.decode_l2(0x50001, 0, GuestCluster(0)), Err(EntryFault::ReservedBits));
+}
+
+#[test]
+fn units_of_a_cluster() {
+    let split = Geometry::new(14, true, 3, DataFile::Internal);
+    assert_eq!((split.unit_len(), plain(14).unit_len()), (512, 16384));
+    for (within, len, units) in [
+        (0, 1, 1),
+        (0, 512, 1),
+        (511, 2, 3),
+        (512, 512, 2),
+        (16383, 1, 1 << 31),
+        (0, 16384, ALL_UNITS),
+        (15872, 512, 1 << 31),
+        (100, 16000, ALL_UNITS),
+        (600, 15784, ALL_UNITS & !1),
+    ] {
+        assert_eq!(split.units(within, len), units, "{within} {len}");
+        assert_eq!(plain(14).units(within, len), ALL_UNITS);
+    }
+}
+
+#[test]
+fn subclusters_in_place() {
+    let g = Geometry::new(16, true, 3, DataFile::Internal);
+    let host = HostCluster(0x50000);
+    let entry =
+        |allocated: u64, zero: u64| EntryWords { raw: 0x50000 | L2_COPIED, bitmap: zero << 32 | allocated };
+    let cluster = GuestCluster(3);
+    assert_eq!(g.overwritable(entry(0b1110, 0b1), cluster, 0b0110), Some(host));
+    assert_eq!(g.overwritable(entry(0b1110, 0b1), cluster, 0b0111), None);
+    assert_eq!(g.overwritable(EntryWords { raw: 0x50000, ..entry(0b1110, 0) }, cluster, 0b0110), None);
+    let old = g.decode_l2(0x50000 | L2_COPIED, 0b1 << 32 | 0b1110, cluster).unwrap();
+    assert_eq!(g.encode_mapped(old, host, 0b10001), entry(0b11111, 0));
+    let elsewhere = HostCluster(0x60000);
+    let moved = EntryWords { raw: 0x60000 | L2_COPIED, bitmap: 0b1 << 32 | 0b11110 };
+    assert_eq!(g.encode_mapped(old, elsewhere, 0b11110), moved);
+    assert_eq!(g.encode_zero(None), EntryWords { raw: 0, bitmap: 0xffff_ffff_0000_0000 });
 }

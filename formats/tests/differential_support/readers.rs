@@ -39,11 +39,11 @@ enum Reader {
 impl Reader {
     /// Whether it reads images of this kind right.
     fn reads(self, pair: &Pair) -> bool {
-        // Neither has zstd: such images are refused.
-        let known = !pair.kind.options.contains("zstd");
+        // Neither has zstd or subclusters: such images are refused.
+        let known = !["zstd", "extended_l2"].iter().any(|option| pair.kind.options.contains(option));
         known
             && match self {
-                // It also refuses what is not made here: subclusters and dirty images.
+                // It also refuses what is not made here: dirty images.
                 Reader::Imago => true,
                 // It keeps pieces of 4 KiB of a table, and panics where a table is shorter. Where the backing file
                 // has ended, it leaves the buffer as it was. It looks for all data in the image itself.

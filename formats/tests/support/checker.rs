@@ -7,7 +7,9 @@ use std::fmt;
 
 use nbd_img_formats::Storage;
 
-use super::image::{Bytes, COPIED, Entry, Image, L1_RESERVED, L2_RESERVED, OFFSET_MASK, TABLE_RESERVED};
+use super::image::{
+    Bytes, COPIED, Entry, Image, L1_RESERVED, L2_RESERVED, OFFSET_MASK, TABLE_RESERVED, ZERO,
+};
 
 /// What a check has found. Offsets are those of clusters in the file.
 #[derive(Default, Debug)]
@@ -174,7 +176,28 @@ impl<'a, 'b> Walk<'a, 'b> {
         }
     }
 
+    /// Subclusters are data or zeroes or neither, and data only where there is a cluster.
+    fn subclusters(&mut self, name: &str, at: u64) {
+        let entries = self.image.l2_table(at).into_iter().zip(self.image.l2_bitmaps(at));
+        for (index, (entry, bitmap)) in entries.enumerate() {
+            let (data, zero) = (bitmap as u32, (bitmap >> 32) as u32);
+            let bad = match self.image.decode(entry) {
+                Entry::Compressed { .. } => bitmap != 0,
+                Entry::Data { .. } => data & zero != 0 || entry & ZERO != 0,
+                Entry::Unallocated | Entry::Zero { .. } => data != 0 || entry & ZERO != 0,
+            };
+            if bad {
+                let what =
+                    format!("{name}: entry {index} of {at:#x}, {entry:#x}, has subclusters {bitmap:#x}");
+                self.report.corruptions.push(what);
+            }
+        }
+    }
+
     fn l2_table(&mut self, name: &str, at: u64, kind: Kind) {
+        if self.image.has_subclusters() {
+            self.subclusters(name, at);
+        }
         for (index, entry) in self.image.l2_table(at).into_iter().enumerate() {
             if entry == 0 {
                 continue;
@@ -279,11 +302,17 @@ impl<'a, 'b> Walk<'a, 'b> {
 }
 
 fn compare(image: &Image<'_>, uses: &[Use], report: &mut Report) {
+    let per_block = image.cluster_len() * 8 / image.refcount_bits;
     let covered =
         image.refcount_table.iter().rposition(|entry| *entry != 0).map_or(0, |last| last as u64 + 1)
-            * (image.cluster_len() * 8 / image.refcount_bits);
+            * per_block;
+    let mut block = Vec::new();
     for cluster in 0..covered.max(uses.len() as u64) {
-        let counted = image.refcount(cluster);
+        // A block at a time: there are many refcounts in a large one.
+        if cluster % per_block == 0 {
+            block = image.refcounts_of_block((cluster / per_block) as usize);
+        }
+        let counted = block.get((cluster % per_block) as usize).copied().unwrap_or(0);
         let used = uses.get(cluster as usize).map_or(0, Use::count);
         let at = cluster * image.cluster_len();
         if counted < used {

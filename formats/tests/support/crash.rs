@@ -174,9 +174,10 @@ impl Run<'_> {
     /// no second sync.
     fn only_counts_written(&self, began: usize) -> bool {
         let bytes = self.log.replay(IMAGE, began);
-        let blocks = Image::parse(&bytes).unwrap().refcount_table;
+        let image = Image::parse(&bytes).unwrap();
+        let (blocks, len) = (&image.refcount_table, image.cluster_len());
         let in_block =
-            |at: u64| blocks.iter().any(|block| *block != 0 && (*block..*block + 512).contains(&at));
+            |at: u64| blocks.iter().any(|block| *block != 0 && (*block..*block + len).contains(&at));
         let records = self.log.records().split_off(began);
         records.iter().filter(|record| record.file == IMAGE).all(|record| match &record.change {
             Change::Write { at, .. } => in_block(at.0),

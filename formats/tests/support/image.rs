@@ -249,6 +249,16 @@ impl<'a> Image<'a> {
         self.bytes.table(at, self.cluster_len() / 8).into_iter().step_by(step).collect()
     }
 
+    /// Whether entries have the state of subclusters.
+    pub fn has_subclusters(&self) -> bool {
+        self.incompatible & INCOMPATIBLE_EXTENDED_L2 != 0
+    }
+
+    /// The second halves of extended L2 entries.
+    pub fn l2_bitmaps(&self, at: u64) -> Vec<u64> {
+        self.bytes.table(at, self.cluster_len() / 8).into_iter().skip(1).step_by(2).collect()
+    }
+
     /// What a raw L2 entry says. Reserved bits are ignored.
     pub fn decode(&self, entry: u64) -> Entry {
         let host = entry & OFFSET_MASK;
@@ -265,6 +275,31 @@ impl<'a> Image<'a> {
         // In a data file 0 is a place like any other, which the copied flag tells from none.
         let nowhere = host == 0 && !(self.has_data_file() && entry & COPIED != 0);
         if nowhere { Entry::Unallocated } else { Entry::Data { host } }
+    }
+
+    /// All refcounts of the block with this number, as the file has them; none where there is no block.
+    pub fn refcounts_of_block(&self, number: usize) -> Vec<u64> {
+        let block = self.refcount_table.get(number).map_or(0, |entry| entry & !TABLE_RESERVED);
+        if block == 0 {
+            return Vec::new();
+        }
+        let mut bytes = vec![0; self.cluster_len() as usize];
+        self.bytes.fill(&mut bytes, block);
+        let bits = self.refcount_bits as usize;
+        match bits {
+            // Within a byte the first one has the lowest bits.
+            1..8 => {
+                let values = |byte: &u8| {
+                    let byte = u64::from(*byte);
+                    (0..8 / bits).map(move |index| byte >> (index * bits) & ((1 << bits) - 1))
+                };
+                bytes.iter().flat_map(values).collect()
+            }
+            _ => {
+                let value = |field: &[u8]| field.iter().fold(0, |value, byte| value << 8 | u64::from(*byte));
+                bytes.chunks_exact(bits / 8).map(value).collect()
+            }
+        }
     }
 
     /// The refcount of a cluster as the file has it.

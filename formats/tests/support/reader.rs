@@ -2,7 +2,7 @@
 
 use std::io::Read;
 
-use super::image::{Bytes, Entry, Image, OFFSET_MASK};
+use super::image::{Bytes, COMPRESSED, Entry, Image, OFFSET_MASK};
 
 /// Which disk of an image.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -42,6 +42,7 @@ pub fn read_files(
         if entry & OFFSET_MASK == 0 || at >= size {
             continue;
         }
+        let bitmaps = image.has_subclusters().then(|| image.l2_bitmaps(entry & OFFSET_MASK));
         for (number, entry) in image.l2_table(entry & OFFSET_MASK).into_iter().enumerate() {
             let at = at + number as u64 * image.cluster_len();
             if at < size {
@@ -53,11 +54,39 @@ pub fn read_files(
                 {
                     return Err(format!("the cluster of {at:#x} lies at {host:#x} of the data file"));
                 }
-                read_cluster(&image, data, entry, part)?;
+                match &bitmaps {
+                    Some(bitmaps) if entry & COMPRESSED == 0 => {
+                        read_subclusters(&image, data, (entry, bitmaps[number]), part)?;
+                    }
+                    _ => read_cluster(&image, data, entry, part)?,
+                }
             }
         }
     }
     Ok(content)
+}
+
+/// 32 subclusters: the lower half of the bitmap says which are data, the upper one which are zeroes.
+fn read_subclusters(
+    image: &Image<'_>,
+    data: &dyn Bytes,
+    (entry, bitmap): (u64, u64),
+    buf: &mut [u8],
+) -> Result<(), String> {
+    let host = match image.decode(entry) {
+        Entry::Data { host } => Some(host),
+        Entry::Unallocated | Entry::Zero { .. } | Entry::Compressed { .. } => None,
+    };
+    let len = image.cluster_len() as usize / 32;
+    for (number, part) in buf.chunks_mut(len).enumerate() {
+        match (bitmap >> number & 1 == 1, bitmap >> (32 + number) & 1 == 1, host) {
+            (false, false, _) => {}
+            (false, true, _) => part.fill(0),
+            (true, false, Some(host)) => data.fill(part, host + (number * len) as u64),
+            _ => return Err(format!("the entry {entry:#x} has the subclusters {bitmap:#x}")),
+        }
+    }
+    Ok(())
 }
 
 fn read_cluster(image: &Image<'_>, data: &dyn Bytes, entry: u64, buf: &mut [u8]) -> Result<(), String> {

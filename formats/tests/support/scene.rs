@@ -32,6 +32,8 @@ const IMAGE: Writer = 0xf000_0001;
 /// Who wrote the backing file.
 const BACKING: Writer = 0xf000_0002;
 
+/// Options of an image whose subclusters have 512 bytes.
+const EXTENDED: &str = "cluster_size=16k,extended_l2=on";
 /// Who wrote what lies in a data file where no entry leads.
 const STALE: Writer = 0xf000_0003;
 
@@ -94,6 +96,7 @@ impl Scene {
     /// leads it holds old content, unless it is to be read as a raw disk.
     pub fn external(name: &'static str, options: &str, backing_len: Option<u64>) -> Scene {
         let backing = backing_len.map(|len| painted(0, len, BACKING));
+        // What comes later counts.
         let mut options = format!("cluster_size=512,{options}");
         let below = Maker::of(backing.as_deref().unwrap_or_default());
         let below_path = below.path();
@@ -115,6 +118,46 @@ impl Scene {
             }
             std::fs::write(maker.data_path(), data).unwrap();
         }
+        assert_eq!(maker.check().0, 0);
+        Scene::finish(name, &maker, backing, 0..0)
+    }
+
+    /// Images with extended L2 entries: clusters of 16 KiB, so that a subcluster is what a cluster is in the
+    /// other scenes.
+    pub fn with_subclusters() -> Vec<Scene> {
+        let small = Scene::extended("subclusters on a device", "refcount_bits=64", None, true);
+        let data_file = Scene::external("subclusters in a data file", EXTENDED, None);
+        let data_overlay = Scene::external("subclusters in a data file of an overlay", EXTENDED, Some(SIZE));
+        vec![
+            Scene::extended("subclusters", "refcount_bits=64", None, true),
+            Scene::extended("subclusters of an overlay", "refcount_bits=16", Some(150 * CLUSTER), true),
+            Scene::extended("few subclusters below", "refcount_bits=2", Some(70 * CLUSTER), false),
+            small.on_device(),
+            data_file,
+            data_overlay,
+        ]
+    }
+
+    /// The first 32 units are one cluster with data, zeroes and nothing; the next 32 are compressed; of the
+    /// third cluster a part is shared with a snapshot.
+    pub fn extended(name: &'static str, options: &str, backing_len: Option<u64>, snapshot: bool) -> Scene {
+        let backing = backing_len.map(|len| painted(0, len, BACKING));
+        let mut options = format!("{EXTENDED},{options}");
+        let below = Maker::of(backing.as_deref().unwrap_or_default());
+        let below_path = below.path();
+        if backing.is_some() {
+            options += &format!(",backing_fmt=raw,backing_file={}", maker::text(&below_path));
+        }
+        let maker = Maker::new(&options, SIZE);
+        maker.write(64 * CLUSTER, &painted(64 * CLUSTER, 16 * CLUSTER, IMAGE), false);
+        if snapshot {
+            maker.snapshot("first");
+        }
+        maker.write(0, &painted(0, 16 * CLUSTER, IMAGE), false);
+        maker.compress(&[(32 * CLUSTER, painted(32 * CLUSTER, 32 * CLUSTER, IMAGE))]);
+        maker.write(28 * CLUSTER, &painted(28 * CLUSTER, 4 * CLUSTER, IMAGE), false);
+        maker.io(&[format!("write -q -z {} {}", 28 * CLUSTER, 2 * CLUSTER)]);
+        maker.io(&[format!("write -q -z -u {} {}", 24 * CLUSTER, 4 * CLUSTER)]);
         assert_eq!(maker.check().0, 0);
         Scene::finish(name, &maker, backing, 0..0)
     }
@@ -264,6 +307,12 @@ impl Scene {
             image: self.storage(&files.image),
             data: files.data.as_ref().map(|data| self.data_storage(data)),
         }
+    }
+
+    /// Bytes that one L2 table maps: all of the disk where there are subclusters.
+    pub fn table_span(&self) -> u64 {
+        let image = Image::parse(&self.image).unwrap();
+        image.l2_entries() * image.cluster_len()
     }
 
     /// Its files.

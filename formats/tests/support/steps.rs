@@ -123,9 +123,8 @@ impl Step {
         from..from + self.len as usize / UNIT_LEN
     }
 
-    /// Whether it changes something that the L2 table with this number maps.
-    pub fn touches(&self, table: usize) -> bool {
-        let span = 64 * CLUSTER;
+    /// Whether it changes something that the L2 table with this number maps, which are of `span` bytes.
+    pub fn touches(&self, table: usize, span: u64) -> bool {
         let (from, to) = (self.at / span, (self.at + self.len).div_ceil(span));
         self.action != Action::Flush && (from..to).contains(&(table as u64))
     }

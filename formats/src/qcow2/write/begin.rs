@@ -41,9 +41,6 @@ pub fn check(header: &Header, snapshot: Option<&str>, has_backing: bool) -> Resu
     if header.extensions.bitmaps.is_some_and(|bitmaps| !bitmaps.data_at.is_multiple_of(8)) {
         return unsupported("header extensions that are not aligned");
     }
-    if header.geometry.extended_l2() {
-        return unsupported("extended L2 entries (subclusters)");
-    }
     if header.geometry.is_external() && header.snapshots.entries > 0 {
         return unsupported("an external data file and internal snapshots");
     }

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 
 use super::super::driver::Qcow2Driver;
 use super::super::tables::TableSlice;
-use super::super::types::{DataFile, Geometry, GuestCluster, HostIndex};
+use super::super::types::{ALL_UNITS, DataFile, Geometry, GuestCluster, HostIndex};
 use super::Writer;
 use super::allocator::Handed;
 use super::meta::{Freed, Meta};
@@ -142,7 +142,8 @@ fn note_zeroes(
         if geometry.slice_of(start) != number || start >= driver.disk_end() {
             return;
         }
-        let empty = slice.entry(next).is_ok_and(|entry| reads_zero_without_cluster(driver, next, entry));
+        let empty =
+            slice.entry(next).is_ok_and(|entry| reads_zero_without_cluster(driver, next, entry, ALL_UNITS));
         let index = HostIndex(next.0);
         if empty
             && !meta.claims.contains(&next)

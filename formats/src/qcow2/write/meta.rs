@@ -9,7 +9,9 @@ use std::ops::Range;
 
 use super::super::driver::Qcow2Driver;
 use super::super::tables::{SliceKey, TableSlice};
-use super::super::types::{Blob, Geometry, GuestCluster, HostCluster, HostIndex, L2Entry, SliceNumber};
+use super::super::types::{
+    Blob, EntryWords, Geometry, GuestCluster, HostCluster, HostIndex, L2Entry, SliceNumber,
+};
 use super::allocator::{Allocator, Handed, Need};
 use super::data_file::Places;
 use super::pins::Epoch;
@@ -60,6 +62,8 @@ pub struct Claim {
     pub allocated: bool,
     /// Whether it reads as zeroes.
     pub zeroed: bool,
+    /// Which units of the cluster are data when it is mapped, besides those that are in the same host cluster.
+    pub units: u32,
 }
 
 /// A slice with changes that the file does not have.
@@ -151,25 +155,27 @@ impl Meta {
         driver: &Qcow2Driver,
         slice: &Arc<TableSlice>,
         cluster: GuestCluster,
-        raw: u64,
+        entry: EntryWords,
     ) {
         let geometry = driver.geometry();
-        let index = geometry.index_in_slice(cluster);
         let number = geometry.slice_of(geometry.start_of(cluster));
-        slice.set(index, raw, self.next_commit);
+        slice.set_entry(cluster, entry, self.next_commit);
+        // Both words of an entry go to the file together: they are in one sector.
+        let first = slice.first_word(cluster);
+        let end = first + geometry.entry_words();
         let key = SliceKey { image: driver.number(), slice: number };
         match self.dirty.get_mut(&number) {
             Some(dirty) => {
                 if let Extent::Words(words) = &mut dirty.extent {
                     let before = words.len();
-                    *words = words.start.min(index)..words.end.max(index + 1);
+                    *words = words.start.min(first)..words.end.max(end);
                     self.dirty_words_len += (words.len() - before) as u64 * 8;
                 }
             }
             None => {
                 // Held by the caller, so it is in the cache: this cannot fail.
                 driver.tables().hold(key, slice);
-                self.mark(number, slice, Extent::Words(index..index + 1));
+                self.mark(number, slice, Extent::Words(first..end));
             }
         }
     }
@@ -262,12 +268,13 @@ impl Meta {
     ) -> Result<(HostIndex, u64), &'static str> {
         let geometry = driver.geometry();
         let (at, len) = match entry {
-            L2Entry::Unallocated | L2Entry::Zero { host: None } => return Ok((HostIndex(0), 0)),
-            L2Entry::Zero { host: Some(host) } | L2Entry::Data { host, .. } => {
-                (host.start(), geometry.cluster_len())
+            L2Entry::Unallocated | L2Entry::Zero { host: None } | L2Entry::Split { host: None, .. } => {
+                return Ok((HostIndex(0), 0));
             }
+            L2Entry::Zero { host: Some(host) }
+            | L2Entry::Data { host, .. }
+            | L2Entry::Split { host: Some(host), .. } => (host.start(), geometry.cluster_len()),
             L2Entry::Compressed(Blob { at, len_max }) => (at, len_max),
-            L2Entry::Split { .. } => return Err("an entry with subclusters cannot be changed"),
         };
         let (first, len) = geometry.host_span(at, len);
         if geometry.is_external() {

@@ -7,6 +7,7 @@
 //! | `meta` | all that changes, under one lock, and the changes of mappings |
 //! | `prepare` | writes that need not wait: plans, claims and their end |
 //! | `slow` | writes that must wait: new tables, copy-on-write |
+//! | `subclusters` | the same at the grain of subclusters |
 //! | `zero`, `provide` | zeroing and discarding; zeroes with room |
 //! | `data_file` | places in an external data file, and giving their room back |
 //! | `commit`, `reclaim` | making changes durable in an order that a crash cannot hurt; letting clusters go |
@@ -35,6 +36,7 @@ pub mod refcounts;
 mod repair;
 mod runs;
 pub mod slow;
+mod subclusters;
 pub mod zero;
 
 use std::ops::{Deref, DerefMut};
@@ -159,7 +161,7 @@ impl Writer {
             let host = self.geometry.host_of(slice.raw(index));
             host.is_some_and(|host| meta.allocator.map.kind(self.geometry.host_index(host)).is_some())
         };
-        let suspect = (0..slice.len()).any(into_metadata);
+        let suspect = (0..slice.len()).step_by(self.geometry.entry_words()).any(into_metadata);
         drop(meta);
         if suspect { slice.suspected() } else { slice }
     }

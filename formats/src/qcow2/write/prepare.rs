@@ -13,6 +13,7 @@ use super::super::map;
 use super::super::tables::{SliceKey, TableSlice};
 use super::super::types::{GuestCluster, HostCluster, L2Entry};
 use super::meta::{Claim, Meta};
+use super::slow::{self, reads_zero_without_cluster};
 use super::{MetaGuard, Writer, begin_changes, closed};
 use crate::address::GuestRange;
 use crate::error::Result;
@@ -119,7 +120,8 @@ fn publish(driver: &Qcow2Driver, meta: &mut Meta, claim: &Claim) -> std::result:
     if claim.allocated {
         meta.free_entry(driver, old)?;
     }
-    meta.set_entry(driver, &claim.slice, claim.cluster, geometry.encode_owned(claim.host));
+    let entry = geometry.encode_mapped(old, claim.host, claim.units);
+    meta.set_entry(driver, &claim.slice, claim.cluster, entry);
     Ok(())
 }
 
@@ -204,15 +206,18 @@ impl Pass<'_> {
             let piece = rest.prefix(geometry.cluster_len() - within);
             rest = rest.skip(piece.len());
             let cluster = geometry.cluster_of(piece.offset());
-            let raw = slice.raw(geometry.index_in_slice(cluster));
-            let mut host = geometry.overwritable(raw, cluster).filter(|_| !slice.is_suspect());
+            let units = geometry.units(within, piece.len());
+            let entry = slice.entry_words(cluster);
+            let mut host = geometry.overwritable(entry, cluster, units).filter(|_| !slice.is_suspect());
             if host.is_some() {
                 self.settled &= slice.changed_in() <= durable;
             } else {
                 let changing =
                     changing.get_or_insert_with(|| Changing::begin(self.driver, self.writer, slice, part));
                 self.settled = false;
-                host = changing.place(self, cluster, piece.len() == geometry.cluster_len());
+                let unit_len = geometry.unit_len();
+                let whole = within.is_multiple_of(unit_len) && piece.len().is_multiple_of(unit_len);
+                host = changing.place(self, cluster, units, whole);
             }
             let Some(host) = host else {
                 self.slow = Some(SlowReason::Allocate);
@@ -256,27 +261,32 @@ impl<'a> Changing<'a> {
         Changing { driver, meta, slice, key, possible, held }
     }
 
-    /// A host cluster that a write to `cluster` may go to now; `None`: it takes more than memory.
-    fn place(&mut self, pass: &mut Pass<'_>, cluster: GuestCluster, whole: bool) -> Option<HostCluster> {
+    /// A host cluster that a write to these units of `cluster` may go to now; `None`: it takes more than
+    /// memory. `whole`: all of each unit is written.
+    fn place(
+        &mut self,
+        pass: &mut Pass<'_>,
+        cluster: GuestCluster,
+        units: u32,
+        whole: bool,
+    ) -> Option<HostCluster> {
         if !self.possible || self.meta.claims.contains(&cluster) {
             return None;
         }
         let geometry = self.driver.geometry();
-        let raw = self.slice.raw(geometry.index_in_slice(cluster));
-        if let Some(host) = geometry.overwritable(raw, cluster) {
+        let words = self.slice.entry_words(cluster);
+        if let Some(host) = geometry.overwritable(words, cluster, units) {
             return Some(host);
         }
         let entry = self.slice.entry(cluster).ok()?;
-        let reads_zero = match entry {
-            L2Entry::Unallocated => !self.driver.backing_reaches(cluster),
-            L2Entry::Zero { host } => host.is_none(),
-            L2Entry::Data { .. } | L2Entry::Compressed(_) | L2Entry::Split { .. } => false,
-        };
-        if reads_zero && let Some(host) = self.meta.allocate_zeroed(geometry, cluster).ok()? {
-            self.meta.set_entry(self.driver, self.slice, cluster, geometry.encode_owned(host));
+        if reads_zero_without_cluster(self.driver, cluster, entry, units)
+            && let Some(host) = self.meta.allocate_zeroed(geometry, cluster).ok()?
+        {
+            let mapped = geometry.encode_mapped(entry, host, units);
+            self.meta.set_entry(self.driver, self.slice, cluster, mapped);
             return Some(host);
         }
-        if whole { self.claim(pass, cluster, entry, raw) } else { None }
+        if whole { self.claim(pass, cluster, entry, words.raw, units) } else { None }
     }
 
     fn claim(
@@ -285,13 +295,19 @@ impl<'a> Changing<'a> {
         cluster: GuestCluster,
         entry: L2Entry,
         raw: u64,
+        units: u32,
     ) -> Option<HostCluster> {
-        let (host, allocated, zeroed) = match entry {
-            L2Entry::Zero { host: Some(host) } if self.driver.geometry().is_sole(raw) => (host, false, false),
-            L2Entry::Split { .. } => return None,
-            L2Entry::Unallocated | L2Entry::Zero { .. } | L2Entry::Data { .. } | L2Entry::Compressed(_) => {
-                self.meta.check_entry(self.driver, entry).ok()?;
-                let handed = self.meta.allocate(self.driver.geometry(), cluster).ok()?;
+        let geometry = self.driver.geometry();
+        self.meta.check_entry(self.driver, entry).ok()?;
+        let kept = slow::kept_cluster(geometry, entry, raw);
+        // What is elsewhere and is not overwritten has to be copied first.
+        if kept.is_none() && slow::units_to_move(geometry, entry) & !units != 0 {
+            return None;
+        }
+        let (host, allocated, zeroed) = match kept {
+            Some(host) => (host, false, false),
+            None => {
+                let handed = self.meta.allocate(geometry, cluster).ok()?;
                 (handed.host, true, handed.zeroed)
             }
         };
@@ -299,7 +315,7 @@ impl<'a> Changing<'a> {
             return None;
         }
         self.meta.claims.insert(cluster);
-        pass.claims.push(Claim { cluster, slice: Arc::clone(self.slice), host, allocated, zeroed });
+        pass.claims.push(Claim { cluster, slice: Arc::clone(self.slice), host, allocated, zeroed, units });
         Some(host)
     }
 }

@@ -7,7 +7,7 @@
 use super::super::driver::Qcow2Driver;
 use super::super::map;
 use super::super::tables::{SliceKey, TableSlice};
-use super::super::types::{GuestCluster, HostCluster, L2Entry};
+use super::super::types::{ALL_UNITS, GuestCluster, HostCluster};
 use super::allocator::Need;
 use super::meta::{Claim, Meta};
 use super::zero::by_cluster;
@@ -117,17 +117,14 @@ fn take(
     batch: &mut Batch<'_>,
 ) -> std::result::Result<(), Stop> {
     let geometry = driver.geometry();
-    let raw = slice.raw(geometry.index_in_slice(cluster));
+    let words = slice.entry_words(cluster);
     let entry = slice.entry(cluster).map_err(|_| Stop::Fault("an L2 entry is bad"))?;
     meta.check_entry(driver, entry).map_err(Stop::Fault)?;
-    if let Some(host) = geometry.overwritable(raw, cluster) {
+    if let Some(host) = geometry.overwritable(words, cluster, ALL_UNITS) {
         batch.add_run(driver, host, false);
         return Ok(());
     }
-    let kept = match entry {
-        L2Entry::Zero { host } => host.filter(|_| geometry.is_sole(raw)),
-        L2Entry::Unallocated | L2Entry::Data { .. } | L2Entry::Compressed(_) | L2Entry::Split { .. } => None,
-    };
+    let kept = slow::kept_cluster(geometry, entry, words.raw);
     let (host, zeroed) = match kept {
         Some(host) => (host, false),
         None => {
@@ -139,7 +136,8 @@ fn take(
     // Held by the caller, so it is in the cache: this cannot fail.
     driver.tables().hold(key, slice);
     meta.claims.insert(cluster);
-    batch.claims.push(Claim { cluster, slice: Arc::clone(slice), host, allocated: kept.is_none(), zeroed });
+    let (slice, allocated, units) = (Arc::clone(slice), kept.is_none(), ALL_UNITS);
+    batch.claims.push(Claim { cluster, slice, host, allocated, zeroed, units });
     batch.add_run(driver, host, zeroed);
     Ok(())
 }

@@ -6,12 +6,12 @@
 use super::super::driver::Qcow2Driver;
 use super::super::map::{self, Layer, LayerRun};
 use super::super::tables::{SliceKey, TableSlice};
-use super::super::types::{GuestCluster, HostCluster, L2Entry, SliceNumber};
+use super::super::types::{ALL_UNITS, Geometry, GuestCluster, HostCluster, L2Entry, SliceNumber};
 use super::allocator::Need;
 use super::meta::{Claim, Content, Extent};
 use super::metadata_map::Kind;
 use super::{MetaGuard, Writer, begin_changes, check_changing, closed, commit, corrupt, data_file};
-use super::{prepare, satisfy};
+use super::{prepare, satisfy, subclusters};
 use crate::address::{GuestRange, HostOffset};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{checked_range, storage_error};
@@ -57,9 +57,13 @@ fn write_in_cluster(driver: &Qcow2Driver, writer: &Arc<Writer>, offset: u64, buf
         let Some(slice) = map::slice_at(driver, offset, MapMode::Wait)? else { continue };
         // Let go before anything is waited for: room may have to come from what it keeps.
         let pin = writer.pin();
-        match step(driver, writer, &slice, geometry.cluster_of(offset))? {
+        let units = geometry.units(geometry.offset_in_cluster(offset), buf.len() as u64);
+        match step(driver, writer, &slice, geometry.cluster_of(offset), units)? {
             Step::InPlace(host) => {
                 return write_data(driver, host.at(geometry.offset_in_cluster(offset)), buf);
+            }
+            Step::Copy(claim, old) if geometry.extended_l2() => {
+                return subclusters::copy(driver, claim, old, offset, buf);
             }
             Step::Copy(claim, old) => return copy(driver, claim, old, offset, buf),
             Step::Need(need) => {
@@ -76,6 +80,7 @@ fn step(
     writer: &Arc<Writer>,
     slice: &Arc<TableSlice>,
     cluster: GuestCluster,
+    units: u32,
 ) -> Result<Step> {
     let geometry = driver.geometry();
     let start = geometry.start_of(cluster);
@@ -85,19 +90,19 @@ fn step(
         return Ok(Step::Again);
     }
     let held = Held(Some(Arc::clone(slice)));
-    let raw = slice.raw(geometry.index_in_slice(cluster));
+    let words = slice.entry_words(cluster);
     let entry = slice.entry(cluster).map_err(|fault| map::bad_entry(driver, "L2", start, fault))?;
     if let Err(what) = meta.check_entry(driver, entry) {
         drop(meta);
         return Err(corrupt(driver, writer, what));
     }
-    if let Some(host) = geometry.overwritable(raw, cluster) {
+    if let Some(host) = geometry.overwritable(words, cluster, units) {
         return Ok(Step::InPlace(host));
     }
-    if reads_zero_without_cluster(driver, cluster, entry) {
+    if reads_zero_without_cluster(driver, cluster, entry, units) {
         match meta.allocate_zeroed(geometry, cluster) {
             Ok(Some(host)) => {
-                meta.set_entry(driver, slice, cluster, geometry.encode_owned(host));
+                meta.set_entry(driver, slice, cluster, geometry.encode_mapped(entry, host, units));
                 return Ok(Step::InPlace(host));
             }
             Ok(None) => {}
@@ -106,20 +111,17 @@ fn step(
             Err(Need::Room(_) | Need::NoSpace) => {}
         }
     }
-    let (host, allocated, zeroed) = match entry {
-        L2Entry::Zero { host: Some(host) } if geometry.is_sole(raw) => (host, false, false),
-        L2Entry::Unallocated
-        | L2Entry::Zero { .. }
-        | L2Entry::Data { .. }
-        | L2Entry::Compressed(_)
-        | L2Entry::Split { .. } => match meta.allocate(geometry, cluster) {
-            Ok(handed) => (handed.host, true, handed.zeroed),
+    let kept = kept_cluster(geometry, entry, words.raw);
+    let (host, allocated, zeroed, units) = match kept {
+        Some(host) => (host, false, false, units),
+        None => match meta.allocate(geometry, cluster) {
+            Ok(handed) => (handed.host, true, handed.zeroed, units | units_to_move(geometry, entry)),
             Err(need) => return Ok(Step::Need(need)),
         },
     };
     meta.claims.insert(cluster);
     held.keep();
-    let claim = Claim { cluster, slice: Arc::clone(slice), host, allocated, zeroed };
+    let claim = Claim { cluster, slice: Arc::clone(slice), host, allocated, zeroed, units };
     Ok(Step::Copy(ClaimGuard { writer: Arc::clone(writer), claim: Some(claim) }, entry))
 }
 
@@ -138,13 +140,50 @@ pub fn lock_unclaimed<'a>(
     Ok(meta)
 }
 
-/// Whether the cluster reads as zeroes and has no host cluster.
-pub fn reads_zero_without_cluster(driver: &Qcow2Driver, cluster: GuestCluster, entry: L2Entry) -> bool {
+/// The host cluster that an entry keeps, and that what is not data yet may be written to: nothing else refers
+/// to it.
+pub fn kept_cluster(geometry: Geometry, entry: L2Entry, raw: u64) -> Option<HostCluster> {
+    match entry {
+        L2Entry::Zero { host } | L2Entry::Split { host, .. } => host.filter(|_| geometry.is_sole(raw)),
+        L2Entry::Unallocated | L2Entry::Data { .. } | L2Entry::Compressed(_) => None,
+    }
+}
+
+/// The units that have to be in the next host cluster, too. Where there are no subclusters all of it is
+/// copied anyway, and this says nothing.
+pub fn units_to_move(geometry: Geometry, entry: L2Entry) -> u32 {
+    match entry {
+        L2Entry::Split { subclusters, .. } => subclusters.allocated(),
+        L2Entry::Compressed(_) if geometry.extended_l2() => ALL_UNITS,
+        L2Entry::Unallocated | L2Entry::Zero { .. } | L2Entry::Data { .. } | L2Entry::Compressed(_) => 0,
+    }
+}
+
+/// Whether these units of the cluster read as zeroes by its entry.
+pub fn reads_zero(driver: &Qcow2Driver, cluster: GuestCluster, entry: L2Entry, units: u32) -> bool {
     match entry {
         L2Entry::Unallocated => !driver.backing_reaches(cluster),
-        L2Entry::Zero { host } => host.is_none(),
-        L2Entry::Data { .. } | L2Entry::Compressed(_) | L2Entry::Split { .. } => false,
+        L2Entry::Zero { .. } => true,
+        L2Entry::Data { .. } | L2Entry::Compressed(_) => false,
+        L2Entry::Split { subclusters, .. } => {
+            let open = units & !subclusters.zero();
+            subclusters.allocated() & units == 0 && !subclusters::backing_has(driver, cluster, open)
+        }
     }
+}
+
+/// Whether these units of the cluster read as zeroes and it has no host cluster.
+pub fn reads_zero_without_cluster(
+    driver: &Qcow2Driver,
+    cluster: GuestCluster,
+    entry: L2Entry,
+    units: u32,
+) -> bool {
+    let empty = match entry {
+        L2Entry::Zero { host } | L2Entry::Split { host, .. } => host.is_none(),
+        L2Entry::Unallocated | L2Entry::Data { .. } | L2Entry::Compressed(_) => true,
+    };
+    empty && reads_zero(driver, cluster, entry, units)
 }
 
 /// Writes the claimed cluster, what `buf` does not cover with its old content, and maps it.
@@ -197,8 +236,8 @@ fn rest_is_zero(driver: &Qcow2Driver, old: L2Entry, offset: u64, len: u64) -> Re
     }
 }
 
-/// The old content of a part of one cluster.
-fn read_old(driver: &Qcow2Driver, old: L2Entry, offset: u64, buf: &mut [u8]) -> Result<()> {
+/// The old content of a part of one cluster, which is of one kind.
+pub fn read_old(driver: &Qcow2Driver, old: L2Entry, offset: u64, buf: &mut [u8]) -> Result<()> {
     if buf.is_empty() {
         return Ok(());
     }
@@ -208,14 +247,12 @@ fn read_old(driver: &Qcow2Driver, old: L2Entry, offset: u64, buf: &mut [u8]) -> 
         L2Entry::Zero { host } => Layer::Zero { allocated: host.is_some() },
         L2Entry::Data { host, .. } => Layer::Data(host.at(geometry.offset_in_cluster(offset))),
         L2Entry::Compressed(blob) => Layer::Compressed(geometry.cluster_of(offset), blob),
-        L2Entry::Split { .. } => {
-            return Err(Error::new(ErrorKind::Unsupported, "subclusters are not written"));
-        }
+        L2Entry::Split { host, subclusters } => subclusters::layer(geometry, host, subclusters, offset),
     };
     driver.read_run(LayerRun { offset, len: buf.len() as u64, layer }, buf)
 }
 
-fn write_data(driver: &Qcow2Driver, at: HostOffset, buf: &[u8]) -> Result<()> {
+pub fn write_data(driver: &Qcow2Driver, at: HostOffset, buf: &[u8]) -> Result<()> {
     let storage = driver.data_storage();
     storage.pwrite(buf, at, Durability::Later).map_err(|e| storage_error(storage, "cannot write", at, e))
 }
@@ -284,12 +321,19 @@ fn slices_of_table(
 
 /// The range of whole clusters in `range`, the last one of the disk counted as whole.
 pub fn whole_clusters(driver: &Qcow2Driver, range: GuestRange) -> GuestRange {
-    let geometry = driver.geometry();
-    let cluster_len = geometry.cluster_len();
-    let start = range.offset().next_multiple_of(cluster_len);
+    whole(driver, range, driver.geometry().cluster_len())
+}
+
+/// The same with the units of clusters that have a state of their own.
+pub fn whole_units(driver: &Qcow2Driver, range: GuestRange) -> GuestRange {
+    whole(driver, range, driver.geometry().unit_len())
+}
+
+fn whole(driver: &Qcow2Driver, range: GuestRange, len: u64) -> GuestRange {
+    let start = range.offset().next_multiple_of(len);
     let end = match range.end() == driver.disk_end() {
         true => range.end(),
-        false => range.end() - range.end() % cluster_len,
+        false => range.end() - range.end() % len,
     };
     GuestRange::new(start, end.saturating_sub(start)).unwrap_or(range.prefix(0))
 }
@@ -313,14 +357,14 @@ impl Drop for Held {
 }
 
 /// A claim that is given back unless it is published.
-struct ClaimGuard {
+pub struct ClaimGuard {
     writer: Arc<Writer>,
     claim: Option<Claim>,
 }
 
 impl ClaimGuard {
     /// Where the data goes.
-    fn host(&self) -> Result<HostCluster> {
+    pub fn host(&self) -> Result<HostCluster> {
         let claim = self.claim.as_ref();
         claim.map(|claim| claim.host).ok_or_else(|| Error::new(ErrorKind::Failed, "a claim has ended"))
     }
@@ -340,8 +384,13 @@ impl ClaimGuard {
         }
     }
 
+    /// Whether the host cluster was allocated for it, and which units it is to have.
+    pub fn units(&self) -> (bool, u32) {
+        self.claim.as_ref().map_or((false, 0), |claim| (claim.allocated, claim.units))
+    }
+
     /// Maps the cluster.
-    fn publish(mut self, driver: &Qcow2Driver) -> Result<()> {
+    pub fn publish(mut self, driver: &Qcow2Driver) -> Result<()> {
         let Some(claim) = self.claim.take() else { return Err(closed()) };
         if prepare::end_claims(driver, &self.writer, vec![claim], true) { Ok(()) } else { Err(closed()) }
     }

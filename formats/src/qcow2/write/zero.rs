@@ -5,9 +5,9 @@
 use super::super::driver::Qcow2Driver;
 use super::super::map;
 use super::super::tables::{SliceKey, TableSlice};
-use super::super::types::{DataFile, GuestCluster, HostCluster, L2Entry};
+use super::super::types::{ALL_UNITS, DataFile, EntryWords, GuestCluster, HostCluster, L2Entry};
 use super::meta::Meta;
-use super::slow::{self, reads_zero_without_cluster, whole_clusters};
+use super::slow::{self, whole_clusters, whole_units};
 use super::{Writer, begin_changes, check_changing, commit, corrupt, provide};
 use crate::address::{GuestRange, HostOffset, HostRange};
 use crate::driver::ZeroRequest;
@@ -48,7 +48,10 @@ pub fn write_zeroes(
         writer.record(range)?;
         return zero_data_file(driver, range, request);
     }
-    let whole = whole_clusters(driver, range);
+    let whole = match request.provision {
+        Provision::Unmap | Provision::Keep => whole_units(driver, range),
+        Provision::Allocate => whole_clusters(driver, range),
+    };
     if request.fast && !is_fast(driver, range, whole, request.provision)? {
         let what = "zeroing this range takes writing zeroes";
         return Err(Error::new(ErrorKind::WouldBeSlow, what).with_path(&driver.image().facts().path));
@@ -78,8 +81,8 @@ pub fn try_write_zeroes(
         Provision::Allocate => return Ok(false),
     };
     // Version 2 has no zeroes but those of a disk that has nothing there: a matter for who may write some.
-    let whole = whole_clusters(driver, range);
-    if zeroes_data_file(driver) || !driver.geometry().zero_flag() || whole.len() != range.len() {
+    let whole = whole_units(driver, range);
+    if zeroes_data_file(driver) || !driver.geometry().can_zero() || whole.len() != range.len() {
         return Ok(false);
     }
     if !writer.is_begun() {
@@ -156,14 +159,14 @@ fn is_fast(driver: &Qcow2Driver, range: GuestRange, whole: GuestRange, provision
     let by_entries = match provision {
         Provision::Allocate => false,
         // Version 2 has no zeroes but those of a disk that has nothing there.
-        Provision::Unmap => driver.geometry().zero_flag() || driver.backing().is_none(),
-        Provision::Keep => driver.geometry().zero_flag(),
+        Provision::Unmap => driver.geometry().can_zero() || driver.backing().is_none(),
+        Provision::Keep => driver.geometry().can_zero(),
     };
     if !whole.is_empty() && !by_entries {
         return Ok(false);
     }
     for part in [head, tail] {
-        for piece in by_cluster(driver, part) {
+        for piece in by_unit(driver, part) {
             if provision == Provision::Allocate || !reads_zero(driver, piece)? {
                 return Ok(false);
             }
@@ -174,10 +177,18 @@ fn is_fast(driver: &Qcow2Driver, range: GuestRange, whole: GuestRange, provision
 
 /// The range in parts that lie in one cluster each.
 pub fn by_cluster(driver: &Qcow2Driver, range: GuestRange) -> impl Iterator<Item = GuestRange> {
-    let cluster_len = driver.geometry().cluster_len();
+    in_pieces(range, driver.geometry().cluster_len())
+}
+
+/// The range in parts that lie in one unit of a cluster each.
+fn by_unit(driver: &Qcow2Driver, range: GuestRange) -> impl Iterator<Item = GuestRange> {
+    in_pieces(range, driver.geometry().unit_len())
+}
+
+fn in_pieces(range: GuestRange, len: u64) -> impl Iterator<Item = GuestRange> {
     let mut rest = range;
     std::iter::from_fn(move || {
-        let piece = rest.prefix(map::up_to_boundary(rest.offset(), cluster_len));
+        let piece = rest.prefix(map::up_to_boundary(rest.offset(), len));
         rest = rest.skip(piece.len());
         (!piece.is_empty()).then_some(piece)
     })
@@ -194,7 +205,8 @@ fn reads_zero(driver: &Qcow2Driver, part: GuestRange) -> Result<bool> {
     }
     let Some(slice) = map::slice_at(driver, offset, MapMode::Wait)? else { return Ok(false) };
     let entry = slice.entry(cluster).map_err(|fault| map::bad_entry(driver, "L2", offset, fault))?;
-    Ok(matches!(entry, L2Entry::Zero { .. }) || reads_zero_without_cluster(driver, cluster, entry))
+    let units = geometry.units(geometry.offset_in_cluster(offset), part.len());
+    Ok(slow::reads_zero(driver, cluster, entry, units))
 }
 
 fn zero_part(
@@ -203,16 +215,16 @@ fn zero_part(
     range: GuestRange,
     provision: Provision,
 ) -> Result<()> {
-    for part in by_cluster(driver, range) {
+    for part in by_unit(driver, range) {
         let geometry = driver.geometry();
         if provision != Provision::Allocate {
             if reads_zero(driver, part)? {
                 continue;
             }
-            if geometry.zero_flag() && map::below_is_zero_around(driver, part)? {
-                let start = part.offset() - geometry.offset_in_cluster(part.offset());
-                let cluster = GuestRange::new(start, geometry.cluster_len()).unwrap_or(part);
-                change_clusters(driver, writer, cluster, Goal::Unallocated)?;
+            if geometry.can_zero() && map::below_is_zero_around(driver, part)? {
+                let start = part.offset() - part.offset() % geometry.unit_len();
+                let unit = GuestRange::new(start, geometry.unit_len()).unwrap_or(part);
+                change_clusters(driver, writer, unit, Goal::Unallocated)?;
             }
         }
         // What was done just now, or by others meanwhile, shows here.
@@ -244,7 +256,7 @@ fn change_clusters(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange
         let table = table.map_err(|fault| map::bad_entry(driver, "L1", offset, fault))?;
         if table.is_none()
             && (!driver.backing_reaches(geometry.cluster_of(offset))
-                || !geometry.zero_flag() && goal == Goal::Discard)
+                || !geometry.can_zero() && goal == Goal::Discard)
         {
             // Nothing is there, and nothing shines through.
             rest = rest.skip(map::up_to_boundary(offset, geometry.l2_coverage_len()));
@@ -331,7 +343,7 @@ fn change_slice(driver: &Qcow2Driver, writer: &Arc<Writer>, part: GuestRange, go
         Err(Stop::WriteZeroes) => {
             drop(meta);
             let rest = part.skip(done);
-            let piece = rest.prefix(geometry.cluster_len());
+            let piece = rest.prefix(map::up_to_boundary(rest.offset(), geometry.cluster_len()));
             write_zero_bytes(driver, writer, piece)?;
             Ok(done + piece.len())
         }
@@ -352,7 +364,7 @@ fn change_entries(
         if meta.claims.contains(&cluster) {
             return (done, Err(Stop::Claimed));
         }
-        if let Err(stop) = change_entry(driver, meta, slice, cluster, goal) {
+        if let Err(stop) = change_entry(driver, meta, slice, piece, goal) {
             return (done, Err(stop));
         }
         done += piece.len();
@@ -374,12 +386,24 @@ fn change_entry(
     driver: &Qcow2Driver,
     meta: &mut Meta,
     slice: &Arc<TableSlice>,
-    cluster: GuestCluster,
+    piece: GuestRange,
     goal: Goal,
 ) -> std::result::Result<(), Stop> {
     let geometry = driver.geometry();
+    let cluster = geometry.cluster_of(piece.offset());
     let entry = slice.entry(cluster).map_err(|_| Stop::Fault("an L2 entry is bad"))?;
-    let owned = geometry.is_sole(slice.raw(geometry.index_in_slice(cluster)));
+    let owned = geometry.is_sole(slice.entry_words(cluster).raw);
+    if geometry.extended_l2() {
+        match (entry, units_of(driver, piece)) {
+            (L2Entry::Split { .. }, units) => {
+                return change_split(driver, meta, slice, (cluster, entry), units, goal);
+            }
+            (_, ALL_UNITS) => {}
+            // A compressed cluster has no subclusters.
+            (_, _) if goal == Goal::Unallocated => return Ok(()),
+            (_, _) => return Err(Stop::WriteZeroes),
+        }
+    }
     let kept: Option<HostCluster> = match entry {
         L2Entry::Zero { .. } | L2Entry::Data { .. } | L2Entry::Compressed(_) if goal == Goal::Unallocated => {
             return Ok(());
@@ -388,11 +412,14 @@ fn change_entry(
         L2Entry::Unallocated if !driver.backing_reaches(cluster) => return Ok(()),
         L2Entry::Zero { host: Some(_) } if goal == Goal::Keep => return Ok(()),
         L2Entry::Data { host, .. } if goal == Goal::Keep && owned => Some(host),
-        L2Entry::Split { .. } => return Err(Stop::Fault("subclusters are not written")),
-        L2Entry::Unallocated | L2Entry::Zero { .. } | L2Entry::Data { .. } | L2Entry::Compressed(_) => None,
+        L2Entry::Unallocated
+        | L2Entry::Zero { .. }
+        | L2Entry::Data { .. }
+        | L2Entry::Compressed(_)
+        | L2Entry::Split { .. } => None,
     };
-    let raw = match (kept, geometry.zero_flag()) {
-        (None, _) if !driver.backing_reaches(cluster) => 0,
+    let changed = match (kept, geometry.can_zero()) {
+        (None, _) if !driver.backing_reaches(cluster) => EntryWords::NONE,
         (kept, true) => geometry.encode_zero(kept),
         (_, false) if goal == Goal::Discard => return Ok(()),
         (_, false) => return Err(Stop::WriteZeroes),
@@ -401,6 +428,50 @@ fn change_entry(
     if kept.is_none() {
         meta.free_entry(driver, entry).map_err(Stop::Fault)?;
     }
-    meta.set_entry(driver, slice, cluster, raw);
+    meta.set_entry(driver, slice, cluster, changed);
+    Ok(())
+}
+
+/// The units of a piece of one cluster; one that reaches to the end of the disk has all behind it, too.
+fn units_of(driver: &Qcow2Driver, piece: GuestRange) -> u32 {
+    let geometry = driver.geometry();
+    let within = geometry.offset_in_cluster(piece.offset());
+    let len = if piece.end() == driver.disk_end() { geometry.cluster_len() - within } else { piece.len() };
+    geometry.units(within, len)
+}
+
+/// As [`change_entry`], for these units of a cluster with subclusters.
+fn change_split(
+    driver: &Qcow2Driver,
+    meta: &mut Meta,
+    slice: &Arc<TableSlice>,
+    (cluster, entry): (GuestCluster, L2Entry),
+    units: u32,
+    goal: Goal,
+) -> std::result::Result<(), Stop> {
+    let L2Entry::Split { host, subclusters } = entry else { return Ok(()) };
+    let geometry = driver.geometry();
+    let raw = slice.entry_words(cluster).raw;
+    let unallocated = units & !subclusters.allocated() & !subclusters.zero();
+    let zero_already = slow::reads_zero(driver, cluster, entry, units);
+    // The host cluster stays where it is as long as a part of it may be data.
+    let in_part = |units| EntryWords { raw, bitmap: subclusters.with_zeroes(units).encode() };
+    let kept = slow::kept_cluster(geometry, entry, raw);
+    let (changed, stays) = match goal {
+        Goal::Unallocated if unallocated == 0 => return Ok(()),
+        Goal::Unallocated => (in_part(unallocated), true),
+        Goal::Unmap | Goal::Keep | Goal::Discard if units != ALL_UNITS && zero_already => return Ok(()),
+        Goal::Unmap | Goal::Keep | Goal::Discard if units != ALL_UNITS => (in_part(units), true),
+        Goal::Keep if zero_already => return Ok(()),
+        Goal::Keep if kept.is_some() => (geometry.encode_zero(kept), true),
+        Goal::Unmap | Goal::Discard if zero_already && host.is_none() => return Ok(()),
+        Goal::Unmap | Goal::Discard if !driver.backing_reaches(cluster) => (EntryWords::NONE, false),
+        Goal::Unmap | Goal::Keep | Goal::Discard => (geometry.encode_zero(None), false),
+    };
+    meta.check_entry(driver, entry).map_err(Stop::Fault)?;
+    if !stays {
+        meta.free_entry(driver, entry).map_err(Stop::Fault)?;
+    }
+    meta.set_entry(driver, slice, cluster, changed);
     Ok(())
 }
