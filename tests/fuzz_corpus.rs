@@ -30,3 +30,13 @@ fn handshakes() {
 fn transmissions() {
     replay("nbd_transmission", 50, nbd::transmission::run);
 }
+
+#[test]
+fn chosen_options() {
+    replay("nbd_options", 50, nbd::structured::options);
+}
+
+#[test]
+fn chosen_requests() {
+    replay("nbd_requests", 50, nbd::structured::requests);
+}

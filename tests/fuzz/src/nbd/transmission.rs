@@ -60,7 +60,8 @@ pub fn run(input: &[u8]) {
     }
 }
 
-fn rules([size, flags_high, flags_low, rest]: [u8; 4]) -> SessionRules {
+/// What was agreed, by four bytes.
+pub(super) fn rules([size, flags_high, flags_low, rest]: [u8; 4]) -> SessionRules {
     let flags = TransmissionFlags::from_bits_truncate(u16::from_be_bytes([flags_high, flags_low]));
     let form = match (rest & 1 != 0, rest & 0x20 != 0) {
         (false, _) => ReplyForm::Simple,
