@@ -379,7 +379,10 @@ impl<'a> Image<'a> {
 
     fn load_bitmaps(&mut self) -> Result<(), String> {
         let mut at = u64::from(self.bytes.be32(100));
-        while at < self.cluster_len() {
+        // Extensions end where the backing file's name begins (specification), be it before they do.
+        let name_at = self.bytes.be64(8);
+        let end = if name_at == 0 { self.cluster_len() } else { name_at.min(self.cluster_len()) };
+        while at < end {
             let (kind, len) = (self.bytes.be32(at), u64::from(self.bytes.be32(at + 4)));
             if kind == 0 {
                 break;
