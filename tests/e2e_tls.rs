@@ -1,15 +1,11 @@
-//! TLS on a running server: who is let in and who is not, what survives STARTTLS (nothing), certificates that change,
-//! and the clients of others: libnbd, QEMU, OpenSSL.
+//! TLS on a running server: who is let in and who is not, what survives STARTTLS (nothing), and certificates that change.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[allow(dead_code)]
 mod support;
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{Read, Write};
-use std::net::TcpStream;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -21,46 +17,8 @@ use support::client::{Client, Request, Wishes, go_data, greet, option_bytes, rea
 use support::rng::Rng;
 use support::server::{Serve, Server};
 use support::tls;
-use support::tools::{run, tool};
+use support::tls_rig::{DISK_LEN, Rig, wait_until};
 use support::wire::{command, option, option_reply};
-
-const DISK_LEN: usize = 16 << 20;
-
-struct Rig {
-    folder: tempfile::TempDir,
-    authority: Authority,
-    content: Vec<u8>,
-}
-
-impl Rig {
-    /// A disk, a CA, and the folders `server` and `client`.
-    fn new(test: &str) -> Self {
-        let folder = support::scratch(test);
-        let authority = Authority::new("the CA of the tests");
-        let content = Rng::fixed(31).bytes(DISK_LEN);
-        fs::write(folder.path().join("disk"), &content).unwrap();
-        server_folder(&folder.path().join("server"), &authority, SERVER);
-        client_folder(&folder.path().join("client"), &authority, CLIENT, &authority.cert);
-        Self { folder, authority, content }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn serve(&self, args: &[&str]) -> Server {
-        let folder = self.path("server");
-        let all = [&["--tls-dir", folder.to_str().unwrap()], args].concat();
-        Serve::image(self.path("disk")).format("raw").args(&all).start()
-    }
-
-    /// A client's folder with a certificate like this.
-    fn client(&self, name: &str, authority: &Authority, says: Says) -> PathBuf {
-        let folder = self.path(name);
-        client_folder(&folder, authority, says, &self.authority.cert);
-        folder
-    }
-}
 
 #[test]
 fn reads_and_writes_under_both_versions() {
@@ -333,15 +291,6 @@ fn files_that_cannot_be_used_are_named() {
     }
 }
 
-#[track_caller]
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let begin = Instant::now();
-    while !is_so() {
-        assert!(begin.elapsed() < Duration::from_secs(30), "{what}: not in time");
-        sleep(Duration::from_millis(100));
-    }
-}
-
 #[test]
 fn certificates_are_taken_anew() {
     let rig = Rig::new("tls-reload");
@@ -378,128 +327,5 @@ fn a_revocation_list_that_is_out_of_date_lets_nobody_in() {
     fs::write(rig.path("server/ca-crl.pem"), rig.authority.revoke(&[], -1)).unwrap();
     let server = rig.serve(&[]);
     tls::try_options(server.socket(), &rig.path("client")).unwrap_err();
-    server.stop();
-}
-
-fn tcp_port(server: &Server) -> u16 {
-    // The listener of TLS from the first byte has no URI, but is in the log.
-    let log = server.stderr();
-    let at = log.find("nbds:127.0.0.1:").expect(&log) + "nbds:127.0.0.1:".len();
-    log[at..].chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap()
-}
-
-#[test]
-fn tls_from_the_first_byte_and_openssl() {
-    let rig = Rig::new("tls-first");
-    let server = rig.serve(&["-v", "--listen", "nbds:127.0.0.1:0"]);
-    wait_until("the listener", || server.stderr().contains("nbds:127.0.0.1:"));
-    let port = tcp_port(&server);
-    let mut plain = TcpStream::connect(("127.0.0.1", port)).unwrap();
-    plain.write_all(b"no TLS at all, and long enough to be seen as such").unwrap();
-    assert!(!tls::rest(&mut plain).starts_with(b"NBDMAGIC"), "no greeting in plain text");
-    let client = rig.path("client");
-    let s_client = |version: &str| -> Vec<u8> {
-        let mut command = tool("openssl");
-        command
-            .args([
-                "s_client",
-                "-quiet",
-                "-connect",
-                &format!("127.0.0.1:{port}"),
-                version,
-                "-cipher",
-                "ALL:@SECLEVEL=0",
-            ])
-            .args(["-verify_return_error", "-verify_hostname", "localhost", "-CAfile"])
-            .arg(client.join("ca-cert.pem"))
-            .arg("-cert")
-            .arg(client.join("client-cert.pem"))
-            .arg("-key")
-            .arg(client.join("client-key.pem"))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null());
-        let mut child = command.spawn().unwrap();
-        let mut stdin = child.stdin.take().unwrap();
-        let _ = stdin.write_all(&[&3_u32.to_be_bytes()[..], &option_bytes(option::ABORT, &[])].concat());
-        let mut out = Vec::new();
-        child.stdout.take().unwrap().read_to_end(&mut out).unwrap();
-        drop(stdin);
-        child.wait().unwrap();
-        out
-    };
-    for version in ["-tls1_2", "-tls1_3"] {
-        let out = s_client(version);
-        assert!(out.starts_with(b"NBDMAGICIHAVEOPT"), "{version}: {out:?}");
-        assert_eq!(out.len(), 18 + 20, "{version}: the greeting and the answer to ABORT");
-    }
-    for version in ["-tls1_1", "-tls1"] {
-        assert!(s_client(version).is_empty(), "{version} is too old");
-    }
-    server.stop();
-}
-
-fn tls_uri(server: &Server, certificates: &Path) -> String {
-    format!("nbds+unix:///?socket={}&tls-certificates={}", server.socket().display(), certificates.display())
-}
-
-fn qemu_img(folder: &Path, certificates: &Path, server: &Server, before: &[&str], after: &[&str]) -> Vec<u8> {
-    let (verb, rest) = before.split_first().unwrap();
-    run(tool("qemu-img")
-        .current_dir(folder)
-        .arg(verb)
-        .arg("--object")
-        .arg(format!("tls-creds-x509,id=tls0,endpoint=client,dir={}", certificates.display()))
-        .args(rest)
-        .arg("--image-opts")
-        .arg(format!(
-            "driver=nbd,server.type=unix,server.path={},tls-creds=tls0,tls-hostname=localhost",
-            server.socket().display()
-        ))
-        .args(after))
-}
-
-/// With a folder that `nbd-img tls init` made, which serves both sides.
-#[test]
-fn libnbd_and_qemu_work_with_what_tls_init_makes() {
-    let rig = Rig::new("tls-peers");
-    let folder = rig.path("made");
-    let init = || {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_nbd-img"));
-        command.args(["tls", "init", "--host", "disks.example", "--days", "30"]).arg(&folder);
-        command.output().unwrap()
-    };
-    let made = init();
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-    for (file, mode) in [("ca-key.pem", 0o600), ("server-key.pem", 0o600), ("client-cert.pem", 0o644)] {
-        assert_eq!(folder.join(file).metadata().unwrap().permissions().mode() & 0o777, mode, "{file}");
-    }
-    let before = fs::read(folder.join("server-key.pem")).unwrap();
-    assert!(!init().status.success(), "nothing is overwritten");
-    assert_eq!(fs::read(folder.join("server-key.pem")).unwrap(), before);
-
-    let server =
-        Serve::image(rig.path("disk")).format("raw").args(&["--tls-dir", folder.to_str().unwrap()]).start();
-    let uri = tls_uri(&server, &folder);
-    let info = run(tool("nbdinfo").args(["--json", &uri]));
-    let info: serde_json::Value = serde_json::from_slice(&info).unwrap();
-    assert_eq!(info["TLS"], true, "{info}");
-    let copy = rig.path("copy");
-    run(tool("nbdcopy").arg(&uri).arg(&copy));
-    assert_same("by libnbd", &fs::read(&copy).unwrap(), &rig.content);
-    let mut other = rig.content.clone();
-    other.reverse();
-    fs::write(&copy, &other).unwrap();
-    run(tool("nbdcopy").arg(&copy).arg(&uri));
-    assert_same("to us by libnbd", &fs::read(rig.path("disk")).unwrap(), &other);
-    File::create(rig.path("copy2")).unwrap();
-    qemu_img(rig.folder.path(), &folder, &server, &["convert", "-O", "raw"], &["copy2"]);
-    assert_same("by QEMU", &fs::read(rig.path("copy2")).unwrap(), &other);
-    let stranger = rig.client("stranger", &Authority::new("another CA"), CLIENT);
-    fs::copy(folder.join("ca-cert.pem"), stranger.join("ca-cert.pem")).unwrap();
-    for certificates in [&rig.path("client"), &stranger] {
-        let refused = tool("nbdinfo").args(["--size", &tls_uri(&server, certificates)]).output().unwrap();
-        assert!(!refused.status.success(), "{}", certificates.display());
-    }
     server.stop();
 }

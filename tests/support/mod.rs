@@ -16,6 +16,7 @@ pub mod qmp;
 pub mod rng;
 pub mod server;
 pub mod tls;
+pub mod tls_rig;
 pub mod tools;
 pub mod wire;
 pub mod writers;

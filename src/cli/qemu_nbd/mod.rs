@@ -240,4 +240,6 @@ fn explain_image(error: &nbd_img_formats::Error, operand: &str) -> String {
 }
 
 #[cfg(test)]
+mod callers_tests;
+#[cfg(test)]
 mod tests;
