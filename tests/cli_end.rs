@@ -7,32 +7,25 @@ mod support;
 
 use std::fs;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use support::client::{Client, Request, Wishes, greet, is_hangup};
+use support::images::{SMALL_DISK_LEN, small_disk};
 use support::scratch;
 use support::server::{Serve, Server};
 use support::tools::{run, tool};
 use support::wire::command;
 
 const PATIENCE: Duration = Duration::from_secs(30);
-const DISK_LEN: usize = 1 << 20;
 const PLAIN: Wishes = Wishes::SIMPLE;
-
-fn image(folder: &Path) -> (PathBuf, Vec<u8>) {
-    let content: Vec<u8> = (0..DISK_LEN).map(|i| (i / 512 + i) as u8).collect();
-    let path = folder.join("disk.img");
-    fs::write(&path, &content).unwrap();
-    (path, content)
-}
 
 #[test]
 fn sighup_is_ignored_and_a_second_sigterm_ends_it_at_once() {
     let folder = scratch("signals");
-    let (path, _) = image(folder.path());
+    let (path, _) = small_disk(folder.path());
     let mut server = Serve::image(&path).format("raw").args(&["--drain-timeout", "60"]).start();
     let _stuck = client_that_does_not_read(server.socket());
     server.signal(Signal::HUP);
@@ -48,7 +41,7 @@ fn sighup_is_ignored_and_a_second_sigterm_ends_it_at_once() {
 #[test]
 fn a_storm_of_signals_disturbs_nobody() {
     let folder = scratch("storm");
-    let (path, content) = image(folder.path());
+    let (path, content) = small_disk(folder.path());
     let mut server = Serve::image(&path).format("raw").start();
     let mut client = Client::unix(server.socket(), "", PLAIN);
     for _ in 0..100 {
@@ -70,7 +63,7 @@ fn a_storm_of_signals_disturbs_nobody() {
 #[test]
 fn a_client_that_does_not_read_cannot_hold_up_the_end() {
     let folder = scratch("drain");
-    let (path, _) = image(folder.path());
+    let (path, _) = small_disk(folder.path());
     let mut server = Serve::image(&path).format("raw").args(&["--drain-timeout", "1"]).start();
     let _stuck = client_that_does_not_read(server.socket());
     let mut writer = Client::unix(server.socket(), "", PLAIN);
@@ -94,7 +87,7 @@ fn with_bad_syncs(image: &Path, how: &str) -> Server {
 #[test]
 fn a_last_flush_that_fails_is_told_by_the_status() {
     let folder = scratch("flush-fails");
-    let (path, _) = image(folder.path());
+    let (path, _) = small_disk(folder.path());
     let mut server = with_bad_syncs(&path, "error=EIO");
     Client::unix(server.socket(), "", PLAIN).write(0, &[1; 512]);
     server.signal(Signal::TERM);
@@ -106,7 +99,7 @@ fn a_last_flush_that_fails_is_told_by_the_status() {
 #[test]
 fn a_last_flush_that_hangs_is_left_behind_after_the_drain_time() {
     let folder = scratch("flush-hangs");
-    let (path, _) = image(folder.path());
+    let (path, _) = small_disk(folder.path());
     let mut server = with_bad_syncs(&path, "delay_enter=5s");
     Client::unix(server.socket(), "", PLAIN).write(0, &[1; 512]);
     let begin = Instant::now();
@@ -125,7 +118,7 @@ fn a_last_flush_that_hangs_is_left_behind_after_the_drain_time() {
 fn client_that_does_not_read(socket: &Path) -> Client {
     let mut client = Client::unix(socket, "", PLAIN);
     for _ in 0..64 {
-        client.send(Request::new(command::READ, 0, DISK_LEN), &[]).unwrap();
+        client.send(Request::new(command::READ, 0, SMALL_DISK_LEN), &[]).unwrap();
     }
     thread::sleep(Duration::from_millis(200));
     client
@@ -134,7 +127,7 @@ fn client_that_does_not_read(socket: &Path) -> Client {
 #[test]
 fn idle_clients_do_not_delay_the_end() {
     let folder = scratch("idle");
-    let (path, _) = image(folder.path());
+    let (path, _) = small_disk(folder.path());
     let mut server = Serve::image(&path).format("raw").args(&["--drain-timeout", "30"]).start();
     let mut idle: Vec<_> = (0..20).map(|_| Client::unix(server.socket(), "", PLAIN)).collect();
     idle.iter_mut().for_each(|client| assert_eq!(client.read(0, 512).len(), 512));
@@ -149,14 +142,14 @@ fn idle_clients_do_not_delay_the_end() {
 fn what_was_answered_before_the_end_is_in_the_file() {
     const WRITE_LEN: usize = 16 << 10;
     let folder = scratch("in-flight");
-    let (path, content) = image(folder.path());
+    let (path, content) = small_disk(folder.path());
     let mut server = Serve::image(&path).format("raw").start();
     let mut client = Client::unix(server.socket(), "", PLAIN);
     let send = |i: usize| {
         let request = Request::new(command::WRITE, (i * WRITE_LEN) as u64, WRITE_LEN);
         client.send(request, &[0xa5; WRITE_LEN]).unwrap()
     };
-    let cookies: Vec<u64> = (0..DISK_LEN / WRITE_LEN).map(send).collect();
+    let cookies: Vec<u64> = (0..SMALL_DISK_LEN / WRITE_LEN).map(send).collect();
     let first = client.reply().unwrap();
     server.signal(Signal::TERM);
     let mut answered = vec![first];
@@ -184,7 +177,7 @@ fn what_was_answered_before_the_end_is_in_the_file() {
 #[test]
 fn connections_that_have_not_negotiated_do_not_delay_the_end() {
     let folder = scratch("half-open");
-    let (path, _) = image(folder.path());
+    let (path, _) = small_disk(folder.path());
     let mut server = Serve::image(&path).format("raw").args(&["--drain-timeout", "30"]).start();
     let silent: Vec<_> = (0..100).map(|_| UnixStream::connect(server.socket()).unwrap()).collect();
     let begin = Instant::now();
@@ -197,7 +190,7 @@ fn connections_that_have_not_negotiated_do_not_delay_the_end() {
 #[test]
 fn exit_last_ends_after_the_last_real_client() {
     let folder = scratch("exit-last");
-    let (path, _) = image(folder.path());
+    let (path, _) = small_disk(folder.path());
     let mut server = Serve::image(&path).format("raw").args(&["--exit-last"]).start();
     drop(UnixStream::connect(server.socket()).unwrap());
     drop(greet(server.socket()));

@@ -10,28 +10,21 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use support::client::{Client, Wishes, go_data, greet, option_bytes, read_option_reply};
+use support::images::{SMALL_DISK_LEN, small_disk};
 use support::server::{Serve, Server};
 use support::tools::{output, run, tool};
 use support::wire::{option, option_reply};
 use support::{assert_same, scratch};
 
 const PATIENCE: Duration = Duration::from_secs(30);
-const DISK_LEN: usize = 1 << 20;
 const PLAIN: Wishes = Wishes::SIMPLE;
-
-fn image(folder: &Path) -> (PathBuf, Vec<u8>) {
-    let content: Vec<u8> = (0..DISK_LEN).map(|i| (i / 512 + i) as u8).collect();
-    let path = folder.join("disk.img");
-    fs::write(&path, &content).unwrap();
-    (path, content)
-}
 
 /// A server with its own pipes, killed on drop.
 struct Running(Child);
@@ -89,7 +82,7 @@ fn serve(image: &Path) -> Command {
 #[test]
 fn one_uri_for_each_listener_and_all_of_them_serve() {
     let folder = scratch("listeners");
-    let (path, content) = image(folder.path());
+    let (path, content) = small_disk(folder.path());
     let odd = folder.path().join("a b&c.sock");
     let mut command = serve(&path);
     command.arg("--socket").arg(&odd).args(["--listen", "tcp:127.0.0.1:0", "--listen", "[::1]:0"]);
@@ -115,7 +108,7 @@ fn one_uri_for_each_listener_and_all_of_them_serve() {
 #[test]
 fn ready_means_that_everything_is_there() {
     let folder = scratch("ready");
-    let (path, _) = image(folder.path());
+    let (path, _) = small_disk(folder.path());
     let (fifo, pid_file, socket) =
         (folder.path().join("fifo"), folder.path().join("pid"), folder.path().join("s"));
     run(Command::new("mkfifo").arg(&fifo));
@@ -149,7 +142,7 @@ fn ready_means_that_everything_is_there() {
 #[test]
 fn a_stale_socket_is_replaced_and_a_live_one_refused() {
     let folder = scratch("stale");
-    let (path, _) = image(folder.path());
+    let (path, _) = small_disk(folder.path());
     let socket = folder.path().join("s");
     let mut first = Running::start(serve(&path).arg("--read-only").arg("--socket").arg(&socket));
     first.stdout_line();
@@ -185,7 +178,7 @@ fn activated(image: &Path, first: OwnedFd, second: OwnedFd, args: &[&str]) -> Ch
 #[test]
 fn sockets_of_a_service_manager_are_used() {
     let folder = scratch("activation");
-    let (path, content) = image(folder.path());
+    let (path, content) = small_disk(folder.path());
     let socket = folder.path().join("s");
     let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = tcp.local_addr().unwrap();
@@ -206,7 +199,7 @@ fn sockets_of_a_service_manager_are_used() {
 #[test]
 fn under_activation_there_is_nowhere_else_to_listen() {
     let folder = scratch("activation");
-    let (path, _) = image(folder.path());
+    let (path, _) = small_disk(folder.path());
     let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
     let unix = UnixListener::bind(folder.path().join("s")).unwrap();
     let mut server = Running(activated(&path, tcp.into(), unix.into(), &["--socket", "other"]));
@@ -226,10 +219,10 @@ fn captive(program: &str, before: &[&str], image: &Path, after: &[&str]) -> Comm
 #[test]
 fn libnbds_tools_run_it_captive_and_nothing_of_it_is_left() {
     let folder = scratch("captive");
-    let (path, content) = image(folder.path());
+    let (path, content) = small_disk(folder.path());
     let shown = output(&mut captive("nbdinfo", &["--size"], &path, &[]));
     assert!(shown.status.success(), "{}", String::from_utf8_lossy(&shown.stderr));
-    assert_eq!(String::from_utf8(shown.stdout).unwrap().trim(), DISK_LEN.to_string());
+    assert_eq!(String::from_utf8(shown.stdout).unwrap().trim(), SMALL_DISK_LEN.to_string());
     assert!(shown.stderr.is_empty(), "noise: {}", String::from_utf8_lossy(&shown.stderr));
     assert_same("nbdcopy to stdout", &run(&mut captive("nbdcopy", &[], &path, &["-"])), &content);
     // The whole path is ours alone.
@@ -250,7 +243,7 @@ fn processes_with(marker: &str) -> usize {
 #[test]
 fn several_exports_are_told_apart() {
     let folder = scratch("exports");
-    let (path, content) = image(folder.path());
+    let (path, content) = small_disk(folder.path());
     let second = folder.path().join("second, with comma.img");
     fs::write(&second, vec![9; 4096]).unwrap();
     let socket = folder.path().join("s");
@@ -279,7 +272,7 @@ fn several_exports_are_told_apart() {
 #[test]
 fn rounding_down_is_said() {
     let folder = scratch("rounding");
-    let (path, _) = image(folder.path());
+    let (path, _) = small_disk(folder.path());
     let server = Serve::image(&path).format("raw").args(&["--offset", "1000", "--size", "2000"]).start();
     assert_eq!(Client::unix(server.socket(), "", PLAIN).read_all().len(), 1536);
     logged(&server, "stated=1000 rounded=512");
@@ -300,7 +293,7 @@ fn logged(server: &Server, text: &str) {
 #[test]
 fn a_starter_that_closes_stdout_loses_only_the_line() {
     let folder = scratch("stdout");
-    let (path, _) = image(folder.path());
+    let (path, _) = small_disk(folder.path());
     let socket = folder.path().join("s");
     let mut command = serve(&path);
     command.arg("--socket").arg(&socket).stdin(Stdio::null()).stderr(Stdio::piped());

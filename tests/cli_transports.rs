@@ -20,20 +20,13 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use support::certificates::{Authority, CLIENT, SERVER, client_folder, server_folder};
 use support::client::{Client, Request, Transport, Wishes};
+use support::images::{SMALL_DISK_LEN, small_disk};
 use support::tools::{output, python_nbd, run, tool};
 use support::wire::command;
 use support::{assert_same, scratch, tls};
 
 const PATIENCE: Duration = Duration::from_secs(30);
-const DISK_LEN: usize = 1 << 20;
 const PLAIN: Wishes = Wishes::SIMPLE;
-
-fn image(folder: &Path) -> (PathBuf, Vec<u8>) {
-    let content: Vec<u8> = (0..DISK_LEN).map(|i| (i / 512 + i) as u8).collect();
-    let path = folder.join("disk.img");
-    fs::write(&path, &content).unwrap();
-    (path, content)
-}
 
 fn serve(image: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_nbd-img"));
@@ -114,7 +107,7 @@ fn reads_all(mut client: Client, content: &[u8]) {
 #[test]
 fn an_abstract_socket_is_reached_by_its_name() {
     let folder = scratch("abstract");
-    let (path, content) = image(folder.path());
+    let (path, content) = small_disk(folder.path());
     let name = format!("nbd-img-{}", std::process::id());
     let address = format!("unix:@{name}");
     let mut server = Running::start(&mut serve(&path, &["-r", "--listen", &address]));
@@ -129,7 +122,7 @@ fn an_abstract_socket_is_reached_by_its_name() {
 #[test]
 fn a_socket_file_gets_mode_and_owner() {
     let folder = scratch("mode");
-    let (path, content) = image(folder.path());
+    let (path, content) = small_disk(folder.path());
     let socket = folder.path().join("s");
     let socket_text = socket.to_str().unwrap();
     let mut server = Running::start(&mut serve(&path, &["--socket", socket_text, "--socket-mode", "606"]));
@@ -158,7 +151,7 @@ fn a_socket_file_gets_mode_and_owner() {
 #[test]
 fn vsock_is_listened_on_or_its_lack_is_told() {
     let folder = scratch("vsock");
-    let (path, content) = image(folder.path());
+    let (path, content) = small_disk(folder.path());
     let mut command = serve(&path, &["-r", "--listen", "vsock:0", "-x", "disk"]);
     if let Err(error) = socket2::Socket::new(socket2::Domain::VSOCK, socket2::Type::STREAM, None) {
         println!("no vsock here: {error}");
@@ -189,7 +182,7 @@ fn vsock_is_listened_on_or_its_lack_is_told() {
 #[test]
 fn a_listening_socket_of_the_starter_is_used() {
     let folder = scratch("fd-listening");
-    let (path, content) = image(folder.path());
+    let (path, content) = small_disk(folder.path());
     let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = tcp.local_addr().unwrap();
     let own = folder.path().join("own");
@@ -215,7 +208,7 @@ fn with_client(image: &Path, args: &[&str], socket: OwnedFd) -> Running {
 #[test]
 fn a_connected_socket_of_the_starter_is_served_and_then_the_server_ends() {
     let folder = scratch("fd-connected");
-    let (path, content) = image(folder.path());
+    let (path, content) = small_disk(folder.path());
     let (theirs, ours) = UnixStream::pair().unwrap();
     let mut server = with_client(&path, &["--listen", "fd:5"], theirs.into());
     reads_all(Client::over(Box::new(ours), "", PLAIN), &content);
@@ -232,7 +225,7 @@ fn a_connected_socket_of_the_starter_is_served_and_then_the_server_ends() {
 #[test]
 fn a_connected_socket_beside_a_listening_one_ends_nothing() {
     let folder = scratch("fd-beside");
-    let (path, content) = image(folder.path());
+    let (path, content) = small_disk(folder.path());
     let (theirs, ours) = UnixStream::pair().unwrap();
     let own = folder.path().join("own");
     let args = ["--listen", "fd:5", "--socket", own.to_str().unwrap()];
@@ -246,7 +239,7 @@ fn a_connected_socket_beside_a_listening_one_ends_nothing() {
 #[test]
 fn descriptors_that_cannot_be_used_are_told_apart() {
     let folder = scratch("fd-errors");
-    let (path, _) = image(folder.path());
+    let (path, _) = small_disk(folder.path());
     let moved = |args: &[&str], moves: &str| serve_moved(&path, args, moves);
     assert_refused(
         &mut moved(&["--listen", "fd:9"], "9<&-"),
@@ -268,7 +261,7 @@ fn descriptors_that_cannot_be_used_are_told_apart() {
 #[test]
 fn libnbd_talks_to_a_server_that_it_starts() {
     let folder = scratch("command");
-    let (path, content) = image(folder.path());
+    let (path, content) = small_disk(folder.path());
     let script = "import nbd, sys\n\
         h = nbd.NBD()\n\
         h.connect_command(sys.argv[1:])\n\
@@ -321,15 +314,18 @@ impl Transport for Pipes {
 #[test]
 fn two_pipes_are_a_connection() {
     let folder = scratch("pipes");
-    let (path, mut content) = image(folder.path());
+    let (path, mut content) = small_disk(folder.path());
     let mut command = serve(&path, &["--listen", "stdio"]);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut server = Running(command.spawn().unwrap());
     let pipes = Pipes(server.0.stdin.take().unwrap(), server.0.stdout.take().unwrap());
     let mut client = Client::over(Box::new(pipes), "", Wishes::STRUCTURED);
     // More than pipes hold, both ways.
-    content[..DISK_LEN / 2].fill(7);
-    assert_eq!(client.ask(Request::new(command::WRITE, 0, DISK_LEN / 2), &content[..DISK_LEN / 2]).error, 0);
+    content[..SMALL_DISK_LEN / 2].fill(7);
+    assert_eq!(
+        client.ask(Request::new(command::WRITE, 0, SMALL_DISK_LEN / 2), &content[..SMALL_DISK_LEN / 2]).error,
+        0
+    );
     assert_same("the disk", &client.read_all(), &content);
     client.disconnect();
     assert!(server.wait().success());
@@ -341,7 +337,7 @@ fn two_pipes_are_a_connection() {
 #[test]
 fn inetd_gives_one_socket_for_all_three() {
     let folder = scratch("inetd");
-    let (path, _) = image(folder.path());
+    let (path, _) = small_disk(folder.path());
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (theirs, _) = listener.accept().unwrap();
@@ -363,7 +359,7 @@ fn inetd_gives_one_socket_for_all_three() {
 #[test]
 fn a_listening_socket_may_be_stdin() {
     let folder = scratch("inetd-wait");
-    let (path, content) = image(folder.path());
+    let (path, content) = small_disk(folder.path());
     let listener = UnixListener::bind(folder.path().join("s")).unwrap();
     let mut command = serve(&path, &["--listen", "stdio", "--exit-last"]);
     command.stdin(OwnedFd::from(listener)).stdout(Stdio::null()).stderr(Stdio::piped());
@@ -390,7 +386,7 @@ fn tls_client(stream: UnixStream, folder: &Path) -> Client {
 #[test]
 fn tls_from_the_first_byte_goes_over_every_socket() {
     let folder = scratch("nbds");
-    let (path, content) = image(folder.path());
+    let (path, content) = small_disk(folder.path());
     let (certs, client) = certificates(folder.path());
     let certs = certs.to_str().unwrap();
     let socket = folder.path().join("s");
@@ -420,7 +416,7 @@ fn tls_from_the_first_byte_goes_over_every_socket() {
 #[test]
 fn activation_takes_several_sockets_and_their_names() {
     let folder = scratch("activation");
-    let (path, content) = image(folder.path());
+    let (path, content) = small_disk(folder.path());
     let (certs, client) = certificates(folder.path());
     let [plain, secure, third] = ["plain", "secure", "third"].map(|name| folder.path().join(name));
     let listen = |path: &Path| OwnedFd::from(UnixListener::bind(path).unwrap());
@@ -444,7 +440,7 @@ fn activation_takes_several_sockets_and_their_names() {
 #[test]
 fn oldstyle_clients_are_served() {
     let folder = scratch("oldstyle");
-    let (path, mut content) = image(folder.path());
+    let (path, mut content) = small_disk(folder.path());
     let socket = folder.path().join("s");
     let args = ["--oldstyle", "-x", "a name that nobody asks for", "--socket", socket.to_str().unwrap()];
     let mut server = Running::start(&mut serve(&path, &args));

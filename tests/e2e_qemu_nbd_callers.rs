@@ -58,21 +58,9 @@ fn virtnbdbackup() {
     let mut maps = Vec::new();
     for program in BOTH {
         let pid_file = format!("--pid-file={pid}");
-        let line = [
-            "-r",
-            "--format=qcow2",
-            "-x",
-            "vda",
-            "disk.qcow2",
-            "-k",
-            &socket,
-            "-t",
-            "-e 2",
-            "--fork",
-            "--detect-zeroes=on",
-            &pid_file,
-            "--bitmap=b",
-        ];
+        let start =
+            ["-r", "--format=qcow2", "-x", "vda", "disk.qcow2", "-k", &socket, "-t", "-e 2", "--fork"];
+        let line = [&start[..], &["--detect-zeroes=on", &pid_file, "--bitmap=b"]].concat();
         assert_eq!(
             program.ends(folder.path(), &line),
             (Some(0), String::new(), String::new()),
@@ -83,20 +71,7 @@ fn virtnbdbackup() {
         maps.push((map("base:allocation"), map("qemu:dirty-bitmap:b")));
         end_by(&pid, &socket);
         // The other form of the line: nothing behind the dashes.
-        let line = [
-            "-r",
-            "--format=qcow2",
-            "-x",
-            "vda",
-            "disk.qcow2",
-            "-k",
-            &socket,
-            "-t",
-            "-e 2",
-            "--fork",
-            &pid_file,
-            "--",
-        ];
+        let line = [&start[..], &[&pid_file, "--"]].concat();
         assert_eq!(program.ends(folder.path(), &line).0, Some(0), "{program:?}");
         end_by(&pid, &socket);
     }

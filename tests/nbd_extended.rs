@@ -11,19 +11,9 @@ use nbd_img::nbd::export_info::TransmissionFlags;
 use nbd_img::nbd::negotiate::{Agreed, AgreedContext};
 use nbd_img::nbd::reply::ReplyForm;
 use nbd_img::nbd::request::*;
+use nbd_support::commands::*;
 use nbd_support::{export, extended_request, request};
 use proptest::prelude::*;
-
-const READ: u16 = 0;
-const WRITE: u16 = 1;
-const DISC: u16 = 2;
-const FLUSH: u16 = 3;
-const TRIM: u16 = 4;
-const CACHE: u16 = 5;
-const ZEROES: u16 = 6;
-const STATUS: u16 = 7;
-const REQ_ONE: u16 = 8;
-const PAYLOAD_LEN: u16 = 32;
 
 const TIB: u64 = 1 << 40;
 const PAYLOAD: u64 = 32 << 20;

@@ -13,24 +13,9 @@ use nbd_img::nbd::request::{
     Command, CommandFlags, DRAIN_MAX_LEN, Disposition, Parsed, REQUEST_HEADER_LEN, Request, SessionRules,
     check, parse,
 };
+use nbd_support::commands::*;
 use nbd_support::{export, request};
 use proptest::prelude::*;
-
-const READ: u16 = 0;
-const WRITE: u16 = 1;
-const DISC: u16 = 2;
-const FLUSH: u16 = 3;
-const TRIM: u16 = 4;
-const CACHE: u16 = 5;
-const ZEROES: u16 = 6;
-const STATUS: u16 = 7;
-
-const FUA: u16 = 1;
-const NO_HOLE: u16 = 2;
-const DF: u16 = 4;
-const REQ_ONE: u16 = 8;
-const FAST_ZERO: u16 = 16;
-const PAYLOAD_LEN: u16 = 32;
 
 const SIZE: u64 = 1 << 30;
 const PAYLOAD: u32 = 32 << 20;

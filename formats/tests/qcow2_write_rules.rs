@@ -40,6 +40,14 @@ fn open_kept(memory: &Arc<MemoryStorage>) -> Arc<dyn BlockDriver> {
     open_with(storage, None, 1 << 20, WriteOptions::default()).unwrap()
 }
 
+/// The same with its calls to the file counted.
+fn open_counted(memory: &Arc<MemoryStorage>) -> (Arc<Faults>, Arc<dyn BlockDriver>) {
+    let faults = Faults::new();
+    let storage = faults.attach(Wrapped::new(Arc::clone(memory) as Arc<dyn Storage>, NeverClosed));
+    let driver = open_with(storage, None, 1 << 20, WriteOptions::default()).unwrap();
+    (faults, driver)
+}
+
 fn check(folder: &Folder, memory: &MemoryStorage, disk: &[u8]) {
     let path = folder.file("written.qcow2");
     std::fs::write(&path, bytes_of(memory)).unwrap();
@@ -72,9 +80,7 @@ fn zeroing_nothing_costs_nothing() {
 fn zeroes_of_memory_only_cost_no_io() {
     let folder = Folder::new();
     let memory = memory_of(&folder, "cluster_size=64k", 16 * MIB);
-    let faults = Faults::new();
-    let storage = faults.attach(Wrapped::new(Arc::clone(&memory) as Arc<dyn Storage>, NeverClosed));
-    let driver = open_with(storage, None, 1 << 20, WriteOptions::default()).unwrap();
+    let (faults, driver) = open_counted(&memory);
     driver.pwrite(0, &vec![7; 4 * MIB as usize], Durability::Later).unwrap();
     let mut disk = read_all(&*driver);
     let before = faults.total();
@@ -102,9 +108,7 @@ fn zeroes_of_memory_only_cost_no_io() {
 fn holes_are_punched_after_the_flush_and_in_one_go() {
     let folder = Folder::new();
     let memory = memory_of(&folder, "cluster_size=64k", 16 * MIB);
-    let faults = Faults::new();
-    let storage = faults.attach(Wrapped::new(Arc::clone(&memory) as Arc<dyn Storage>, NeverClosed));
-    let driver = open_with(storage, None, 1 << 20, WriteOptions::default()).unwrap();
+    let (faults, driver) = open_counted(&memory);
     driver.pwrite(0, &vec![7; 4 * MIB as usize], Durability::Later).unwrap();
     driver.flush().unwrap();
     let before = faults.count(CallClass::Zero);
@@ -128,9 +132,7 @@ fn holes_are_punched_after_the_flush_and_in_one_go() {
 fn room_for_many_clusters_is_one_call() {
     let folder = Folder::new();
     let memory = memory_of(&folder, "cluster_size=64k", 16 * MIB);
-    let faults = Faults::new();
-    let storage = faults.attach(Wrapped::new(Arc::clone(&memory) as Arc<dyn Storage>, NeverClosed));
-    let driver = open_with(storage, None, 1 << 20, WriteOptions::default()).unwrap();
+    let (faults, driver) = open_counted(&memory);
     driver.pwrite(MIB, &vec![7; MIB as usize], Durability::Later).unwrap();
     let before = faults.count(CallClass::Zero);
     let range = GuestRange::new(0, 8 * MIB).unwrap();

@@ -3,6 +3,7 @@
 
 #![allow(dead_code)] // Each test crate uses its own part of this.
 
+pub mod commands;
 pub mod replies;
 
 use nbd_img::nbd::export_info::{ExportDirectory, ExportInfo, ExportSummary, Refusal, TransmissionFlags};
@@ -265,22 +266,24 @@ pub fn be64(bytes: &[u8]) -> u64 {
 
 /// A compact request header.
 pub fn request(flags: u16, command: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
-    let mut bytes = 0x2560_9513_u32.to_be_bytes().to_vec();
-    bytes.extend(flags.to_be_bytes());
-    bytes.extend(command.to_be_bytes());
-    bytes.extend(cookie.to_be_bytes());
-    bytes.extend(offset.to_be_bytes());
+    let mut bytes = request_start(0x2560_9513, flags, command, cookie, offset);
     bytes.extend(len.to_be_bytes());
     bytes
 }
 
 /// An extended request header.
 pub fn extended_request(flags: u16, command: u16, cookie: u64, offset: u64, len: u64) -> Vec<u8> {
-    let mut bytes = 0x21e4_1c71_u32.to_be_bytes().to_vec();
+    let mut bytes = request_start(0x21e4_1c71, flags, command, cookie, offset);
+    bytes.extend(len.to_be_bytes());
+    bytes
+}
+
+/// What both headers begin with.
+fn request_start(magic: u32, flags: u16, command: u16, cookie: u64, offset: u64) -> Vec<u8> {
+    let mut bytes = magic.to_be_bytes().to_vec();
     bytes.extend(flags.to_be_bytes());
     bytes.extend(command.to_be_bytes());
     bytes.extend(cookie.to_be_bytes());
     bytes.extend(offset.to_be_bytes());
-    bytes.extend(len.to_be_bytes());
     bytes
 }

@@ -7,6 +7,17 @@ use std::path::{Path, PathBuf};
 use super::rng::Rng;
 use super::tools::{qemu_img, qemu_io, run, tool};
 
+/// Of [`small_disk`].
+pub const SMALL_DISK_LEN: usize = 1 << 20;
+
+/// Writes a raw disk whose sectors differ: its path and content.
+pub fn small_disk(folder: &Path) -> (PathBuf, Vec<u8>) {
+    let content: Vec<u8> = (0..SMALL_DISK_LEN).map(|i| (i / 512 + i) as u8).collect();
+    let path = folder.join("disk.img");
+    fs::write(&path, &content).unwrap();
+    (path, content)
+}
+
 /// How one image is made and served.
 #[derive(Clone, Copy, Debug)]
 pub struct Case {

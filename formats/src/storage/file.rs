@@ -18,13 +18,12 @@ use super::lock::{self, LockMode};
 use super::range_lock::{Held, Hold};
 use super::room::{Room, Target};
 use super::{
-    Durability, InPlace, Operation, OperationKind, Queue, Run, Storage, StorageFacts, StorageKind, TryRead,
-    engine,
+    Durability, InPlace, Operation, OperationKind, Provision, Queue, Run, Storage, StorageFacts, StorageKind,
+    TryRead, engine,
 };
 use super::{blkdev, cachestat, new_file, place};
 use crate::address::{HostOffset, HostRange};
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::Provision;
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicBool, Ordering};
 
