@@ -191,6 +191,7 @@ impl Image {
             server.signal(Signal::KILL);
             server.wait(Duration::from_secs(30));
         });
+        qcow2::wait_until_let_go(self.folder.path(), "disk");
         let mut tally = Tally::default();
         for writer in &mut writers {
             writer.tally.in_flight = writer.client.in_flight();

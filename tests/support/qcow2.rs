@@ -3,6 +3,8 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::tools::{output, qemu_img, tool};
 
@@ -24,6 +26,22 @@ pub fn check(folder: &Path, image: &str) -> Health {
         Some(0) => Health::Clean,
         Some(3) => Health::Leaks,
         _ => panic!("qemu-img check {image}: {}\n{text}", output.status),
+    }
+}
+
+/// Waits until an image whose server was killed may be opened: the process is gone when the kernel has not yet ended
+/// what it was doing for it, and that keeps the lock.
+#[track_caller]
+pub fn wait_until_let_go(folder: &Path, image: &str) {
+    let begin = Instant::now();
+    loop {
+        let output = output(tool("qemu-img").current_dir(folder).args(["info", image]));
+        let text = String::from_utf8_lossy(&output.stderr);
+        if !text.contains("Is another process using the image") {
+            return;
+        }
+        assert!(begin.elapsed() < Duration::from_secs(30), "{image} is still locked: {text}");
+        thread::sleep(Duration::from_millis(10));
     }
 }
 
