@@ -160,7 +160,7 @@ impl Setting {
         }
         // Now and then so little that commits come by themselves.
         let dirty_len_max = random.pick(&[8 << 20, 4096, 1]);
-        let write = WriteOptions { discard: true, dirty_len_max };
+        let write = WriteOptions { dirty_len_max, ..WriteOptions::default() };
         scene::open_over(Arc::clone(storage), below, Some(write), random.pick(&[0, 0, 1 << 20])).unwrap()
     }
 

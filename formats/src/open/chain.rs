@@ -213,8 +213,11 @@ impl Chain<'_> {
             let snapshot = if depth == 0 { self.options.snapshot.clone() } else { None };
             let Layer { image, header, data_file } = layer;
             let caches = Arc::clone(&caches);
-            let write = (depth == 0 && self.options.writable)
-                .then(|| WriteOptions { discard: self.options.discard, ..WriteOptions::default() });
+            let write = (depth == 0 && self.options.writable).then(|| WriteOptions {
+                discard: self.options.discard,
+                zeroes_as_qemu: self.options.zeroes_as_qemu,
+                ..WriteOptions::default()
+            });
             let parts = Parts { image, header, data_file, backing, number, caches, snapshot, write };
             backing = Some(Qcow2Driver::open(parts)?);
         }

@@ -58,6 +58,9 @@ pub struct OpenOptions {
     pub snapshot: Option<String>,
     /// Whether a discard gives room back (`unmap`) or does nothing (`ignore`).
     pub discard: bool,
+    /// Whether zeroes are written as QEMU does it; see
+    /// [`WriteOptions::zeroes_as_qemu`](crate::qcow2::WriteOptions::zeroes_as_qemu).
+    pub zeroes_as_qemu: bool,
     /// Open read-only although somebody writes: what is read may be inconsistent.
     pub force_share: bool,
     /// Most bytes of metadata tables held in memory.
@@ -79,6 +82,7 @@ impl Default for OpenOptions {
             allow_dirs: Vec::new(),
             snapshot: None,
             discard: true,
+            zeroes_as_qemu: false,
             force_share: false,
             // As QEMU's default for L2 tables: covers 256 GiB at 64 KiB clusters.
             table_cache_len: 32 << 20,

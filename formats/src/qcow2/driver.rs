@@ -46,6 +46,8 @@ pub struct Qcow2Driver {
     /// How far the file with the data reached when it was last asked; it can only be longer.
     data_len: AtomicU64,
     backing: Option<Arc<dyn BlockDriver>>,
+    /// See [`Self::marks_zeroes`].
+    marks_zeroes: bool,
     number: ImageNumber,
     caches: Arc<Caches>,
     /// There exactly if the image is written.
@@ -158,6 +160,18 @@ impl Qcow2Driver {
     pub(super) fn backing_reaches(&self, cluster: GuestCluster) -> bool {
         let start = self.header.geometry.start_of(cluster);
         self.backing.as_ref().is_some_and(|backing| backing.size() > start)
+    }
+
+    /// Whether zeroes have to be written down also where the image has nothing and nothing shines through: in an image that
+    /// names a backing file, for this opening may have left it out, or taken another or a shorter one, and the next one sees
+    /// there what the named file has; and where the allocation is to tell them.
+    pub(super) fn marks_zeroes(&self) -> bool {
+        self.marks_zeroes
+    }
+
+    /// Whether a cluster without an entry is zeroes for good, so that zeroing it is done already.
+    pub(super) fn is_zero_unallocated(&self, cluster: GuestCluster) -> bool {
+        !self.marks_zeroes && !self.backing_reaches(cluster)
     }
 
     /// The image file has become at least this long.
@@ -422,9 +436,9 @@ fn open_parts(parts: Parts) -> Result<Qcow2Driver> {
     let bitmaps = Bitmaps::load(&image, &header);
     let data_len = len_of(data_file.as_ref().unwrap_or(&image))?;
     let storages = flat_storages(image, &header, data_file, backing.as_ref())?;
+    let as_qemu = write.is_some_and(|options| options.zeroes_as_qemu) && header.geometry.can_zero();
     let mut driver = Qcow2Driver {
         facts: facts(&header, backing.as_ref(), write),
-        header,
         snapshots,
         bitmaps,
         is_snapshot: snapshot.is_some(),
@@ -434,10 +448,12 @@ fn open_parts(parts: Parts) -> Result<Qcow2Driver> {
         storages,
         data_len: AtomicU64::new(data_len),
         backing,
+        marks_zeroes: header.backing_name.is_some() || as_qemu,
         number,
         caches,
         writer: None,
         closed: AtomicBool::new(false),
+        header,
     };
     if let Some(options) = write {
         let writer = begin::begin(&driver, &driver.header, (&driver.snapshots, snapshots_len), options)?;
@@ -456,7 +472,8 @@ fn facts(header: &Header, backing: Option<&Arc<dyn BlockDriver>>, write: Option<
         // A request of a cluster touches one entry, and decompresses nothing twice.
         block_preferred_len: u32::try_from(preferred).unwrap_or(4096),
         // Version 2 has no zero flag, so a backing file would shine through.
-        fast_zero: write.is_some() && (header.geometry.can_zero() || backing.is_none()),
+        fast_zero: write.is_some()
+            && (header.geometry.can_zero() || backing.is_none() && header.backing_name.is_none()),
         // A cluster of an image that is written can be freed while a client still has it in its socket.
         sendable: write.is_none(),
         holes_in_storage: backing.is_some_and(|backing| backing.facts().holes_in_storage),

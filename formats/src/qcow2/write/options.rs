@@ -9,6 +9,10 @@ const DIRTY_LEN_MAX: u64 = 8 << 20;
 pub struct WriteOptions {
     /// Whether a discard gives room back; else it does nothing.
     pub discard: bool,
+    /// Whether zeroes are QEMU's, whose callers look at the allocation: marked also in an image that names no backing file,
+    /// where that changes nothing that can be read, and without room also where they are to have some. Not in version 2,
+    /// which has no marks.
+    pub zeroes_as_qemu: bool,
     /// So many bytes of changed metadata in memory start a commit. What is changed while one is under
     /// way comes on top.
     pub dirty_len_max: u64,
@@ -16,6 +20,6 @@ pub struct WriteOptions {
 
 impl Default for WriteOptions {
     fn default() -> Self {
-        WriteOptions { discard: true, dirty_len_max: DIRTY_LEN_MAX }
+        WriteOptions { discard: true, zeroes_as_qemu: false, dirty_len_max: DIRTY_LEN_MAX }
     }
 }

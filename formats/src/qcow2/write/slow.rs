@@ -172,6 +172,18 @@ pub fn reads_zero(driver: &Qcow2Driver, cluster: GuestCluster, entry: L2Entry, u
     }
 }
 
+/// Whether these units of the cluster read as zeroes to whoever opens the image, so that there is nothing to be done
+/// where zeroes are wanted. See [`Qcow2Driver::marks_zeroes`].
+pub fn is_zero_for_good(driver: &Qcow2Driver, cluster: GuestCluster, entry: L2Entry, units: u32) -> bool {
+    let left_to_backing = match entry {
+        L2Entry::Unallocated => units,
+        L2Entry::Zero { .. } | L2Entry::Data { .. } | L2Entry::Compressed(_) => 0,
+        L2Entry::Split { subclusters, .. } => units & !subclusters.allocated() & !subclusters.zero(),
+    };
+    let unmarked = driver.marks_zeroes() && left_to_backing != 0;
+    !unmarked && reads_zero(driver, cluster, entry, units)
+}
+
 /// Whether these units of the cluster read as zeroes and it has no host cluster.
 pub fn reads_zero_without_cluster(
     driver: &Qcow2Driver,

@@ -44,6 +44,7 @@ pub fn write_zeroes(
     request: ZeroRequest,
 ) -> Result<()> {
     begin_changes(driver, writer)?;
+    let request = ZeroRequest { provision: provision_of(driver, writer, request), ..request };
     if zeroes_data_file(driver) && request.provision != Provision::Allocate {
         writer.record(range)?;
         return zero_data_file(driver, range, request);
@@ -75,7 +76,7 @@ pub fn try_write_zeroes(
     range: GuestRange,
     request: ZeroRequest,
 ) -> Result<bool> {
-    let goal = match request.provision {
+    let goal = match provision_of(driver, writer, request) {
         Provision::Unmap => Goal::Unmap,
         Provision::Keep => Goal::Keep,
         Provision::Allocate => return Ok(false),
@@ -116,6 +117,12 @@ pub fn discard(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) ->
         return discard_data_file(driver, whole_clusters(driver, range));
     }
     change_clusters(driver, writer, whole_clusters(driver, range), Goal::Discard)
+}
+
+/// What is done about room: QEMU keeps what there is, and gives none.
+fn provision_of(driver: &Qcow2Driver, writer: &Writer, request: ZeroRequest) -> Provision {
+    let as_qemu = writer.options.zeroes_as_qemu && driver.geometry().can_zero();
+    if as_qemu && request.provision == Provision::Allocate { Provision::Keep } else { request.provision }
 }
 
 /// Whether zeroes have to be in the data file, too: whoever reads a raw one without the image has to see
@@ -159,7 +166,9 @@ fn is_fast(driver: &Qcow2Driver, range: GuestRange, whole: GuestRange, provision
     let by_entries = match provision {
         Provision::Allocate => false,
         // Version 2 has no zeroes but those of a disk that has nothing there.
-        Provision::Unmap => driver.geometry().can_zero() || driver.backing().is_none(),
+        Provision::Unmap => {
+            driver.geometry().can_zero() || driver.backing().is_none() && !driver.marks_zeroes()
+        }
         Provision::Keep => driver.geometry().can_zero(),
     };
     if !whole.is_empty() && !by_entries {
@@ -167,7 +176,7 @@ fn is_fast(driver: &Qcow2Driver, range: GuestRange, whole: GuestRange, provision
     }
     for part in [head, tail] {
         for piece in by_unit(driver, part) {
-            if provision == Provision::Allocate || !reads_zero(driver, piece)? {
+            if provision == Provision::Allocate || !is_zero_for_good(driver, piece)? {
                 return Ok(false);
             }
         }
@@ -194,19 +203,19 @@ fn in_pieces(range: GuestRange, len: u64) -> impl Iterator<Item = GuestRange> {
     })
 }
 
-/// Whether a part of one cluster reads as zeroes by its entry.
-fn reads_zero(driver: &Qcow2Driver, part: GuestRange) -> Result<bool> {
+/// Whether a part of one cluster reads as zeroes by its entry, to whoever opens the image.
+fn is_zero_for_good(driver: &Qcow2Driver, part: GuestRange) -> Result<bool> {
     let geometry = driver.geometry();
     let cluster = geometry.cluster_of(part.offset());
     let offset = part.offset();
     let table = driver.l1().l2_table(offset).map_err(|fault| map::bad_entry(driver, "L1", offset, fault))?;
     if table.is_none() {
-        return Ok(!driver.backing_reaches(cluster));
+        return Ok(driver.is_zero_unallocated(cluster));
     }
     let Some(slice) = map::slice_at(driver, offset, MapMode::Wait)? else { return Ok(false) };
     let entry = slice.entry(cluster).map_err(|fault| map::bad_entry(driver, "L2", offset, fault))?;
     let units = geometry.units(geometry.offset_in_cluster(offset), part.len());
-    Ok(slow::reads_zero(driver, cluster, entry, units))
+    Ok(slow::is_zero_for_good(driver, cluster, entry, units))
 }
 
 fn zero_part(
@@ -218,7 +227,7 @@ fn zero_part(
     for part in by_unit(driver, range) {
         let geometry = driver.geometry();
         if provision != Provision::Allocate {
-            if reads_zero(driver, part)? {
+            if is_zero_for_good(driver, part)? {
                 continue;
             }
             if geometry.can_zero() && map::below_is_zero_around(driver, part)? {
@@ -228,7 +237,7 @@ fn zero_part(
             }
         }
         // What was done just now, or by others meanwhile, shows here.
-        if provision == Provision::Allocate || !reads_zero(driver, part)? {
+        if provision == Provision::Allocate || !is_zero_for_good(driver, part)? {
             write_zero_bytes(driver, writer, part)?;
         }
     }
@@ -255,7 +264,7 @@ fn change_clusters(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange
         let table = driver.l1().l2_table(offset);
         let table = table.map_err(|fault| map::bad_entry(driver, "L1", offset, fault))?;
         if table.is_none()
-            && (!driver.backing_reaches(geometry.cluster_of(offset))
+            && (driver.is_zero_unallocated(geometry.cluster_of(offset))
                 || !geometry.can_zero() && goal == Goal::Discard)
         {
             // Nothing is there, and nothing shines through.
@@ -279,7 +288,7 @@ fn try_change_clusters(driver: &Qcow2Driver, writer: &Writer, range: GuestRange,
         let offset = rest.offset();
         let table = driver.l1().l2_table(offset);
         let table = table.map_err(|fault| map::bad_entry(driver, "L1", offset, fault))?;
-        if table.is_none() && !driver.backing_reaches(geometry.cluster_of(offset)) {
+        if table.is_none() && driver.is_zero_unallocated(geometry.cluster_of(offset)) {
             rest = rest.skip(map::up_to_boundary(offset, geometry.l2_coverage_len()));
             cost += 1;
         } else {
@@ -409,7 +418,7 @@ fn change_entry(
             return Ok(());
         }
         L2Entry::Zero { host: None } => return Ok(()),
-        L2Entry::Unallocated if !driver.backing_reaches(cluster) => return Ok(()),
+        L2Entry::Unallocated if driver.is_zero_unallocated(cluster) => return Ok(()),
         L2Entry::Zero { host: Some(_) } if goal == Goal::Keep => return Ok(()),
         L2Entry::Data { host, .. } if goal == Goal::Keep && owned => Some(host),
         L2Entry::Unallocated
@@ -419,7 +428,7 @@ fn change_entry(
         | L2Entry::Split { .. } => None,
     };
     let changed = match (kept, geometry.can_zero()) {
-        (None, _) if !driver.backing_reaches(cluster) => EntryWords::NONE,
+        (None, _) if driver.is_zero_unallocated(cluster) => EntryWords::NONE,
         (kept, true) => geometry.encode_zero(kept),
         (_, false) if goal == Goal::Discard => return Ok(()),
         (_, false) => return Err(Stop::WriteZeroes),
@@ -453,7 +462,7 @@ fn change_split(
     let geometry = driver.geometry();
     let raw = slice.entry_words(cluster).raw;
     let unallocated = units & !subclusters.allocated() & !subclusters.zero();
-    let zero_already = slow::reads_zero(driver, cluster, entry, units);
+    let zero_already = slow::is_zero_for_good(driver, cluster, entry, units);
     // The host cluster stays where it is as long as a part of it may be data.
     let in_part = |units| EntryWords { raw, bitmap: subclusters.with_zeroes(units).encode() };
     let kept = slow::kept_cluster(geometry, entry, raw);
@@ -465,7 +474,7 @@ fn change_split(
         Goal::Keep if zero_already => return Ok(()),
         Goal::Keep if kept.is_some() => (geometry.encode_zero(kept), true),
         Goal::Unmap | Goal::Discard if zero_already && host.is_none() => return Ok(()),
-        Goal::Unmap | Goal::Discard if !driver.backing_reaches(cluster) => (EntryWords::NONE, false),
+        Goal::Unmap | Goal::Discard if driver.is_zero_unallocated(cluster) => (EntryWords::NONE, false),
         Goal::Unmap | Goal::Keep | Goal::Discard => (geometry.encode_zero(None), false),
     };
     meta.check_entry(driver, entry).map_err(Stop::Fault)?;
