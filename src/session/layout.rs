@@ -8,8 +8,9 @@ use smallvec::SmallVec;
 use super::buffers::OutBuf;
 use crate::nbd::reply::{self, ReplyTo};
 
-/// Shorter runs of zeroes are sent as data: a chunk of their own costs more than they do. Our choice.
-const HOLE_LEN_MIN: usize = 4096;
+/// Shorter runs of zeroes are sent as data: a chunk of their own costs more than they do. The smallest cluster of any
+/// format (qcow2), so what is shorter was cut by the request itself.
+const HOLE_LEN_MIN: usize = 512;
 
 /// The longest that stands before a chunk's bytes, or instead of them.
 pub(super) const CHUNK_HEADER_LEN_MAX: usize = reply::HEAD_LEN_MAX;
@@ -149,16 +150,16 @@ mod tests {
 
     #[test]
     fn chunks_cover_the_runs_and_only_the_last_is_last() {
-        let runs = [run(512, false), run(512, true), run(8192, true), run(4096, false), run(100, false)];
+        let runs = [run(512, false), run(511, true), run(512, true), run(4096, false), run(100, false)];
         let got: Vec<Chunk> = chunks(&runs, Framing::Chunks).collect();
         assert_eq!(
             got.iter().map(|c| (c.at, c.len, c.hole, c.last)).collect::<Vec<_>>(),
-            [(0, 1024, false, false), (1024, 8192, true, false), (9216, 4196, false, true),]
+            [(0, 1023, false, false), (1023, 512, true, false), (1535, 4196, false, true),]
         );
         for framing in [Framing::Simple, Framing::OneChunk, Framing::Bare] {
             let got: Vec<Chunk> = chunks(&runs, framing).collect();
             assert_eq!(got.len(), 1);
-            assert_eq!((got[0].len, got[0].hole, got[0].last), (13412, false, true));
+            assert_eq!((got[0].len, got[0].hole, got[0].last), (5731, false, true));
         }
     }
 
