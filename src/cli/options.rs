@@ -8,7 +8,7 @@ use nbd_img_formats::open::{Backing, OpenOptions};
 
 use super::args::{DiscardArg, ImageArgs, InfoArgs, ListenArgs, ServeArgs};
 use super::{export_spec, tls};
-use crate::export::ExportSpec;
+use crate::export::{BlockSizes, ExportSpec};
 use crate::server::access::AccessRules;
 use crate::server::{Manners, ServeOptions};
 use crate::session::Times;
@@ -232,6 +232,7 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
         exact_window: false,
         single_client: false,
         hide_depth: false,
+        block_sizes: BlockSizes::Best,
         cache,
         aio: image.aio.map(Into::into).unwrap_or_default(),
         bitmaps: bitmaps(image.bitmap).map_err(|text| about(&text))?,

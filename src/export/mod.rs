@@ -8,10 +8,12 @@ mod spec;
 use nbd_img_formats::open::{open, temporary};
 use nbd_img_formats::storage::{Aio, InPlace, Storage};
 use nbd_img_formats::workers::Workers;
-use nbd_img_formats::{BlockDriver, Durability, Error, ErrorKind, GuestRange, Provision, Result};
+use nbd_img_formats::{
+    BlockDriver, Durability, Error, ErrorKind, Facts, Format, GuestRange, Provision, Result,
+};
 use std::sync::Arc;
 
-pub use spec::{CacheMode, DetectZeroes, ExportSpec};
+pub use spec::{BlockSizes, CacheMode, DetectZeroes, ExportSpec};
 
 use crate::nbd::export_info::{ExportInfo, TransmissionFlags};
 use crate::nbd::wire;
@@ -44,6 +46,8 @@ pub struct Export {
     detect_zeroes: DetectZeroes,
     aio: Aio,
     in_place: InPlaceFacts,
+    /// Smallest and best unit of requests, as clients are told.
+    block_lens: (u32, u32),
 }
 
 /// What may be done on a session's own thread, over all storages of the image.
@@ -71,11 +75,15 @@ impl Export {
             None => opened.driver,
             Some(folder) => temporary(opened.driver, folder, spec.open.table_cache_len, spec.open.discard)?,
         };
-        Self::of_driver(spec, driver)
+        Self::with_driver(spec, driver, opened.probed)
     }
 
-    /// An export of an image that is open already.
+    /// An export of an image that is open already, whose format was stated.
     pub fn of_driver(spec: &ExportSpec, driver: Arc<dyn BlockDriver>) -> Result<Arc<Export>> {
+        Self::with_driver(spec, driver, false)
+    }
+
+    fn with_driver(spec: &ExportSpec, driver: Arc<dyn BlockDriver>, probed: bool) -> Result<Arc<Export>> {
         let (offset, size) = window(spec, driver.size())?;
         for name in &spec.bitmaps {
             offer_bitmap(&driver, name).map_err(|error| error.with_path(&spec.path))?;
@@ -96,6 +104,7 @@ impl Export {
             detect_zeroes: spec.detect_zeroes,
             aio: spec.aio,
             in_place,
+            block_lens: block_lens(spec.block_sizes, driver.facts(), probed),
             driver,
         }))
     }
@@ -177,7 +186,7 @@ impl Export {
 
     /// What the protocol tells clients. Cheap, and touches no file.
     pub fn info(&self) -> ExportInfo {
-        let facts = self.driver.facts();
+        let (block_min_len, block_preferred_len) = self.block_lens;
         let mut flags = TransmissionFlags::HAS_FLAGS
             | TransmissionFlags::SEND_FLUSH
             | TransmissionFlags::SEND_FUA
@@ -196,12 +205,22 @@ impl Export {
             description: self.description.clone(),
             size: self.size,
             flags,
-            block_min_len: facts.block_min_len,
-            block_preferred_len: facts.block_preferred_len,
+            block_min_len,
+            block_preferred_len,
             payload_max_len: PAYLOAD_LEN_MAX,
             contexts: self.contexts(),
             tls_required: self.tls_required,
         }
+    }
+}
+
+/// Smallest and best unit of requests, as clients are told. QEMU's are 4096 and, but for a raw disk that it had to
+/// probe and whose first sector it guards, 1.
+fn block_lens(sizes: BlockSizes, facts: &Facts, probed: bool) -> (u32, u32) {
+    match sizes {
+        BlockSizes::Best => (facts.block_min_len, facts.block_preferred_len),
+        BlockSizes::Qemu if probed && facts.format == Format::Raw => (512, 4096),
+        BlockSizes::Qemu => (1, 4096),
     }
 }
 

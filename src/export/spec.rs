@@ -49,6 +49,16 @@ pub enum DetectZeroes {
     Unmap,
 }
 
+/// Which block sizes clients are told.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum BlockSizes {
+    /// Those that the image is served best in.
+    #[default]
+    Best,
+    /// Those that qemu-nbd tells, which its callers know by heart. What is served does not depend on them.
+    Qemu,
+}
+
 /// One export as the operator asked for it.
 #[derive(Clone, Debug, Default)]
 pub struct ExportSpec {
@@ -72,6 +82,8 @@ pub struct ExportSpec {
     pub single_client: bool,
     /// Do not offer the metadata context that tells depths in the backing chain.
     pub hide_depth: bool,
+    /// Which block sizes clients are told.
+    pub block_sizes: BlockSizes,
     /// Caching and durability.
     pub cache: CacheMode,
     /// Who carries out what would wait.

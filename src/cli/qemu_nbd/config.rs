@@ -17,7 +17,7 @@ use super::line::{Complaint, Line};
 use super::node::{self, Aio, BackingNode, Image, Window};
 use super::objects::{self, Endpoint, Kind, Object};
 use super::tree;
-use crate::export::{CacheMode, DetectZeroes, ExportSpec};
+use crate::export::{BlockSizes, CacheMode, DetectZeroes, ExportSpec};
 use crate::nbd::negotiate::TlsMode;
 use crate::server::access::{AccessRules, Right, Rule, Who};
 use crate::server::tls::{TlsFiles, TlsOptions, TlsSource};
@@ -257,7 +257,11 @@ fn service(
             keep_pid_file: true,
             hang_up_ends: true,
             full_waits: true,
-            background: if background { Background::Yes { keeps_log: line.verbose } } else { Background::No },
+            background: if background {
+                Background::Yes { keeps_log: line.verbose || line.trace }
+            } else {
+                Background::No
+            },
         },
         exports: vec![export(&line, operand)?],
     };
@@ -406,6 +410,7 @@ fn export(line: &Line, operand: &OsStr) -> Result<ExportSpec, String> {
         exact_window: true,
         single_client: line.shared == 1,
         hide_depth: !line.allocation_depth,
+        block_sizes: BlockSizes::Qemu,
         cache,
         bitmaps: line.bitmaps.clone(),
         aio: match aio {
@@ -438,6 +443,7 @@ fn open_options(line: &Line, image: &Image) -> OpenOptions {
         names: Names::Trusted,
         snapshot: line.load_snapshot.clone(),
         discard: image.discard.or(line.discard).unwrap_or(false),
+        zeroes_as_qemu: true,
         force_share: image.force_share,
         table_cache_len: image.table_cache_len.unwrap_or(0).max(defaults.table_cache_len),
         ..defaults

@@ -49,6 +49,8 @@ pub struct Line {
     pub persistent: bool,
     /// `-v`.
     pub verbose: bool,
+    /// Whether there was a `-T`.
+    pub trace: bool,
     /// `--object`.
     pub objects: Vec<Object>,
     /// `-x`.
@@ -277,6 +279,7 @@ impl Default for Line {
             format: None,
             persistent: false,
             verbose: false,
+            trace: false,
             objects: Vec::new(),
             export_name: None,
             description: None,
@@ -326,9 +329,9 @@ impl Line {
             Id::TlsCreds => self.tls_creds = Some(utf8(value)?),
             Id::TlsAuthz => self.tls_authz = Some(utf8(value)?),
             Id::TlsHostname => self.tls_hostname = Some(utf8(value)?),
-            // Tracing is QEMU's own: there is nothing here that its patterns could name.
+            // There is nothing here that QEMU's patterns could name: all of the log, or nothing.
             Id::Trace if value == "help" => return Ok(Some(Parsed::Answer(String::new()))),
-            Id::Trace => {}
+            Id::Trace => self.trace = true,
             Id::Fork => self.fork = true,
             Id::PidFile => self.pid_file = Some(value.into()),
             Id::SelinuxLabel => self.selinux_label = Some(value.into()),

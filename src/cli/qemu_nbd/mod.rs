@@ -112,7 +112,8 @@ fn try_run(name: &Name, args: &[OsString]) -> Result<ExitStatus, Complaint> {
         Parsed::Version => return answer(&usage::version()),
         Parsed::Answer(text) => return answer(&text),
     };
-    logging::start(u8::from(line.verbose), true);
+    // Not by -v: callers give it, and compare what is printed.
+    logging::start(u8::from(line.trace), true);
     let sockets = activation::count().map_err(|error| format!("Failed to use socket activation: {error}"))?;
     match config::task(*line, Activation { sockets })? {
         Task::Serve(service) => serve(name, *service),

@@ -30,7 +30,7 @@ Where and for whom:
   -k, --socket=PATH         Unix socket in place of TCP; an absolute path
   -e, --shared=NUM          most clients at a time, 0 for as many as can be (1); more wait their turn
   -t, --persistent          go on after the last client has left
-  -v, --verbose             log more
+  -v, --verbose             keep stderr in the background; with --connect, stay in the foreground
   -x, --export-name=NAME    name of the export (empty)
   -D, --description=TEXT    text about the export, shown to clients that list it
       --handshake-limit=N   seconds that a client has for its handshake, 0 for no limit (10)
@@ -48,7 +48,7 @@ The process:
       --tls-creds=ID        use TLS with this object
       --tls-authz=ID        let in only clients that this object allows
       --tls-hostname=NAME   with --list: the name in the server's certificate
-  -T, --trace PATTERN       accepted, without effect
+  -T, --trace PATTERN       log connections and what becomes of them, whatever the pattern
       --fork                return once the server listens, and serve in the background
       --pid-file=PATH       write the process id of the server to this file
       --selinux-label=LABEL SELinux context of the listening socket
