@@ -324,28 +324,64 @@ fn authorization_by_name() {
     }
 }
 
-/// A pre-shared key, as libnbd's tests have it.
+/// A pre-shared key, as libnbd's tests have it; both programs list the other's exports by it.
 #[test]
 fn a_pre_shared_key() {
     let folder = images();
-    fs::write(folder.path().join("keys.psk"), "alice:00112233445566778899aabbccddeeff\n").unwrap();
-    let mode = <fs::Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o600);
-    fs::set_permissions(folder.path().join("keys.psk"), mode).unwrap();
-    let object = format!("tls-creds-psk,id=tls0,endpoint=server,dir={}", folder.path().display());
+    let keys = |name: &str, lines: &str| {
+        let file = folder.path().join(name).join("keys.psk");
+        fs::create_dir(file.parent().unwrap()).unwrap();
+        fs::write(&file, lines).unwrap();
+        let mode = <fs::Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o600);
+        fs::set_permissions(&file, mode).unwrap();
+        file
+    };
+    let good = keys("keys", "alice:00112233445566778899aabbccddeeff\n");
+    keys("wrong", "alice:ff112233445566778899aabbccddeeff\nbob:00112233445566778899aabbccddeeff\n");
+    let client = |name: &str, user: &str| {
+        format!("tls-creds-psk,id=t,endpoint=client,dir={},username={user}", path(&folder, name))
+    };
+    let object = format!("tls-creds-psk,id=tls0,endpoint=server,dir={}", path(&folder, "keys"));
     for program in BOTH {
         let line = ["-t", "--object", &object, "--tls-creds", "tls0", "-f", "qcow2", "plain.qcow2"];
         let serving = program.serves(folder.path(), &line);
-        let keys = folder.path().join("keys.psk");
-        let uri = format!(
-            "nbds+unix://alice@/?socket={}&tls-psk-file={}",
-            serving.socket().display(),
-            keys.display()
-        );
-        assert_eq!(
-            text(&run(tool("nbdinfo").args(["--size", &uri]))),
-            format!("{DISK_LEN}\n"),
-            "{program:?}"
-        );
+        let socket = serving.socket().to_str().unwrap();
+        let uri = format!("nbds+unix://alice@/?socket={socket}&tls-psk-file={}", good.display());
+        let size = text(&run(tool("nbdinfo").args(["--size", &uri])));
+        assert_eq!(size, format!("{DISK_LEN}\n"), "{program:?}");
+        let list = |asking: Program, object: &str| {
+            asking.ends(folder.path(), &["-L", "-k", socket, "--object", object, "--tls-creds", "t"])
+        };
+        let [real, ours] = BOTH.map(|asking| list(asking, &client("keys", "alice")));
+        assert_eq!(ours, real, "{program:?}");
+        assert!(ours.1.starts_with("exports available: 1\n"), "{program:?}: {ours:?}");
+        for (name, user) in [("wrong", "alice"), ("wrong", "bob"), ("keys", "bob")] {
+            for asking in BOTH {
+                let (status, stdout, stderr) = list(asking, &client(name, user));
+                assert_eq!((status, stdout.as_str()), (Some(1), ""), "{asking:?} {name} {user}: {stderr}");
+            }
+        }
+    }
+}
+
+/// Who asks with a key takes no certificate for it: anybody could have made one.
+#[test]
+fn a_certificate_is_no_answer_to_a_key() {
+    let folder = images();
+    fs::write(folder.path().join("keys.psk"), "alice:00112233445566778899aabbccddeeff\n").unwrap();
+    let tls = certificates(&folder);
+    let object = format!("tls-creds-x509,id=tls0,endpoint=server,dir={},verify-peer=off", tls.display());
+    let asks = format!("tls-creds-psk,id=t,endpoint=client,dir={},username=alice", folder.path().display());
+    for program in BOTH {
+        let line = ["-t", "--object", &object, "--tls-creds", "tls0", "-f", "qcow2", "plain.qcow2"];
+        let serving = program.serves(folder.path(), &line);
+        let socket = serving.socket().to_str().unwrap();
+        for asking in BOTH {
+            let line = ["-L", "-k", socket, "--object", &asks, "--tls-creds", "t"];
+            let (status, stdout, stderr) = asking.ends(folder.path(), &line);
+            assert_eq!((status, stdout.as_str()), (Some(1), ""), "{asking:?} asks {program:?}: {stderr}");
+            assert!(stderr.contains("TLS handshake failed"), "{asking:?} asks {program:?}: {stderr}");
+        }
     }
 }
 

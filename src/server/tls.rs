@@ -29,7 +29,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use super::psk_file;
 use crate::nbd::negotiate::TlsMode;
 use crate::transport::tls::TlsServer;
-use crate::transport::tls::psk::PskServer;
+use crate::transport::tls::psk::{Keys, PskServer};
 
 /// How often the files are looked at. Our choice.
 const LOOK_TIME: Duration = Duration::from_secs(5);
@@ -188,9 +188,14 @@ fn load(source: &TlsSource) -> Result<Loaded, TlsError> {
     }
 }
 
-fn load_keys(path: &Path) -> Result<Loaded, TlsError> {
+/// The pre-shared keys in a file of `--tls-psk`.
+pub fn read_keys(path: &Path) -> Result<Keys, TlsError> {
     let text = std::fs::read(path).map_err(|error| fail(path, format!("cannot be read: {error}")))?;
-    let keys = psk_file::parse(&text).map_err(|why| fail(path, why))?;
+    psk_file::parse(&text).map_err(|why| fail(path, why))
+}
+
+fn load_keys(path: &Path) -> Result<Loaded, TlsError> {
+    let keys = read_keys(path)?;
     warn_of_open_key(path);
     tracing::info!(?path, count = keys.count(), "the pre-shared keys");
     let server = PskServer::new(keys).map_err(|why| fail(path, why))?;

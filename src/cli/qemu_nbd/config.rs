@@ -74,10 +74,24 @@ pub struct Service {
 pub struct Listing {
     /// Where it is.
     pub address: Address,
-    /// The folder with the client's certificates, if TLS is to be used.
-    pub tls: Option<PathBuf>,
+    /// What the client proves itself by, if TLS is to be used.
+    pub tls: Option<ClientTls>,
     /// The name that the server's certificate has to have, if one is known.
     pub tls_name: Option<String>,
+}
+
+/// A client's side of TLS.
+#[derive(Debug, PartialEq, Eq)]
+pub enum ClientTls {
+    /// Certificates in a folder.
+    Certificates(PathBuf),
+    /// A pre-shared key.
+    Psk {
+        /// The file that it is in.
+        file: PathBuf,
+        /// Whose it is.
+        username: String,
+    },
 }
 
 /// What the starter has passed down.
@@ -208,13 +222,16 @@ fn listing(line: &Line, tls: Option<Object>) -> Result<Listing, String> {
     let host = if let Place::Tcp { host, .. } = &address.place { Some(host.clone()) } else { None };
     let tls = match tls.map(|object| object.kind) {
         None => None,
-        Some(Kind::X509 { dir, verify_peer: true, .. }) => Some(dir),
+        Some(Kind::X509 { dir, verify_peer: true, .. }) => Some(ClientTls::Certificates(dir)),
         Some(Kind::X509 { .. }) => {
             return Err(
                 "--list with verify-peer=off is not supported: anybody could be the server".to_owned()
             );
         }
-        Some(_) => return Err("--list with tls-creds-psk is not supported by nbd-img yet".to_owned()),
+        Some(Kind::Psk { dir, username, .. }) => {
+            Some(ClientTls::Psk { file: dir.join("keys.psk"), username })
+        }
+        Some(_) => return Err("--list: these credentials are not supported".to_owned()),
     };
     Ok(Listing { address, tls, tls_name: line.tls_hostname.clone().or(host) })
 }

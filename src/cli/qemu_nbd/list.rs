@@ -13,7 +13,9 @@ use rustls::version::{TLS12, TLS13};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
 use super::client::{Dialogue, ExportDetails, Next, Purpose};
-use super::config::Listing;
+use super::config::{ClientTls, Listing};
+use crate::server::tls::read_keys;
+use crate::transport::tls::psk_client::PskClient;
 use crate::transport::{Address, Place};
 
 /// Received at a time. Our choice.
@@ -78,7 +80,15 @@ fn connect(address: &Address) -> Result<Box<dyn Stream>, String> {
 }
 
 fn encrypt(stream: Box<dyn Stream>, listing: &Listing) -> Result<Box<dyn Stream>, String> {
-    let folder = listing.tls.as_deref().ok_or("TLS without credentials")?;
+    let folder = match &listing.tls {
+        None => return Err("TLS without credentials".to_owned()),
+        Some(ClientTls::Psk { file, username }) => {
+            let keys = read_keys(file).map_err(|error| error.to_string())?;
+            let client = PskClient::connect(stream, keys, username);
+            return Ok(Box::new(client.map_err(|error| format!("TLS handshake failed: {error}"))?));
+        }
+        Some(ClientTls::Certificates(folder)) => folder,
+    };
     let name =
         listing.tls_name.clone().ok_or("No hostname for certificate validation: give --tls-hostname")?;
     let server_name =

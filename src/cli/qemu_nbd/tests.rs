@@ -289,7 +289,10 @@ fn listing_another_server() {
     check(&["-L", "-k", "/s"], "list unix:/s tls=None name=None");
     check(&["-L"], r#"list tcp:0.0.0.0:10809 tls=None name=Some("0.0.0.0")"#);
     let line = [["-L", "-b", "h", "-p7"].as_slice(), &tls, &["--tls-hostname=n"]].concat();
-    check(&line, r#"list tcp:h:7 tls=Some("/tls") name=Some("n")"#);
+    check(&line, r#"list tcp:h:7 tls=Some(Certificates("/tls")) name=Some("n")"#);
+    let psk = ["--object", "tls-creds-psk,id=t,dir=/tls,username=alice", "--tls-creds", "t"];
+    let line = [["-L", "-k", "/s"].as_slice(), &psk].concat();
+    check(&line, r#"list unix:/s tls=Some(Psk { file: "/tls/keys.psk", username: "alice" }) name=None"#);
 }
 
 #[test]

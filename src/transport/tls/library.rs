@@ -28,6 +28,9 @@ pub struct Bio([u8; 0]);
 pub struct BioMethod([u8; 0]);
 
 pub type PskCallback = unsafe extern "C" fn(*mut Ssl, *const c_char, *mut c_uchar, c_uint) -> c_uint;
+pub type PskClientCallback =
+    unsafe extern "C" fn(*mut Ssl, *const c_char, *mut c_char, c_uint, *mut c_uchar, c_uint) -> c_uint;
+pub type VerifyCallback = unsafe extern "C" fn(c_int, *mut c_void) -> c_int;
 pub type BioRead = unsafe extern "C" fn(*mut Bio, *mut c_char, c_int) -> c_int;
 pub type BioWrite = unsafe extern "C" fn(*mut Bio, *const c_char, c_int) -> c_int;
 pub type BioCtrl = unsafe extern "C" fn(*mut Bio, c_int, c_long, *mut c_void) -> c_long;
@@ -39,6 +42,7 @@ pub const SSL_CTRL_MODE: c_int = 33;
 pub const SSL_CTRL_SET_SESS_CACHE_MODE: c_int = 44;
 pub const SSL_CTRL_SET_DH_AUTO: c_int = 118;
 pub const SSL_CTRL_SET_MIN_PROTO_VERSION: c_int = 123;
+pub const SSL_VERIFY_PEER: c_int = 1;
 pub const SSL_SESS_CACHE_OFF: c_long = 0;
 pub const SSL_MODE_RELEASE_BUFFERS: c_long = 0x10;
 pub const SSL_OP_NO_TICKET: u64 = 1 << 14;
@@ -78,6 +82,7 @@ macro_rules! functions {
 functions! {
     fn OPENSSL_init_ssl(u64, *const c_void) -> c_int;
     fn TLS_server_method() -> *const SslMethod;
+    fn TLS_client_method() -> *const SslMethod;
     fn SSL_CTX_new(*const SslMethod) -> *mut SslCtx;
     fn SSL_CTX_free(*mut SslCtx);
     fn SSL_CTX_ctrl(*mut SslCtx, c_int, c_long, *mut c_void) -> c_long;
@@ -87,9 +92,12 @@ functions! {
     fn SSL_CTX_set_security_level(*mut SslCtx, c_int);
     fn SSL_CTX_set_num_tickets(*mut SslCtx, usize) -> c_int;
     fn SSL_CTX_set_psk_server_callback(*mut SslCtx, Option<PskCallback>);
+    fn SSL_CTX_set_psk_client_callback(*mut SslCtx, Option<PskClientCallback>);
+    fn SSL_CTX_set_verify(*mut SslCtx, c_int, Option<VerifyCallback>);
     fn SSL_new(*mut SslCtx) -> *mut Ssl;
     fn SSL_free(*mut Ssl);
     fn SSL_set_accept_state(*mut Ssl);
+    fn SSL_set_connect_state(*mut Ssl);
     fn SSL_set_bio(*mut Ssl, *mut Bio, *mut Bio);
     fn SSL_set_ex_data(*mut Ssl, c_int, *mut c_void) -> c_int;
     fn SSL_get_ex_data(*const Ssl, c_int) -> *mut c_void;

@@ -10,6 +10,7 @@
 //! |---|---|
 //! | `certificates` | the engine of rustls |
 //! | [`psk`] | that of OpenSSL, and the keys |
+//! | [`psk_client`] | a client with a key, which waits |
 //! | `openssl` | what of OpenSSL is used, made safe |
 //! | `library` | OpenSSL, loaded at run time |
 
@@ -17,6 +18,7 @@ mod certificates;
 mod library;
 mod openssl;
 pub mod psk;
+pub mod psk_client;
 
 use std::cell::RefCell;
 use std::fmt;

@@ -1,4 +1,4 @@
-//! What of OpenSSL is used, made safe: a server's side of TLS with pre-shared keys, from bytes to bytes.
+//! What of OpenSSL is used, made safe: either side of TLS with pre-shared keys, from bytes to bytes.
 //!
 //! OpenSSL gets its input from, and leaves its output in, buffers of ours by a BIO of our own: so nothing in it waits, or
 //! touches a socket. All calls of its functions are in this file.
@@ -20,8 +20,18 @@ const TLS13_CIPHERS: &CStr = c"TLS_AES_128_GCM_SHA256:TLS_CHACHA20_POLY1305_SHA2
 /// No group of numbers below 112 bits of strength, whatever the system's default (SSL_CTX_set_security_level's manual).
 const SECURITY_LEVEL: c_int = 2;
 
-/// What every connection of a server shares.
+/// Which side of its connections this program is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Side {
+    /// Who listens.
+    Server,
+    /// Who connects.
+    Client,
+}
+
+/// What every connection of a server, or of a client, shares.
 pub struct Context {
+    side: Side,
     api: &'static OpenSsl,
     raw: NonNull<SslCtx>,
     bio: BioType,
@@ -47,11 +57,12 @@ unsafe impl Send for Session {}
 
 /// What the callbacks work on.
 struct State {
+    side: Side,
     keys: Arc<Keys>,
     input: Input,
     /// Ciphertext to be sent.
     output: Vec<u8>,
-    /// The last identity that the client named and for which there is a key.
+    /// The last identity that the client named and for which there is a key; a client's own.
     known: Option<String>,
     /// The last one without.
     unknown: Option<String>,
@@ -92,13 +103,17 @@ pub enum Opened {
 }
 
 impl Context {
-    /// A context for servers.
-    pub fn new() -> Result<Context, String> {
+    /// A context for connections on this side.
+    pub fn new(side: Side) -> Result<Context, String> {
         let api = openssl()?;
         let bio = bio_type(api)?;
+        let method = match side {
+            Side::Server => api.TLS_server_method,
+            Side::Client => api.TLS_client_method,
+        };
         // SAFETY: no preconditions; the result is checked.
-        let raw = NonNull::new(unsafe { (api.SSL_CTX_new)((api.TLS_server_method)()) });
-        let context = Context { api, raw: raw.ok_or_else(|| reason(api))?, bio };
+        let raw = NonNull::new(unsafe { (api.SSL_CTX_new)(method()) });
+        let context = Context { side, api, raw: raw.ok_or_else(|| reason(api))?, bio };
         let raw = context.raw.as_ptr();
         let options = lib::SSL_OP_NO_TICKET
             | lib::SSL_OP_NO_COMPRESSION
@@ -108,11 +123,19 @@ impl Context {
             // SAFETY: these commands take a number and no pointer.
             unsafe { (api.SSL_CTX_ctrl)(raw, command, value, ptr::null_mut()) }
         };
-        // SAFETY: `raw` is a live SSL_CTX, the lists are C strings, and the callback has the type asked for.
+        // SAFETY: `raw` is a live SSL_CTX, the lists are C strings, and the callbacks have the types asked for.
         let made = unsafe {
             (api.SSL_CTX_set_options)(raw, options);
             (api.SSL_CTX_set_security_level)(raw, SECURITY_LEVEL);
-            (api.SSL_CTX_set_psk_server_callback)(raw, Some(find_key));
+            match side {
+                Side::Server => (api.SSL_CTX_set_psk_server_callback)(raw, Some(find_key)),
+                Side::Client => {
+                    (api.SSL_CTX_set_psk_client_callback)(raw, Some(give_key));
+                    // TLS 1.3 lets a server answer with a certificate instead of the key. There is no CA here that
+                    // would vouch for one, so it is refused.
+                    (api.SSL_CTX_set_verify)(raw, lib::SSL_VERIFY_PEER, None);
+                }
+            }
             // NBD clients stay connected; resumption would only keep identities in memory.
             (api.SSL_CTX_set_num_tickets)(raw, 0) == 1
                 && (api.SSL_CTX_set_ciphersuites)(raw, TLS13_CIPHERS.as_ptr()) == 1
@@ -134,13 +157,13 @@ impl Drop for Context {
 }
 
 impl Session {
-    /// A connection whose handshake has not begun.
-    pub fn new(context: &Context, keys: Arc<Keys>) -> Result<Session, String> {
-        let api = context.api;
+    /// A connection whose handshake has not begun. A client uses the key of its `identity`.
+    pub fn new(context: &Context, keys: Arc<Keys>, identity: Option<String>) -> Result<Session, String> {
+        let (api, side) = (context.api, context.side);
         // SAFETY: the context is live, and the session takes a reference of its own to it.
         let raw = NonNull::new(unsafe { (api.SSL_new)(context.raw.as_ptr()) }).ok_or_else(|| reason(api))?;
-        let state =
-            Box::new(State { keys, input: Input::default(), output: Vec::new(), known: None, unknown: None });
+        let (input, output) = (Input::default(), Vec::new());
+        let state = Box::new(State { side, keys, input, output, known: identity, unknown: None });
         // From here on `Drop` frees both.
         let session = Session { api, raw, state: NonNull::from(Box::leak(state)) };
         // SAFETY: the type is live for ever.
@@ -153,7 +176,10 @@ impl Session {
             (api.BIO_set_data)(bio.as_ptr(), data);
             (api.BIO_set_init)(bio.as_ptr(), 1);
             (api.SSL_set_bio)(raw.as_ptr(), bio.as_ptr(), bio.as_ptr());
-            (api.SSL_set_accept_state)(raw.as_ptr());
+            match side {
+                Side::Server => (api.SSL_set_accept_state)(raw.as_ptr()),
+                Side::Client => (api.SSL_set_connect_state)(raw.as_ptr()),
+            }
             (api.SSL_set_ex_data)(raw.as_ptr(), 0, data)
         };
         if set == 1 { Ok(session) } else { Err(reason(api)) }
@@ -284,10 +310,11 @@ impl Session {
     /// Why a handshake failed, in words.
     fn why_not(&self) -> String {
         let reason = reason(self.api);
-        match (&self.state().known, &self.state().unknown) {
-            (None, Some(name)) => format!("{name:?} is no identity of --tls-psk ({reason})"),
-            (Some(name), _) => format!("{reason}; has the client the key of {name:?}?"),
-            (None, None) => reason,
+        match (self.state().side, &self.state().known, &self.state().unknown) {
+            (Side::Server, None, Some(name)) => format!("{name:?} is no identity of --tls-psk ({reason})"),
+            (Side::Server, Some(name), _) => format!("{reason}; has the client the key of {name:?}?"),
+            (Side::Client, Some(name), _) => format!("{reason}; has the server this key of {name:?}?"),
+            (_, None, _) => reason,
         }
     }
 }
@@ -411,5 +438,29 @@ unsafe extern "C" fn find_key(
         let len = c_uint::try_from(found.len()).unwrap_or(0);
         state.known = Some(name);
         len
+    }
+}
+
+/// Copies a client's identity and its key to OpenSSL and tells the key's length; 0 if there is none.
+unsafe extern "C" fn give_key(
+    ssl: *mut Ssl,
+    _hint: *const c_char,
+    identity: *mut c_char,
+    identity_room: c_uint,
+    key: *mut c_uchar,
+    room: c_uint,
+) -> c_uint {
+    let Ok(api) = openssl() else { return 0 };
+    // SAFETY: OpenSSL calls this in a call of a session of ours, with that much room in both places.
+    unsafe {
+        let Some(state) = state_of((api.SSL_get_ex_data)(ssl, 0)) else { return 0 };
+        let Some(name) = state.known.as_deref() else { return 0 };
+        let found = state.keys.get(name).filter(|found| found.len() <= room as usize);
+        // Behind it a zero byte ends the string.
+        let (Some(found), true) = (found, name.len() < identity_room as usize) else { return 0 };
+        ptr::copy_nonoverlapping(name.as_ptr(), identity.cast(), name.len());
+        identity.add(name.len()).write(0);
+        ptr::copy_nonoverlapping(found.as_ptr(), key, found.len());
+        c_uint::try_from(found.len()).unwrap_or(0)
     }
 }

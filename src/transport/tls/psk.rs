@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use rustix::net::{RecvFlags, recv};
 
-use super::openssl::{Context, Input, Opened, Session};
+use super::openssl::{Context, Input, Opened, Session, Side};
 use super::{Engine, WIRE, WIRE_LEN};
 use crate::transport::peer::Identity;
 use crate::transport::stream::Stream;
@@ -73,7 +73,7 @@ pub struct PskServer {
 impl PskServer {
     /// The text says what is missing on this machine.
     pub fn new(keys: Keys) -> Result<PskServer, String> {
-        Ok(PskServer { context: Context::new()?, keys: Arc::new(keys) })
+        Ok(PskServer { context: Context::new(Side::Server)?, keys: Arc::new(keys) })
     }
 }
 
@@ -94,7 +94,7 @@ impl Keyed {
     /// A handshake that has not begun, with its first bytes.
     pub fn new(server: &PskServer, received: Vec<u8>) -> io::Result<Self> {
         let mut session =
-            Session::new(&server.context, Arc::clone(&server.keys)).map_err(io::Error::other)?;
+            Session::new(&server.context, Arc::clone(&server.keys), None).map_err(io::Error::other)?;
         *session.input() = Input::of(received);
         Ok(Keyed { session, sent: 0 })
     }
