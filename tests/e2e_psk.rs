@@ -188,20 +188,6 @@ fn tls_port(server: &Server) -> u16 {
     log[at..].chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap()
 }
 
-/// Has a program talk NBD on its standard input and output: the greeting, then ABORT.
-fn talk(command: &mut Command) -> Vec<u8> {
-    let piped = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
-    let mut child = piped.spawn().unwrap();
-    let mut stdin = child.stdin.take().unwrap();
-    let _ = stdin.write_all(&[&3_u32.to_be_bytes()[..], &option_bytes(option::ABORT, &[])].concat());
-    let _ = stdin.flush();
-    let mut out = Vec::new();
-    child.stdout.take().unwrap().read_to_end(&mut out).unwrap();
-    drop(stdin);
-    child.wait().unwrap();
-    out
-}
-
 fn openssl(port: u16, version: &str, identity: &str, key: &str) -> Command {
     let mut command = tool("openssl");
     command.args(["s_client", "-quiet", "-connect", &format!("127.0.0.1:{port}"), version]);
@@ -238,12 +224,12 @@ fn openssl_and_gnutls_from_the_first_byte() {
     let key = rig.key("alice");
     let answer = [&0x0003_e889_0455_65a9_u64.to_be_bytes()[..], &option::ABORT.to_be_bytes()].concat();
     for version in ["-tls1_2", "-tls1_3"] {
-        let out = talk(&mut openssl(port, version, "alice", &key));
+        let out = tls::talk(&mut openssl(port, version, "alice", &key));
         assert!(out.starts_with(b"NBDMAGICIHAVEOPT") && contains(&out, &answer), "{version}: {out:?}");
     }
     let keys = fs::read_to_string(rig.path("keys.psk")).unwrap();
     let colon = keys.lines().find_map(|line| line.strip_prefix("#776974683a20636f6c6f6e:")).unwrap();
-    assert!(talk(&mut openssl(port, "-tls1_3", "with: colon", colon)).starts_with(b"NBDMAGICIHAVEOPT"));
+    assert!(tls::talk(&mut openssl(port, "-tls1_3", "with: colon", colon)).starts_with(b"NBDMAGICIHAVEOPT"));
     wait_for_log(&server, "psk=with: colon");
     let priorities = [
         ("NORMAL:-VERS-ALL:+VERS-TLS1.3:-KX-ALL:+ECDHE-PSK:+DHE-PSK", true),
@@ -258,7 +244,7 @@ fn openssl_and_gnutls_from_the_first_byte() {
         let what = if welcome { "TLS is up" } else { "the TLS handshake failed" };
         let before = count(what);
         // What it says is not asked for: gnutls-cli 3.7 crashes when it describes such a connection of TLS 1.2.
-        talk(&mut gnutls(port, priority, "alice", &key));
+        tls::talk(&mut gnutls(port, priority, "alice", &key));
         let begin = Instant::now();
         while count(what) == before {
             assert!(begin.elapsed() < Duration::from_secs(30), "{priority}: {}", server.stderr());
@@ -266,7 +252,7 @@ fn openssl_and_gnutls_from_the_first_byte() {
         }
     }
     for version in ["-tls1_1", "-tls1"] {
-        assert!(talk(&mut openssl(port, version, "alice", &key)).is_empty(), "{version} is too old");
+        assert!(tls::talk(&mut openssl(port, version, "alice", &key)).is_empty(), "{version} is too old");
     }
     let mut plain = TcpStream::connect(("127.0.0.1", port)).unwrap();
     plain.write_all(b"no TLS at all, and long enough to be seen as such").unwrap();
@@ -283,13 +269,16 @@ fn wrong_identities_and_keys_are_refused_and_logged() {
     let other = rig.key("bob");
     for version in ["-tls1_2", "-tls1_3"] {
         for (identity, key) in [("mallory", &key), ("alice", &other), ("ALICE", &key), ("", &key)] {
-            assert!(talk(&mut openssl(port, version, identity, key)).is_empty(), "{version} {identity:?}");
+            assert!(
+                tls::talk(&mut openssl(port, version, identity, key)).is_empty(),
+                "{version} {identity:?}"
+            );
         }
         wait_for_log(&server, "\\\"mallory\\\" is no identity of --tls-psk");
         wait_for_log(&server, "has the client the key of \\\"alice\\\"?");
     }
     // Nothing of a client's gets into the log as it is.
-    talk(&mut openssl(port, "-tls1_3", "a\nb\x1b[31m", &key));
+    tls::talk(&mut openssl(port, "-tls1_3", "a\nb\x1b[31m", &key));
     wait_for_log(&server, "a\\\\nb\\\\u{1b}[31m");
     // A client that has no key, but certificates in mind.
     let out = output(tool("nbdinfo").arg(format!("nbds+unix:///?socket={}", server.socket().display())));
@@ -455,7 +444,7 @@ fn a_connection_may_end_anywhere() {
     for cut in (1..700).step_by(41) {
         for version in ["-tls1_2", "-tls1_3"] {
             let mut command = openssl(proxy_port, version, "alice", &key);
-            let talking = thread::spawn(move || talk(&mut command));
+            let talking = thread::spawn(move || tls::talk(&mut command));
             cut_after(&proxy, port, cut);
             talking.join().unwrap();
         }

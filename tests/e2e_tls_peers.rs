@@ -1,4 +1,4 @@
-//! TLS with others at the far end: OpenSSL, libnbd and QEMU.
+//! TLS with others at the far end: OpenSSL, GnuTLS, libnbd and QEMU.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -6,20 +6,18 @@
 mod support;
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use support::assert_same;
 use support::certificates::{Authority, CLIENT};
-use support::client::option_bytes;
 use support::server::{Serve, Server};
 use support::tls;
 use support::tls_rig::{Rig, wait_until};
 use support::tools::{run, tool};
-use support::wire::option;
 
 fn tcp_port(server: &Server) -> u16 {
     // The listener of TLS from the first byte has no URI, but is in the log.
@@ -38,35 +36,14 @@ fn tls_from_the_first_byte_and_openssl() {
     plain.write_all(b"no TLS at all, and long enough to be seen as such").unwrap();
     assert!(!tls::rest(&mut plain).starts_with(b"NBDMAGIC"), "no greeting in plain text");
     let client = rig.path("client");
-    let s_client = |version: &str| -> Vec<u8> {
+    let s_client = |version: &str| {
         let mut command = tool("openssl");
-        command
-            .args([
-                "s_client",
-                "-quiet",
-                "-connect",
-                &format!("127.0.0.1:{port}"),
-                version,
-                "-cipher",
-                "ALL:@SECLEVEL=0",
-            ])
-            .args(["-verify_return_error", "-verify_hostname", "localhost", "-CAfile"])
-            .arg(client.join("ca-cert.pem"))
-            .arg("-cert")
-            .arg(client.join("client-cert.pem"))
-            .arg("-key")
-            .arg(client.join("client-key.pem"))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null());
-        let mut child = command.spawn().unwrap();
-        let mut stdin = child.stdin.take().unwrap();
-        let _ = stdin.write_all(&[&3_u32.to_be_bytes()[..], &option_bytes(option::ABORT, &[])].concat());
-        let mut out = Vec::new();
-        child.stdout.take().unwrap().read_to_end(&mut out).unwrap();
-        drop(stdin);
-        child.wait().unwrap();
-        out
+        let address = format!("127.0.0.1:{port}");
+        command.args(["s_client", "-quiet", "-connect", &address, version, "-cipher", "ALL:@SECLEVEL=0"]);
+        command.args(["-verify_return_error", "-verify_hostname", "localhost", "-CAfile"]);
+        command.arg(client.join("ca-cert.pem")).arg("-cert").arg(client.join("client-cert.pem"));
+        command.arg("-key").arg(client.join("client-key.pem"));
+        tls::talk(&mut command)
     };
     for version in ["-tls1_2", "-tls1_3"] {
         let out = s_client(version);
@@ -75,6 +52,34 @@ fn tls_from_the_first_byte_and_openssl() {
     }
     for version in ["-tls1_1", "-tls1"] {
         assert!(s_client(version).is_empty(), "{version} is too old");
+    }
+    server.stop();
+}
+
+#[test]
+fn gnutls_from_the_first_byte() {
+    let rig = Rig::new("tls-gnutls");
+    let server = rig.serve(&["-v", "--listen", "nbds:127.0.0.1:0"]);
+    wait_until("the listener", || server.stderr().contains("nbds:127.0.0.1:"));
+    let port = tcp_port(&server).to_string();
+    let gnutls_cli = |folder: &Path, versions: &str| {
+        let mut command = tool("gnutls-cli");
+        command.args(["--port", &port, "--verify-hostname", "localhost", "--logfile", "/dev/null"]);
+        command.args(["--priority", &format!("NORMAL:-VERS-ALL:{versions}"), "--x509cafile"]);
+        command.arg(folder.join("ca-cert.pem")).arg("--x509certfile").arg(folder.join("client-cert.pem"));
+        command.arg("--x509keyfile").arg(folder.join("client-key.pem")).arg("127.0.0.1");
+        tls::talk(&mut command)
+    };
+    let client = rig.path("client");
+    for versions in ["+VERS-TLS1.2", "+VERS-TLS1.3"] {
+        let out = gnutls_cli(&client, versions);
+        assert!(out.starts_with(b"NBDMAGICIHAVEOPT"), "{versions}: {out:?}");
+        assert_eq!(out.len(), 18 + 20, "{versions}: the greeting and the answer to ABORT");
+    }
+    assert!(gnutls_cli(&client, "+VERS-TLS1.1").is_empty(), "too old");
+    let stranger = rig.client("stranger", &Authority::new("another CA"), CLIENT);
+    for versions in ["+VERS-TLS1.2", "+VERS-TLS1.3"] {
+        assert!(gnutls_cli(&stranger, versions).is_empty(), "{versions}: a certificate of another CA");
     }
     server.stop();
 }

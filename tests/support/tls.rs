@@ -3,6 +3,7 @@
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -86,6 +87,21 @@ pub fn try_options(socket: &Path, folder: &Path) -> io::Result<u32> {
     stream.write_all(&option_bytes(option::STRUCTURED_REPLY, &[]))?;
     stream.flush()?;
     read_option_reply(&mut stream, option::STRUCTURED_REPLY).map(|(kind, _)| kind)
+}
+
+/// Has a program of TLS talk NBD on its standard input and output: the client's flags, then ABORT. Gives what the server
+/// said.
+pub fn talk(command: &mut Command) -> Vec<u8> {
+    let piped = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = piped.spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let _ = stdin.write_all(&[&3_u32.to_be_bytes()[..], &option_bytes(option::ABORT, &[])].concat());
+    let _ = stdin.flush();
+    let mut out = Vec::new();
+    child.stdout.take().unwrap().read_to_end(&mut out).unwrap();
+    drop(stdin);
+    child.wait().unwrap();
+    out
 }
 
 /// Reads to the end, whatever that is.
