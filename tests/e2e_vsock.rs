@@ -18,7 +18,11 @@ const DISK_LEN: u64 = 256 << 20;
 /// What runs in the machine, with the programs' own folder as its root. The server's first line is its URI.
 const SCRIPT: &str = r#"
 export PATH=/bin:/usr/bin LD_LIBRARY_PATH=/lib64
-serve() { nbd-img serve -r --format raw /content --listen "$1" -x disk >/tmp/uri 2>/tmp/log & server=$!; }
+serve() {
+    : >/tmp/uri
+    nbd-img serve -r --format raw /content -x disk --listen "$@" >/tmp/uri 2>/tmp/log &
+    server=$!
+}
 # An emulated machine on a busy one takes its time, and the test's own limit is not here.
 answered() { while [ ! -s /tmp/uri ] && kill -0 $server; do sleep 0.2; done; }
 serve vsock:0
@@ -34,11 +38,19 @@ kill $server
 wait $server
 echo "status $?"
 cat /tmp/log
-: >/tmp/uri
 serve vsock:1:4096
 answered
 cat /tmp/uri /tmp/log
 nbdinfo --size nbd+vsock://1:4096/disk
+kill $server
+serve vsock:1:4097 --access read:cid=1
+answered
+nbdinfo --size nbd+vsock://1:4097/disk && echo "cid 1 is let in"
+kill $server
+serve vsock:1:4098 --access read:cid=3
+answered
+nbdinfo --size nbd+vsock://1:4098/disk || echo "cid 1 is not cid 3"
+nbdinfo --list nbd+vsock://1:4098 | grep export= || echo "and sees nothing"
 kill $server
 "#;
 
@@ -78,7 +90,9 @@ fn libnbd_reads_over_vsock() {
     let folder = support::scratch("vsock");
     let (root, disk) = (folder.path().join("root"), folder.path().join("disk.img"));
     let mut programs = vec![PathBuf::from(env!("CARGO_BIN_EXE_nbd-img"))];
-    programs.extend(["sh", "nbdcopy", "nbdinfo", "cmp", "cat", "sleep"].map(|name| find(name).expect(name)));
+    programs.extend(
+        ["sh", "nbdcopy", "nbdinfo", "cmp", "cat", "grep", "sleep"].map(|name| find(name).expect(name)),
+    );
     fill(&root, &programs);
     File::create_new(&disk).unwrap().set_len(DISK_LEN).unwrap();
     run(tool("mke2fs").args(["-q", "-t", "ext2", "-d"]).arg(&root).arg(&disk));
@@ -102,4 +116,7 @@ fn libnbd_reads_over_vsock() {
     said("status 0");
     said("nbd+vsock://1:4096/disk");
     said("1048576");
+    said("cid 1 is let in");
+    said("cid 1 is not cid 3");
+    said("and sees nothing");
 }
