@@ -5,7 +5,7 @@
 //! storage is poisoned.
 //!
 //! Under `RUSTFLAGS="--cfg shuttle" cargo test -p nbd-img-formats --test qcow2_concurrency` the scenarios
-//! of `shuttle_scenarios.rs` and `shuttle_durability.rs` run instead, under every interleaving that shuttle chooses:
+//! of `qcow2_support/shuttle_*.rs` run instead, under every interleaving that shuttle chooses:
 //! `NBD_IMG_SCHEDULES` says how many of each.
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are not told apart from a program's code.
@@ -17,8 +17,24 @@ mod support;
 mod shuttle_scenarios;
 
 #[cfg(shuttle)]
+#[path = "qcow2_support/shuttle_recorded.rs"]
+mod shuttle_recorded;
+
+#[cfg(shuttle)]
 #[path = "qcow2_support/shuttle_durability.rs"]
 mod shuttle_durability;
+
+#[cfg(shuttle)]
+#[path = "qcow2_support/shuttle_bitmaps.rs"]
+mod shuttle_bitmaps;
+
+#[cfg(shuttle)]
+#[path = "qcow2_support/shuttle_subclusters.rs"]
+mod shuttle_subclusters;
+
+#[cfg(shuttle)]
+#[path = "qcow2_support/shuttle_data_file.rs"]
+mod shuttle_data_file;
 
 #[cfg(not(shuttle))]
 mod threads {

@@ -3,72 +3,14 @@
 
 use nbd_img_formats::BlockDriver;
 use nbd_img_formats::State;
-use nbd_img_formats::storage::{CallClass, Fate, Fault, FileId, Log, SparseBytes};
+use nbd_img_formats::storage::{CallClass, Fault};
 use nbd_img_formats::sync::{Arc, thread};
 use shuttle::rand::Rng;
 
-use crate::shuttle_scenarios::{LATER, Stage, explore_on, join, overlay, plain, write};
-use crate::support::checker;
-use crate::support::image::Image;
-use crate::support::scene::{CLUSTER, Scene};
+use crate::shuttle_recorded::{Disk, Recorded};
+use crate::shuttle_scenarios::{LATER, explore_on, join, overlay, plain, write};
+use crate::support::scene::CLUSTER;
 use crate::support::units::painted;
-
-/// A stage whose storage is recorded.
-struct Recorded {
-    stage: Stage,
-    disk: Disk,
-}
-
-/// What a crash leaves of it.
-#[derive(Clone)]
-struct Disk {
-    scene: Arc<Scene>,
-    log: Arc<Log>,
-}
-
-impl Recorded {
-    fn new(scene: &Arc<Scene>) -> Recorded {
-        let log = Log::new();
-        let stage = Stage::over(scene, |storage| log.attach(storage).unwrap());
-        Recorded { disk: Disk { scene: Arc::clone(scene), log }, stage }
-    }
-}
-
-impl Disk {
-    /// After a crash now, what was not synced is lost, and this is there all the same.
-    fn assert_durable(&self, at: u64, content: &[u8]) {
-        let left = self.log.after_crash(FileId(0), self.log.len(), |_, _| Fate::Lost);
-        let disk = self.read(&left);
-        assert!(
-            disk[at as usize..at as usize + content.len()] == *content,
-            "lost after it was flushed: {at}"
-        );
-    }
-
-    /// Whenever the crash comes and whatever it loses, the image is sound.
-    fn assert_sound(&self) {
-        for number in 0..3 {
-            let cut = shuttle::rand::thread_rng().gen_range(0..=self.log.len());
-            let left = self.log.after_crash(FileId(0), cut, |record, _| match (record + number) % 3 {
-                0 => Fate::Kept,
-                1 => Fate::Lost,
-                _ => Fate::Scattered((record * 7 + number) as u64),
-            });
-            self.read(&left);
-        }
-    }
-
-    fn read(&self, left: &SparseBytes) -> Vec<u8> {
-        let report = checker::check(left).unwrap();
-        assert!(report.is_sound(), "{report}");
-        self.scene.read(left).unwrap()
-    }
-
-    fn refcount_blocks(&self) -> usize {
-        let now = self.log.replay(FileId(0), self.log.len());
-        Image::parse(&now).unwrap().refcount_table.iter().filter(|block| **block != 0).count()
-    }
-}
 
 /// Where a thread of these scenes writes: a table that is there, one that is shared, one that is not there.
 fn place(number: u64) -> u64 {

@@ -26,6 +26,8 @@ fn schedules() -> usize {
 pub struct Stage {
     pub scene: Arc<Scene>,
     pub storage: Arc<dyn Storage>,
+    /// The data file, if the scene has one; what is free of it reads as zeroes.
+    pub data: Option<Arc<dyn Storage>>,
     pub faults: Arc<Faults>,
     pub driver: Arc<dyn BlockDriver>,
 }
@@ -35,16 +37,22 @@ impl Stage {
         Stage::over(scene, |storage| storage)
     }
 
-    /// One whose driver has what `wrap` makes of the storage.
-    pub fn over(scene: &Arc<Scene>, wrap: impl FnOnce(Arc<dyn Storage>) -> Arc<dyn Storage>) -> Stage {
+    /// One whose driver has what `wrap` makes of the storages: that of the image first.
+    pub fn over(scene: &Arc<Scene>, wrap: impl Fn(Arc<dyn Storage>) -> Arc<dyn Storage>) -> Stage {
         let options = MemoryOptions { len: 0, grows: true, poisoned: true };
         let memory = MemoryStorage::with(options).unwrap();
         memory.pwrite(&scene.image, HostOffset(0), LATER).unwrap();
         let storage: Arc<dyn Storage> = Wrapped::new(memory, NeverClosed);
+        let data = scene
+            .data
+            .as_ref()
+            .map(|data| -> Arc<dyn Storage> { Wrapped::new(scene.data_storage(data), NeverClosed) });
         let faults = Faults::new();
-        let failing = faults.attach(wrap(Arc::clone(&storage)));
-        let driver = scene::open_over(failing, scene.backing_driver(), Some(Default::default()), 0).unwrap();
-        Stage { scene: Arc::clone(scene), storage, faults, driver }
+        let image = faults.attach(wrap(Arc::clone(&storage)));
+        let outside = data.clone().map(|data| -> Arc<dyn Storage> { faults.attach(wrap(data)) });
+        let options = Some(Default::default());
+        let driver = scene::open_parts(image, outside, scene.backing_driver(), options, 0).unwrap();
+        Stage { scene: Arc::clone(scene), storage, data, faults, driver }
     }
 
     pub fn spawn(&self, body: impl FnOnce(&dyn BlockDriver) + Send + 'static) -> thread::JoinHandle<()> {
@@ -58,16 +66,27 @@ impl Stage {
         self.driver.pread(at, &mut got).unwrap();
         assert!(got == content, "the driver reads something else at {at}");
         self.driver.close().unwrap();
+        let disk = self.closed();
+        assert!(disk[at as usize..at as usize + content.len()] == *content, "the file holds something else");
+    }
+
+    /// What the disk of the image, which is closed and clean, holds.
+    pub fn closed(&self) -> Vec<u8> {
         let file = file_of(&*self.storage);
         let report = checker::check(&file).unwrap();
         assert!(report.is_clean(), "{report}");
-        let disk = self.scene.read(&file).unwrap();
-        assert!(disk[at as usize..at as usize + content.len()] == *content, "the file holds something else");
+        let Some(data) = &self.data else { return self.scene.read(&file).unwrap() };
+        let data = file_of(&**data);
+        let disk = self.scene.read_files(&file, &data).unwrap();
+        if let Some(raw) = self.scene.read_raw(&file, &data).unwrap() {
+            assert!(raw == disk, "the raw data file holds something else");
+        }
+        disk
     }
 }
 
 /// All of a file, by one read: the checker reads entry by entry, which would take most of a schedule's time.
-fn file_of(storage: &dyn Storage) -> Vec<u8> {
+pub fn file_of(storage: &dyn Storage) -> Vec<u8> {
     let mut bytes = vec![0; storage.len().unwrap() as usize];
     let got = storage.pread(&mut bytes, HostOffset(0)).unwrap();
     assert_eq!(got, bytes.len());

@@ -268,8 +268,10 @@ impl Scene {
         maker::run("qemu-img", &["bitmap", "--disable", maker::text(&path), "off"]);
         self.image = maker.bytes();
         // As whoever was killed leaves it.
-        let name = self.image.windows(5).rposition(|five| five == b"stale").unwrap();
-        self.image[name - 24 + 15] |= 1;
+        let parsed = Image::parse(&self.image).unwrap();
+        let stale = parsed.bitmaps.iter().find(|bitmap| bitmap.name == "stale").unwrap();
+        let flags_end = stale.entry_at as usize + 16;
+        self.image[flags_end - 1] |= 1;
         assert_eq!(maker::qemu_check(&self.image).0, 0);
         self
     }

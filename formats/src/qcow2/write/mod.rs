@@ -94,7 +94,7 @@ pub struct Writer {
     failed: AtomicBool,
     /// Nothing is changed any more. Set with the lock of the metadata held.
     closing: AtomicBool,
-    /// One at a time makes the file longer or clears header bits.
+    /// One at a time makes the file longer, changes header bits, or begins the close.
     file: Mutex<()>,
     /// One at a time reads a refcount block. Taken after `file` and before `meta`.
     loading: Mutex<()>,
@@ -175,8 +175,10 @@ impl Writer {
         !self.is_failed() && !self.closing.load(Ordering::Acquire)
     }
 
-    /// From here on nothing is changed.
+    /// From here on nothing is changed. What the first change does before it is over, and will be undone by the
+    /// close, or is not begun any more.
     fn begin_close(&self) {
+        let _file = self.file.lock();
         let _meta = self.lock();
         self.closing.store(true, Ordering::SeqCst);
         self.changed.notify_all();
@@ -289,6 +291,9 @@ fn begin_changes(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     let _file = writer.file.lock();
     if writer.is_begun() {
         return Ok(());
+    }
+    if writer.closing.load(Ordering::SeqCst) {
+        return Err(closed());
     }
     if writer.short_data_file.load(Ordering::Acquire) {
         data_file::lengthen(driver)?;
