@@ -7,6 +7,8 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are not told apart from a program's code.
 
+#[path = "differential_support/bitmaps.rs"]
+mod bitmaps;
 #[path = "differential_support/daemon.rs"]
 mod daemon;
 #[path = "differential_support/readers.rs"]
@@ -44,12 +46,14 @@ struct Kind {
     options: &'static str,
     cluster: u64,
     backing: bool,
+    /// It has dirty bitmaps.
+    bitmaps: bool,
     /// How many of a hundred scripts it gets: large clusters move many bytes.
     share: u64,
 }
 
 const fn kind(options: &'static str, cluster: u64, backing: bool, share: u64) -> Kind {
-    Kind { options, cluster, backing, share }
+    Kind { options, cluster, backing, bitmaps: false, share }
 }
 
 const KINDS: [Kind; 24] = [
@@ -224,6 +228,9 @@ impl Pair {
             }
             maker::run("qemu-img", &["snapshot", "-c", "snap", path]);
         }
+        if kind.bitmaps {
+            bitmaps::add(path);
+        }
         pair
     }
 
@@ -274,6 +281,9 @@ impl Pair {
 
     /// What was seen in one image is what was seen in the other.
     fn compare(&self, one: &Seen, other: &Seen, said: &dyn Debug) {
+        if self.kind.bitmaps {
+            bitmaps::assert_same(&self.theirs(), &self.ours(), said);
+        }
         assert!(one.content == other.content, "{said:?}: another content");
         if !self.kind.zeroes_may_differ() {
             assert_eq!(one.zeroes, other.zeroes, "{said:?}: what is zero by the metadata");
@@ -387,13 +397,19 @@ fn run(daemon: &mut Daemon, pairs: &mut [Option<Pair>], seed: u64, number: u64) 
         pairs[index] = None;
     }
     let pair = pairs[index].get_or_insert_with(|| Pair::new(kind, &mut random));
+    run_on(daemon, pair, &mut random, number);
+}
+
+/// The script on this pair.
+fn run_on(daemon: &mut Daemon, pair: &Pair, random: &mut Random, number: u64) {
+    let kind = pair.kind;
     pair.reset();
     let with_check = random.below(CHECK_ONE_IN) == 0;
     let script = |random: &mut Random| -> Vec<Operation> {
         let count = 1 + random.below(30);
         (0..count).map(|_| Operation::random(kind, random)).collect()
     };
-    let (first, second) = (script(&mut random), script(&mut random));
+    let (first, second) = (script(random), script(random));
     let said = (kind.options, number, &first);
     let [_, theirs] = daemon.carry_out(&first, &pair.theirs());
     let [_, ours] = carry_out(&first, &pair.ours());
