@@ -8,7 +8,7 @@ use std::fmt;
 use std::ops::ControlFlow;
 
 use crate::address::GuestRange;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::info::ImageInfo;
 use crate::mover;
 use crate::plan::{MapMode, ReadPlan, WritePlan};
@@ -192,6 +192,21 @@ pub trait BlockDriver: Send + Sync {
     fn offer_bitmap(&self, name: &str) -> Result<bool> {
         let _ = name;
         Ok(false)
+    }
+
+    /// The size that the disk would have if it were opened now: another than [`size`](Self::size) where others have
+    /// changed how long its file or device is.
+    fn stored_size(&self) -> Result<u64> {
+        Ok(self.size())
+    }
+
+    /// Gives the disk another size while it is used: what it is longer by reads as zeroes, what it is shorter by is
+    /// lost. When it returns, that is durable, and `size` tells it; a failure leaves the old size, or a crash either of
+    /// them. Requests may go on meanwhile, but none may reach behind the new end of a disk that becomes shorter. One
+    /// call at a time. To be given [`stored_size`](Self::stored_size) makes it follow its file or device.
+    fn resize(&self, size: u64) -> Result<()> {
+        let _ = size;
+        Err(Error::new(ErrorKind::Unsupported, "disks of this kind keep their size while they are served"))
     }
 
     /// Asks for the range to be brought into memory. A hint: it returns before that has happened.

@@ -167,7 +167,7 @@ mod threads {
                 let storage = MemoryStorage::copy_of(backing).unwrap();
                 Some(RawDriver::open(storage, RawOptions::default()).unwrap())
             };
-            let write = WriteOptions { discard: true, dirty_len_max: self.dirty_len_max };
+            let write = WriteOptions { dirty_len_max: self.dirty_len_max, ..WriteOptions::default() };
             scene::open_over(Arc::clone(storage), below, Some(write), 0).unwrap()
         }
 

@@ -139,3 +139,50 @@ fn holes_of_the_file_are_holes_of_the_disk() {
     })
     .unwrap();
 }
+
+#[test]
+fn the_size_changes_while_the_disk_is_used() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    fs::write(&path, vec![7; 1000]).unwrap();
+    let disk = open(&path);
+    let len = || fs::metadata(&path).unwrap().len();
+    disk.resize(4096).unwrap();
+    assert_eq!((disk.size(), len()), (4096, 4096));
+    let mut buf = [1; 4096];
+    disk.pread(0, &mut buf).unwrap();
+    assert_eq!((&buf[..1000], &buf[1000..]), ([7; 1000].as_slice(), [0; 3096].as_slice()));
+    disk.pwrite(4095, &[9], Durability::Later).unwrap();
+    disk.resize(512).unwrap();
+    assert_eq!((disk.size(), len()), (512, 512));
+    assert_eq!(disk.pread(512, &mut buf[..1]).unwrap_err().kind(), ErrorKind::OutOfBounds);
+    assert_eq!(disk.pwrite(512, &[1], Durability::Later).unwrap_err().kind(), ErrorKind::OutOfBounds);
+    disk.resize(4096).unwrap();
+    disk.pread(512, &mut buf[..3584]).unwrap();
+    assert_eq!(buf[..3584], [0; 3584]);
+    disk.close().unwrap();
+    assert_eq!(disk.resize(8192).unwrap_err().kind(), ErrorKind::Failed);
+}
+
+#[test]
+fn a_file_that_others_change_is_followed_and_not_cut_off() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    fs::write(&path, vec![7; 1024]).unwrap();
+    let disk = open(&path);
+    fs::write(&path, vec![8; 5000]).unwrap();
+    assert_eq!((disk.size(), disk.stored_size().unwrap()), (1024, 5120));
+    // Somebody has put something there: it is neither zeroed nor lost.
+    for size in [512, 4096, 8192] {
+        let error = disk.resize(size).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+    }
+    disk.resize(5120).unwrap();
+    let mut buf = [1; 5120];
+    disk.pread(0, &mut buf).unwrap();
+    assert_eq!((&buf[..5000], &buf[5000..]), ([8; 5000].as_slice(), [0; 120].as_slice()));
+    fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(512).unwrap();
+    disk.resize(disk.stored_size().unwrap()).unwrap();
+    assert_eq!(disk.size(), 512);
+    disk.pread(0, &mut buf[..512]).unwrap();
+}

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 pub use alone::{Access, open_alone};
 pub use chain::{CHAIN_MAX, change_bitmap};
 pub use create::{CreateRequest, create};
-pub use resize::{Resized, SizeChange, resize};
+pub use resize::{Resized, SizeChange, check_shrink, resize};
 pub use temporary::temporary;
 
 use crate::driver::{BlockDriver, Format};

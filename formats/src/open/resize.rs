@@ -23,6 +23,25 @@ pub enum SizeChange {
     Less(u64),
 }
 
+impl SizeChange {
+    /// What a disk of `from` bytes becomes, rounded up to 512. Fails with `InvalidInput` if there is no such size,
+    /// and unless `shrink` allows one that is smaller.
+    pub fn target(self, from: u64, shrink: bool) -> Result<u64> {
+        let wanted = match self {
+            SizeChange::To(size) => Some(size),
+            SizeChange::More(more) => from.checked_add(more),
+            SizeChange::Less(less) => from.checked_sub(less),
+        };
+        let wanted = wanted.and_then(|size| size.checked_next_multiple_of(SECTOR_LEN));
+        let Some(to) = wanted.filter(|size| i64::try_from(*size).is_ok()) else {
+            let text = format!("a disk of {from} bytes cannot be changed by that much");
+            return Err(Error::new(ErrorKind::InvalidInput, text));
+        };
+        check_shrink(from, to, shrink)?;
+        Ok(to)
+    }
+}
+
 /// What became of a disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Resized {
@@ -51,7 +70,7 @@ fn resize_raw(path: &Path, change: SizeChange, shrink: bool) -> Result<Resized> 
     let (storage, _) = open_alone(path, Some(Format::Raw), Access::Write)?;
     let fail = |what, e| storage_error(&storage, what, HostOffset(0), e);
     let from = storage.len().map_err(|e| fail("cannot tell the file's length", e))?;
-    let to = target(from, change, shrink)?;
+    let to = change.target(from, shrink)?;
     if !storage.facts().grows {
         let text = "this is a block device, whose size is not that of a file";
         return Err(Error::new(ErrorKind::Unsupported, text));
@@ -67,22 +86,14 @@ fn resize_raw(path: &Path, change: SizeChange, shrink: bool) -> Result<Resized> 
 fn resize_qcow2(path: &Path, change: SizeChange, shrink: bool, options: &OpenOptions) -> Result<Resized> {
     let chain::Top { image, below } = chain::open_top(path, options)?;
     let from = Header::load(&image)?.virtual_size;
-    let to = target(from, change, shrink)?;
+    let to = change.target(from, shrink)?;
     qcow2::resize(&image, below.as_ref(), to)?;
     Ok(Resized { from, to })
 }
 
-fn target(from: u64, change: SizeChange, shrink: bool) -> Result<u64> {
-    let wanted = match change {
-        SizeChange::To(size) => Some(size),
-        SizeChange::More(more) => from.checked_add(more),
-        SizeChange::Less(less) => from.checked_sub(less),
-    };
-    let wanted = wanted.and_then(|size| size.checked_next_multiple_of(SECTOR_LEN));
-    let Some(to) = wanted.filter(|size| i64::try_from(*size).is_ok()) else {
-        let text = format!("a disk of {from} bytes cannot be changed by that much");
-        return Err(Error::new(ErrorKind::InvalidInput, text));
-    };
+/// Fails with `InvalidInput` if a disk of `from` bytes would lose something by having `to`, and `shrink` does not allow
+/// it.
+pub fn check_shrink(from: u64, to: u64, shrink: bool) -> Result<()> {
     if to < from && !shrink {
         let text = format!(
             "the disk of {from} bytes would become smaller and lose what lies behind {to}; --shrink allows it \
@@ -90,5 +101,5 @@ fn target(from: u64, change: SizeChange, shrink: bool) -> Result<u64> {
         );
         return Err(Error::new(ErrorKind::InvalidInput, text));
     }
-    Ok(to)
+    Ok(())
 }

@@ -6,15 +6,14 @@ use super::bitmaps::{self, Bitmaps};
 use super::compressed::ClusterCache;
 use super::header::{Compression, Header};
 use super::map::{self, LayerRuns};
-use super::parts::{Caches, Parts};
+use super::parts::{self, Caches, Parts};
 use super::snapshots::{self, Snapshot};
 use super::tables::{ImageNumber, L1Table, TableCache, TableSlice};
 use super::types::{DataFile, Geometry, GuestCluster};
 use super::write::bitmap_change::{self, BitmapChange};
-use super::write::options::WriteOptions;
-use super::write::{Writer, begin, commit, prepare, reclaim, slow, zero};
+use super::write::{Writer, begin, commit, live_size, prepare, reclaim, slow, zero};
 use crate::address::{GuestRange, HostOffset, HostRange};
-use crate::driver::{BlockDriver, Facts, Format, State, StatusQuery, StatusVisitor, ZeroRequest};
+use crate::driver::{BlockDriver, Facts, State, StatusQuery, StatusVisitor, ZeroRequest};
 use crate::error::{Error, ErrorKind, Result};
 use crate::info::ImageInfo;
 use crate::mover::{self, check_writable, checked_range, storage_error};
@@ -23,9 +22,6 @@ use crate::storage::{Durability, Storage};
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// Least and most that is announced as the preferred unit. Our choice: less than a page is never
-/// better; more than 64 KiB would make clients read much more than they want.
-const BLOCK_PREFERRED_LEN: std::ops::RangeInclusive<u64> = 4096..=65536;
 /// The storage of the image file.
 const IMAGE_STORAGE: StorageId = StorageId(0);
 /// The storage of an external data file.
@@ -39,9 +35,16 @@ pub struct Qcow2Driver {
     bitmaps: Bitmaps,
     /// What is served is a state of the past.
     is_snapshot: bool,
-    virtual_size: u64,
+    /// What the guest may use.
+    size: AtomicU64,
+    /// Where the disk ends as far as its mapping goes: `size`, or more while it becomes longer. Changed only under
+    /// the lock of the metadata.
+    disk_end: AtomicU64,
     l1: L1Table,
-    l1_at: HostOffset,
+    /// Where the L1 table lies in the file, and how many entries it has there. Changed only by who has the right to
+    /// commit.
+    l1_at: AtomicU64,
+    l1_entries: AtomicU64,
     storages: Vec<Arc<dyn Storage>>,
     /// How far the file with the data reached when it was last asked; it can only be longer.
     data_len: AtomicU64,
@@ -146,14 +149,40 @@ impl Qcow2Driver {
         Ok(())
     }
 
-    /// The end of the disk.
+    /// The end of the disk as far as its mapping goes.
     pub(super) fn disk_end(&self) -> u64 {
-        self.virtual_size
+        self.disk_end.load(Ordering::Acquire)
+    }
+
+    /// Says how far the mapping goes from now on. Under the lock of the metadata.
+    pub(super) fn set_disk_end(&self, end: u64) {
+        self.disk_end.store(end, Ordering::Release);
+    }
+
+    /// Says what the guest may use from now on.
+    pub(super) fn set_size(&self, size: u64) {
+        self.size.store(size, Ordering::Release);
     }
 
     /// Where the active L1 table lies.
     pub(super) fn l1_at(&self) -> HostOffset {
-        self.l1_at
+        HostOffset(self.l1_at.load(Ordering::Acquire))
+    }
+
+    /// How many entries the active L1 table has in the file.
+    pub(super) fn l1_entries(&self) -> u64 {
+        self.l1_entries.load(Ordering::Acquire)
+    }
+
+    /// Says where the active L1 table lies from now on. Only with the right to commit.
+    pub(super) fn set_l1_place(&self, at: HostOffset, entries: u64) {
+        self.l1_at.store(at.0, Ordering::Release);
+        self.l1_entries.store(entries, Ordering::Release);
+    }
+
+    /// The header and the snapshots as they were at open.
+    pub(super) fn opened_as(&self) -> (&Header, &[Snapshot]) {
+        (&self.header, &self.snapshots)
     }
 
     /// Whether the backing file has any byte of the cluster.
@@ -205,7 +234,12 @@ impl BlockDriver for Qcow2Driver {
     }
 
     fn size(&self) -> u64 {
-        self.virtual_size
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn resize(&self, size: u64) -> Result<()> {
+        let writer = self.writer()?;
+        live_size::change(self, writer, size).map_err(|e| e.with_path(&self.image().facts().path))
     }
 
     fn state(&self) -> State {
@@ -236,7 +270,7 @@ impl BlockDriver for Qcow2Driver {
         Ok(ImageInfo {
             path: image.facts().path.clone(),
             format: self.facts.format.to_string(),
-            virtual_size: self.virtual_size,
+            virtual_size: self.size(),
             file_len: len_of(image)?,
             allocated_len: image
                 .allocated_len()
@@ -435,16 +469,18 @@ fn open_parts(parts: Parts) -> Result<Qcow2Driver> {
     let l1 = L1Table::load(&image, l1_at, header.geometry, virtual_size)?;
     let bitmaps = Bitmaps::load(&image, &header);
     let data_len = len_of(data_file.as_ref().unwrap_or(&image))?;
-    let storages = flat_storages(image, &header, data_file, backing.as_ref())?;
+    let storages = parts::flat_storages(image, &header, data_file, backing.as_ref())?;
     let as_qemu = write.is_some_and(|options| options.zeroes_as_qemu) && header.geometry.can_zero();
     let mut driver = Qcow2Driver {
-        facts: facts(&header, backing.as_ref(), write),
+        facts: parts::facts(&header, backing.as_ref(), write),
         snapshots,
         bitmaps,
         is_snapshot: snapshot.is_some(),
-        virtual_size,
+        size: AtomicU64::new(virtual_size),
+        disk_end: AtomicU64::new(virtual_size),
         l1,
-        l1_at: l1_at.at,
+        l1_at: AtomicU64::new(l1_at.at.0),
+        l1_entries: AtomicU64::new(u64::from(l1_at.entries)),
         storages,
         data_len: AtomicU64::new(data_len),
         backing,
@@ -460,43 +496,6 @@ fn open_parts(parts: Parts) -> Result<Qcow2Driver> {
         driver.writer = Some(Arc::new(writer));
     }
     Ok(driver)
-}
-
-fn facts(header: &Header, backing: Option<&Arc<dyn BlockDriver>>, write: Option<WriteOptions>) -> Facts {
-    let preferred =
-        header.geometry.cluster_len().clamp(*BLOCK_PREFERRED_LEN.start(), *BLOCK_PREFERRED_LEN.end());
-    Facts {
-        format: Format::Qcow2,
-        writable: write.is_some(),
-        block_min_len: 1,
-        // A request of a cluster touches one entry, and decompresses nothing twice.
-        block_preferred_len: u32::try_from(preferred).unwrap_or(4096),
-        // Version 2 has no zero flag, so a backing file would shine through.
-        fast_zero: write.is_some()
-            && (header.geometry.can_zero() || backing.is_none() && header.backing_name.is_none()),
-        // A cluster of an image that is written can be freed while a client still has it in its socket.
-        sendable: write.is_none(),
-        holes_in_storage: backing.is_some_and(|backing| backing.facts().holes_in_storage),
-    }
-}
-
-/// The image file, its data file, and behind them those of the backing driver.
-fn flat_storages(
-    image: Arc<dyn Storage>,
-    header: &Header,
-    data_file: Option<Arc<dyn Storage>>,
-    backing: Option<&Arc<dyn BlockDriver>>,
-) -> Result<Vec<Arc<dyn Storage>>> {
-    if data_file.is_some() != header.geometry.is_external() {
-        return Err(Error::new(ErrorKind::InvalidInput, "an external data file is missing or not wanted"));
-    }
-    let mut storages = vec![image];
-    storages.extend(data_file);
-    storages.extend(backing.into_iter().flat_map(|backing| backing.storages().iter().cloned()));
-    if storages.len() > usize::from(u16::MAX) {
-        return Err(Error::new(ErrorKind::Unsupported, "the chain has too many files"));
-    }
-    Ok(storages)
 }
 
 fn len_of(storage: &Arc<dyn Storage>) -> Result<u64> {

@@ -4,11 +4,14 @@ use super::compressed::ClusterCache;
 use super::header::{Header, L1_LEN_MAX};
 use super::tables::{ImageNumber, TableCache};
 use super::write::options::WriteOptions;
-use crate::driver::BlockDriver;
+use crate::driver::{BlockDriver, Facts, Format};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
 use crate::sync::Arc;
 
+/// Least and most that is announced as the preferred unit. Our choice: less than a page is never
+/// better; more than 64 KiB would make clients read much more than they want.
+const BLOCK_PREFERRED_LEN: std::ops::RangeInclusive<u64> = 4096..=65536;
 /// Most bytes of L1 tables, over a chain of images: four of the largest ones that QEMU opens. Our
 /// choice: a hostile chain of small sparse files cannot take more.
 const CHAIN_L1_LEN_MAX: u64 = 4 * L1_LEN_MAX;
@@ -66,4 +69,46 @@ pub struct Parts {
     pub snapshot: Option<String>,
     /// How to write; `None` opens read-only, and then nothing is ever written.
     pub write: Option<WriteOptions>,
+}
+
+/// What is fixed of a driver of such an image.
+pub(super) fn facts(
+    header: &Header,
+    backing: Option<&Arc<dyn BlockDriver>>,
+    write: Option<WriteOptions>,
+) -> Facts {
+    let preferred =
+        header.geometry.cluster_len().clamp(*BLOCK_PREFERRED_LEN.start(), *BLOCK_PREFERRED_LEN.end());
+    Facts {
+        format: Format::Qcow2,
+        writable: write.is_some(),
+        block_min_len: 1,
+        // A request of a cluster touches one entry, and decompresses nothing twice.
+        block_preferred_len: u32::try_from(preferred).unwrap_or(4096),
+        // Version 2 has no zero flag, so a backing file would shine through.
+        fast_zero: write.is_some()
+            && (header.geometry.can_zero() || backing.is_none() && header.backing_name.is_none()),
+        // A cluster of an image that is written can be freed while a client still has it in its socket.
+        sendable: write.is_none(),
+        holes_in_storage: backing.is_some_and(|backing| backing.facts().holes_in_storage),
+    }
+}
+
+/// The image file, its data file, and behind them those of the backing driver.
+pub(super) fn flat_storages(
+    image: Arc<dyn Storage>,
+    header: &Header,
+    data_file: Option<Arc<dyn Storage>>,
+    backing: Option<&Arc<dyn BlockDriver>>,
+) -> Result<Vec<Arc<dyn Storage>>> {
+    if data_file.is_some() != header.geometry.is_external() {
+        return Err(Error::new(ErrorKind::InvalidInput, "an external data file is missing or not wanted"));
+    }
+    let mut storages = vec![image];
+    storages.extend(data_file);
+    storages.extend(backing.into_iter().flat_map(|backing| backing.storages().iter().cloned()));
+    if storages.len() > usize::from(u16::MAX) {
+        return Err(Error::new(ErrorKind::Unsupported, "the chain has too many files"));
+    }
+    Ok(storages)
 }

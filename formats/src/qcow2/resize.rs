@@ -22,9 +22,9 @@ use crate::storage::{Durability, Provision, Storage};
 use crate::sync::Arc;
 
 /// Where the size stands in the header (specification).
-const SIZE_AT: HostOffset = HostOffset(24);
+pub(super) const SIZE_AT: HostOffset = HostOffset(24);
 /// Where the number of L1 entries and the place of the table stand in the header (specification).
-const L1_POINTER_AT: HostOffset = HostOffset(36);
+pub(super) const L1_POINTER_AT: HostOffset = HostOffset(36);
 /// Most bytes of entries that are cleared with one write. Our choice.
 const CLEAR_LEN: u64 = 1 << 20;
 /// Bytes of the table cache while zeroes are written. Our choice.
@@ -40,7 +40,7 @@ fn change(image: &Arc<dyn Storage>, backing: Option<&Arc<dyn BlockDriver>>, size
     let header = Header::load(image)?;
     let (snapshots, snapshots_len) = snapshots::load(image, &header)?;
     let resizer = Resizer { image, backing, snapshots: (&snapshots, snapshots_len), size };
-    resizer.refuse(&header)?;
+    refuse(&header, &snapshots, size)?;
     let header = match header.incompatible.contains(Incompatible::DIRTY) {
         true => {
             check::rebuild(image, &header, resizer.snapshots)?;
@@ -63,6 +63,35 @@ fn change(image: &Arc<dyn Storage>, backing: Option<&Arc<dyn BlockDriver>>, size
     }
 }
 
+/// Fails if the disks of images like this one do not get this size.
+pub(super) fn refuse(header: &Header, snapshots: &[Snapshot], size: u64) -> Result<()> {
+    let unsupported = |what: &str| {
+        let text = format!("images with {what} are not resized yet (qemu-img resize)");
+        Err(Error::new(ErrorKind::Unsupported, text))
+    };
+    if header.incompatible.contains(Incompatible::CORRUPT) {
+        let text = "the image is marked as corrupt; repair it first (nbd-img check --repair all)";
+        return Err(Error::new(ErrorKind::Corrupt, text));
+    }
+    if header.extensions.bitmaps.is_some_and(|bitmaps| bitmaps.count > 0) {
+        return unsupported("persistent dirty bitmaps");
+    }
+    if header.geometry.data_file() != DataFile::Internal {
+        return unsupported("an external data file");
+    }
+    if snapshots.iter().any(|snapshot| !snapshot.has_disk_size()) {
+        let text = "a snapshot does not say which size its disk has, so the image's must not change";
+        return Err(Error::new(ErrorKind::Unsupported, text));
+    }
+    let l1_len = header.geometry.l1_entries_for(size).saturating_mul(8);
+    if l1_len > L1_LEN_MAX || i64::try_from(size).is_err() {
+        let cluster_len = header.geometry.cluster_len();
+        let text = format!("a disk of {size} bytes is too large for clusters of {cluster_len} bytes");
+        return Err(Error::new(ErrorKind::InvalidInput, text));
+    }
+    Ok(())
+}
+
 struct Resizer<'a> {
     image: &'a Arc<dyn Storage>,
     backing: Option<&'a Arc<dyn BlockDriver>>,
@@ -71,38 +100,6 @@ struct Resizer<'a> {
 }
 
 impl Resizer<'_> {
-    /// Fails if images like this one are not resized.
-    fn refuse(&self, header: &Header) -> Result<()> {
-        let unsupported = |what: &str| {
-            let text = format!("images with {what} are not resized yet (qemu-img resize)");
-            Err(Error::new(ErrorKind::Unsupported, text))
-        };
-        if header.incompatible.contains(Incompatible::CORRUPT) {
-            let text = "the image is marked as corrupt; repair it first (nbd-img check --repair all)";
-            return Err(Error::new(ErrorKind::Corrupt, text));
-        }
-        if header.extensions.bitmaps.is_some_and(|bitmaps| bitmaps.count > 0) {
-            return unsupported("persistent dirty bitmaps");
-        }
-        if header.geometry.data_file() != DataFile::Internal {
-            return unsupported("an external data file");
-        }
-        if self.snapshots.0.iter().any(|snapshot| !snapshot.has_disk_size()) {
-            let text = "a snapshot does not say which size its disk has, so the image's must not change";
-            return Err(Error::new(ErrorKind::Unsupported, text));
-        }
-        let l1_len = header.geometry.l1_entries_for(self.size).saturating_mul(8);
-        if l1_len > L1_LEN_MAX || i64::try_from(self.size).is_err() {
-            let text = format!(
-                "a disk of {} bytes is too large for clusters of {} bytes",
-                self.size,
-                header.geometry.cluster_len()
-            );
-            return Err(Error::new(ErrorKind::InvalidInput, text));
-        }
-        Ok(())
-    }
-
     /// Returns the driver that has zeroed something; it is still open.
     fn grow(&self, header: &Header) -> Result<Option<Arc<Qcow2Driver>>> {
         let old_size = header.virtual_size;

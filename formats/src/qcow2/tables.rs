@@ -15,16 +15,21 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::mover::read_exact;
 use crate::storage::Storage;
 use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use crate::sync::{Arc, RwLock};
+use crate::sync::{Arc, OnceLock, RwLock};
 
 /// Slots of a set: a lookup compares this many keys at most. Our choice.
 const WAYS: usize = 8;
 /// Bytes that an L1 table is read in. Our choice: it is never in memory twice.
 const L1_CHUNK_LEN: usize = 64 << 10;
 
+/// Fewest entries that an L1 table is made longer by. Our choice: a page.
+const GROW_LEN_MIN: usize = 512;
+
 /// An L1 table in memory.
 pub struct L1Table {
     entries: Box<[AtomicU64]>,
+    /// What it was made longer by.
+    more: OnceLock<Box<L1Table>>,
     geometry: Geometry,
 }
 
@@ -103,12 +108,39 @@ impl L1Table {
             entries.extend(words_of(part).map(|raw| AtomicU64::new(known(raw))));
             done += len as u64;
         }
-        Ok(L1Table { entries: entries.into_boxed_slice(), geometry })
+        Ok(L1Table { entries: entries.into_boxed_slice(), more: OnceLock::new(), geometry })
+    }
+
+    /// Makes it at least so long; new entries are unallocated. One thread at a time, while others use it.
+    pub fn grow(&self, needed: usize) {
+        let Some(missing) = needed.checked_sub(self.entries.len()).filter(|missing| *missing > 0) else {
+            return;
+        };
+        let more = self.more.get_or_init(|| {
+            // Twice as many as before it: the way to the last of any number of parts stays short.
+            let len = missing.max(2 * self.entries.len()).max(GROW_LEN_MIN);
+            let entries = (0..len).map(|_| AtomicU64::new(0)).collect();
+            Box::new(L1Table { entries, more: OnceLock::new(), geometry: self.geometry })
+        });
+        more.grow(missing);
+    }
+
+    #[inline]
+    fn entry(&self, index: usize) -> Option<&AtomicU64> {
+        match self.entries.get(index) {
+            None => self.entry_in_more(index),
+            there => there,
+        }
+    }
+
+    #[cold]
+    fn entry_in_more(&self, index: usize) -> Option<&AtomicU64> {
+        self.more.get()?.entry(index.checked_sub(self.entries.len())?)
     }
 
     /// Where the L2 table for the guest's byte at `offset` lies; `None` when nothing there is allocated.
     pub fn l2_table(&self, offset: u64) -> std::result::Result<Option<HostCluster>, EntryFault> {
-        match self.entries.get(self.geometry.l1_index(offset)) {
+        match self.entry(self.geometry.l1_index(offset)) {
             Some(raw) => self.geometry.decode_l1(raw.load(Ordering::Acquire)),
             None => Ok(None),
         }
@@ -116,19 +148,19 @@ impl L1Table {
 
     /// Entry number `index` as it is; 0 behind the end.
     pub fn raw(&self, index: usize) -> u64 {
-        self.entries.get(index).map_or(0, |raw| raw.load(Ordering::Acquire))
+        self.entry(index).map_or(0, |raw| raw.load(Ordering::Acquire))
     }
 
     /// Changes an entry. Only under the lock of the image's metadata.
     pub fn set(&self, index: usize, raw: u64) {
-        if let Some(entry) = self.entries.get(index) {
+        if let Some(entry) = self.entry(index) {
             entry.store(raw, Ordering::Release);
         }
     }
 
     /// How many entries there are.
     pub fn len(&self) -> usize {
-        self.entries.len()
+        self.entries.len() + self.more.get().map_or(0, |more| more.len())
     }
 }
 

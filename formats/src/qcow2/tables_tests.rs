@@ -72,3 +72,23 @@ fn a_table_that_moves_while_it_is_read_is_read_anew() {
     };
     assert_eq!(cache.get_or_load(key(0), locate, load).unwrap().raw(0), 1024);
 }
+
+#[test]
+fn a_table_that_becomes_longer_keeps_what_it_has() {
+    let storage: Arc<dyn Storage> = crate::storage::MemoryStorage::new(4096).unwrap();
+    let geometry = Geometry::new(9, false, 3, DataFile::Internal);
+    let location = TableLocation { at: HostOffset(0), entries: 3 };
+    let table = L1Table::load(&storage, location, geometry, 3 * geometry.l2_coverage_len()).unwrap();
+    table.set(3, 1);
+    assert_eq!((table.len(), table.raw(3)), (3, 0), "there is none of that number");
+    table.set(2, 30);
+    for (needed, number) in [(3, 2), (4, 3), (100, 99), (5000, 4999), (4000, 3999), (100_000, 99_999)] {
+        table.grow(needed);
+        assert!(table.len() >= needed);
+        table.set(number, number as u64 + 28);
+    }
+    for number in [2, 3, 99, 3999, 4999, 99_999] {
+        assert_eq!(table.raw(number), number as u64 + 28);
+    }
+    assert_eq!((table.raw(0), table.raw(4), table.raw(table.len())), (0, 0, 0));
+}

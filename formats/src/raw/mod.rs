@@ -52,9 +52,10 @@ impl Default for RawOptions {
 pub struct RawDriver {
     facts: Facts,
     storages: [Arc<dyn Storage>; 1],
-    size: u64,
-    /// Where the storage ends. What the disk has behind it reads as zeroes. Only grows, up to `size`,
-    /// under `growing`.
+    exact_size: bool,
+    size: AtomicU64,
+    /// Where the storage ends. What the disk has behind it reads as zeroes. Never beyond `size`, and changed only
+    /// under `growing`, as that is.
     data_end: AtomicU64,
     growing: Mutex<()>,
     guard: Option<MagicGuard>,
@@ -69,13 +70,7 @@ impl RawDriver {
             .len()
             .map_err(|e| storage_error(&storage, "cannot find out the size", HostOffset(0), e))?;
         let facts = storage.facts();
-        // What cannot grow cannot take a write behind its end, so it is never rounded.
-        let size = if options.exact_size || !facts.grows {
-            len
-        } else {
-            len.checked_next_multiple_of(SECTOR_LEN)
-                .ok_or_else(|| Error::new(ErrorKind::Unsupported, "the file is too long"))?
-        };
+        let size = size_of_len(len, options.exact_size || !facts.grows)?;
         Ok(Arc::new(RawDriver {
             facts: Facts {
                 format: options.format,
@@ -86,7 +81,8 @@ impl RawDriver {
                 sendable: true,
                 holes_in_storage: facts.kind != StorageKind::BlockDevice,
             },
-            size,
+            exact_size: options.exact_size,
+            size: AtomicU64::new(size),
             data_end: AtomicU64::new(len),
             growing: Mutex::new(()),
             guard: options.refuse_magic.filter(|_| facts.writable).map(MagicGuard::new),
@@ -115,21 +111,69 @@ impl RawDriver {
     /// longer again would turn lost data into zeroes.
     fn extend(&self) -> Result<()> {
         let _growing = self.growing.lock();
-        if self.data_end() >= self.size {
+        let size = self.size();
+        if self.data_end() >= size {
             return Ok(());
         }
-        let len = self.checked_len(self.data_end())?;
-        if len < self.size {
-            let storage = self.storage();
-            let fail = |e| storage_error(storage, "cannot make the file longer", HostOffset(len), e);
-            storage.set_len(self.size).map_err(fail)?;
-            if !storage.facts().new_space_is_zero {
-                let new = HostRange::new(HostOffset(len), self.size - len).unwrap_or_default();
-                storage.zero(new, Provision::Keep, false).map_err(fail)?;
-            }
-        }
-        self.data_end.store(self.size, Ordering::Release);
+        self.lengthen(size)?;
+        self.data_end.store(size, Ordering::Release);
         Ok(())
+    }
+
+    /// Makes the storage at least this long, with zeroes. With `growing` held.
+    fn lengthen(&self, size: u64) -> Result<()> {
+        let len = self.checked_len(self.data_end())?;
+        if len >= size {
+            return Ok(());
+        }
+        let storage = self.storage();
+        let fail = |e| storage_error(storage, "cannot make the file longer", HostOffset(len), e);
+        storage.set_len(size).map_err(fail)?;
+        if !storage.facts().new_space_is_zero {
+            let new = HostRange::new(HostOffset(len), size - len).unwrap_or_default();
+            storage.zero(new, Provision::Keep, false).map_err(fail)?;
+        }
+        Ok(())
+    }
+
+    /// The disk's size is that of its file or device, which others have changed.
+    fn follow(&self, len: u64, size: u64) {
+        // What lies behind the end of the disk is never looked for: that end comes first when it becomes nearer.
+        if size < self.size() {
+            self.size.store(size, Ordering::Release);
+        }
+        self.data_end.store(len.min(size), Ordering::Release);
+        self.size.store(size, Ordering::Release);
+    }
+
+    /// Changes the length of the file. With `growing` held.
+    fn change_len(&self, size: u64) -> Result<()> {
+        let storage = self.storage();
+        let old_size = self.size();
+        if size >= old_size {
+            self.lengthen(size)?;
+            self.sync_len()?;
+            self.data_end.store(size, Ordering::Release);
+            self.size.store(size, Ordering::Release);
+            return Ok(());
+        }
+        let old_end = self.data_end();
+        self.size.store(size, Ordering::Release);
+        self.data_end.store(size.min(old_end), Ordering::Release);
+        let fail = |e| storage_error(storage, "cannot make the file shorter", HostOffset(size), e);
+        if let Err(error) = storage.set_len(size).map_err(fail) {
+            self.data_end.store(old_end, Ordering::Release);
+            self.size.store(old_size, Ordering::Release);
+            return Err(error);
+        }
+        self.data_end.store(size, Ordering::Release);
+        self.sync_len()
+    }
+
+    fn sync_len(&self) -> Result<()> {
+        let storage = self.storage();
+        let fail = |e| storage_error(storage, "cannot make the new length durable", HostOffset(0), e);
+        storage.sync().map_err(fail)
     }
 
     /// The storage's length, which must be at least `needed`.
@@ -193,7 +237,45 @@ impl BlockDriver for RawDriver {
     }
 
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn stored_size(&self) -> Result<u64> {
+        self.check_open()?;
+        size_of_len(self.checked_len(0)?, self.exact_size || !self.storage().facts().grows)
+    }
+
+    fn resize(&self, size: u64) -> Result<()> {
+        self.check_open()?;
+        if self.facts.format == Format::MmapRaw {
+            let what = "a mapped disk (mmap-raw) keeps its size while it is served; serve it as raw";
+            return Err(Error::new(ErrorKind::Unsupported, what));
+        }
+        let grows = self.storage().facts().grows;
+        let _growing = self.growing.lock();
+        let len = self.checked_len(0)?;
+        if size == size_of_len(len, self.exact_size || !grows)? && size != self.size() {
+            self.follow(len, size);
+            return Ok(());
+        }
+        check_writable(self)?;
+        if size == self.size() {
+            return Ok(());
+        }
+        if !grows {
+            let text = format!(
+                "a block device has the size that it has, {len} bytes now; leave SIZE out to serve that"
+            );
+            return Err(Error::new(ErrorKind::Unsupported, text));
+        }
+        if len > self.size() {
+            let text = format!(
+                "the file has {len} bytes, others have made it longer than the disk of {}; leave SIZE out to serve that",
+                self.size()
+            );
+            return Err(Error::new(ErrorKind::InvalidInput, text));
+        }
+        self.change_len(size)
     }
 
     fn state(&self) -> State {
@@ -216,7 +298,7 @@ impl BlockDriver for RawDriver {
         Ok(ImageInfo {
             path: Path::new(&storage.facts().path).to_owned(),
             format: self.facts.format.to_string(),
-            virtual_size: self.size,
+            virtual_size: self.size(),
             file_len: storage.len().map_err(fail)?,
             allocated_len: storage.allocated_len().map_err(fail)?,
             ..ImageInfo::default()
@@ -349,6 +431,16 @@ impl BlockDriver for RawDriver {
         let closed = storage.close().map_err(|e| storage_error(storage, "cannot close", HostOffset(0), e));
         flushed.and(closed)
     }
+}
+
+/// The size of a disk in a storage of this length.
+fn size_of_len(len: u64, exact: bool) -> Result<u64> {
+    // What cannot grow cannot take a write behind its end, so it is never rounded.
+    if exact {
+        return Ok(len);
+    }
+    len.checked_next_multiple_of(SECTOR_LEN)
+        .ok_or_else(|| Error::new(ErrorKind::Unsupported, "the file is too long"))
 }
 
 /// A raw disk's bytes lie where the guest thinks.

@@ -22,7 +22,7 @@ use super::allocator::MovedTable;
 use super::meta::{Content, DirtySlice, Extent, Freed};
 use super::pins::Epoch;
 use super::refcounts::BlockWrite;
-use super::{Writer, bitmaps, reclaim};
+use super::{Writer, bitmaps, check_changing, reclaim};
 use crate::address::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{check_writable, storage_error};
@@ -58,6 +58,21 @@ pub fn commit(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     meta.committing = true;
     drop(meta);
     Committing { writer }.run(driver)
+}
+
+/// Waits for the right to commit, for who changes where commits write to: nobody else commits while it is held.
+pub fn take_right<'a>(driver: &Qcow2Driver, writer: &'a Writer) -> Result<Committing<'a>> {
+    let mut meta = writer.lock();
+    loop {
+        check_changing(driver, writer, &meta)?;
+        if !meta.committing {
+            break;
+        }
+        writer.wait(&mut meta);
+    }
+    meta.committing = true;
+    drop(meta);
+    Ok(Committing { writer })
 }
 
 /// Whether a sync of the image file or of its data file has failed for good.
@@ -102,7 +117,7 @@ pub fn settle(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
 const SETTLE_ROUNDS: usize = 3;
 
 /// The right to commit; goes when dropped.
-struct Committing<'a> {
+pub struct Committing<'a> {
     writer: &'a Writer,
 }
 

@@ -11,6 +11,7 @@
 //! | `zero`, `provide` | zeroing and discarding; zeroes with room |
 //! | `data_file` | places in an external data file, and giving their room back |
 //! | `commit`, `reclaim` | making changes durable in an order that a crash cannot hurt; letting clusters go |
+//! | `live_size` | another size for the disk while it is used |
 //! | `bitmaps` | recording changes in dirty bitmaps, and storing these |
 //! | `bitmap_change`, `bitmap_header` | adding, removing, ... bitmaps; the header's way to them |
 //! | `options` | what is chosen at open |
@@ -25,6 +26,7 @@ mod bitmap_header;
 pub mod bitmaps;
 pub mod commit;
 mod data_file;
+pub mod live_size;
 pub mod meta;
 pub mod metadata_map;
 pub mod options;
@@ -94,8 +96,10 @@ pub struct Writer {
     failed: AtomicBool,
     /// Nothing is changed any more. Set with the lock of the metadata held.
     closing: AtomicBool,
-    /// One at a time makes the file longer, changes header bits, or begins the close.
+    /// One at a time makes the file longer, changes the header, or begins the close.
     file: Mutex<()>,
+    /// One at a time changes the size of the disk. Taken before all others.
+    resizing: Mutex<()>,
     /// One at a time reads a refcount block. Taken after `file` and before `meta`.
     loading: Mutex<()>,
     /// The file was made longer than it was at open.
@@ -135,6 +139,7 @@ impl Writer {
             failed: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             file: Mutex::new(()),
+            resizing: Mutex::new(()),
             loading: Mutex::new(()),
             grown: AtomicBool::new(false),
         }

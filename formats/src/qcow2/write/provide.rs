@@ -11,7 +11,7 @@ use super::super::types::{ALL_UNITS, GuestCluster, HostCluster};
 use super::allocator::Need;
 use super::meta::{Claim, Meta};
 use super::zero::by_cluster;
-use super::{Writer, closed, commit, corrupt, prepare, satisfy, slow};
+use super::{Writer, closed, commit, corrupt, prepare, satisfy, slow, zero};
 use crate::address::{GuestRange, HostOffset, HostRange};
 use crate::error::Result;
 use crate::mover::storage_error;
@@ -47,10 +47,19 @@ fn provide_part(
 ) -> Result<u64> {
     let pin = writer.pin();
     let mut batch = Batch { writer, claims: Vec::new(), runs: Vec::new(), len: 0 };
-    if let Some(need) = gather(driver, writer, slice, part, &mut batch)? {
-        drop(pin);
-        satisfy(driver, writer, need)?;
-        return Ok(0);
+    match gather(driver, writer, slice, part, &mut batch)? {
+        Gathered::Batch => {}
+        Gathered::Need(need) => {
+            drop(pin);
+            satisfy(driver, writer, need)?;
+            return Ok(0);
+        }
+        Gathered::NotWhole => {
+            drop(pin);
+            let first = part.prefix(map::up_to_boundary(part.offset(), driver.geometry().cluster_len()));
+            zero::write_zero_bytes(driver, writer, first)?;
+            return Ok(first.len());
+        }
     }
     for run in &batch.runs {
         run.make_room(driver)?;
@@ -60,20 +69,31 @@ fn provide_part(
     Ok(done)
 }
 
-/// Fills the batch with what can be had now. What has to be done before anything can: see the result.
+/// What came of gathering.
+enum Gathered {
+    /// What is in the batch, perhaps nothing.
+    Batch,
+    /// This comes before anything can be had.
+    Need(Need),
+    /// The first piece has to be written.
+    NotWhole,
+}
+
+/// Fills the batch with what can be had now. The caller has a pin since before: whoever moves the end of the disk
+/// waits for those who have seen the old one.
 fn gather(
     driver: &Qcow2Driver,
     writer: &Writer,
     slice: &Arc<TableSlice>,
     part: GuestRange,
     batch: &mut Batch<'_>,
-) -> Result<Option<Need>> {
+) -> Result<Gathered> {
     let geometry = driver.geometry();
     let key = SliceKey { image: driver.number(), slice: geometry.slice_of(part.offset()) };
     let mut meta = slow::lock_unclaimed(driver, writer, geometry.cluster_of(part.offset()))?;
     let owned = geometry.is_owned(driver.l1().raw(geometry.l1_index(part.offset())));
     if !owned || !driver.tables().hold(key, slice) {
-        return Ok(None);
+        return Ok(Gathered::Batch);
     }
     let mut stopped = None;
     for piece in by_cluster(driver, part) {
@@ -81,7 +101,10 @@ fn gather(
         if meta.claims.contains(&cluster) {
             break;
         }
-        stopped = take(driver, &mut meta, slice, key, cluster, batch).err();
+        stopped = match slow::is_whole(driver, piece, geometry.cluster_len()) {
+            true => take(driver, &mut meta, slice, key, cluster, batch).err(),
+            false => Some(Stop::NotWhole),
+        };
         if stopped.is_some() {
             break;
         }
@@ -94,8 +117,9 @@ fn gather(
             Err(corrupt(driver, writer, what))
         }
         // What there is comes first.
-        Some(Stop::Need(need)) if batch.len == 0 => Ok(Some(need)),
-        Some(Stop::Need(_)) | None => Ok(None),
+        Some(Stop::Need(need)) if batch.len == 0 => Ok(Gathered::Need(need)),
+        Some(Stop::NotWhole) if batch.len == 0 => Ok(Gathered::NotWhole),
+        Some(Stop::Need(_) | Stop::NotWhole) | None => Ok(Gathered::Batch),
     }
 }
 
@@ -105,6 +129,8 @@ enum Stop {
     Need(Need),
     /// The next entry makes no sense.
     Fault(&'static str),
+    /// The next piece is a part of a cluster that was the last one.
+    NotWhole,
 }
 
 /// Adds one cluster, which nobody has a claim on, to the batch.

@@ -14,7 +14,7 @@ use super::{MetaGuard, Writer, begin_changes, check_changing, closed, commit, co
 use super::{prepare, satisfy, subclusters};
 use crate::address::{GuestRange, HostOffset};
 use crate::error::{Error, ErrorKind, Result};
-use crate::mover::{checked_range, storage_error};
+use crate::mover::storage_error;
 use crate::plan::MapMode;
 use crate::storage::Durability;
 use crate::sync::Arc;
@@ -22,7 +22,7 @@ use crate::sync::Arc;
 /// See [`BlockDriver::write_slow`](crate::BlockDriver::write_slow).
 pub fn write(driver: &Qcow2Driver, writer: &Arc<Writer>, offset: u64, buf: &[u8]) -> Result<()> {
     begin_changes(driver, writer)?;
-    writer.record(checked_range(driver, offset, buf.len() as u64)?)?;
+    writer.record(mapped_range(driver, offset, buf.len() as u64)?)?;
     let geometry = driver.geometry();
     let mut at = offset;
     let mut rest = buf;
@@ -36,6 +36,15 @@ pub fn write(driver: &Qcow2Driver, writer: &Arc<Writer>, offset: u64, buf: &[u8]
         rest = behind;
     }
     Ok(())
+}
+
+/// The range, which the mapping must reach; the guest need not.
+fn mapped_range(driver: &Qcow2Driver, offset: u64, len: u64) -> Result<GuestRange> {
+    let range = GuestRange::new(offset, len).filter(|range| range.end() <= driver.disk_end());
+    range.ok_or_else(|| {
+        let what = format!("{len} bytes reach beyond the disk of {} bytes", driver.disk_end());
+        Error::new(ErrorKind::OutOfBounds, what).with_offset(offset)
+    })
 }
 
 /// What is to be done for a cluster.
@@ -348,6 +357,12 @@ fn whole(driver: &Qcow2Driver, range: GuestRange, len: u64) -> GuestRange {
         false => range.end() - range.end() % len,
     };
     GuestRange::new(start, end.saturating_sub(start)).unwrap_or(range.prefix(0))
+}
+
+/// Whether a piece of one cluster is made of whole parts of `len` bytes. A last one that counted as whole when its
+/// request came does not any more once the disk has become longer. Under the lock of the metadata.
+pub fn is_whole(driver: &Qcow2Driver, piece: GuestRange, len: u64) -> bool {
+    piece.end().is_multiple_of(len) || piece.end() == driver.disk_end()
 }
 
 /// A hold on a slice, which ends unless it is kept.

@@ -5,9 +5,16 @@
 
 use super::super::driver::Qcow2Driver;
 use super::super::map::{self, Layer};
-use super::super::types::{Geometry, GuestCluster, HostCluster, L2Entry, SUBCLUSTERS, Subclusters};
+use super::super::tables::TableSlice;
+use super::super::types::{
+    ALL_UNITS, EntryWords, Geometry, GuestCluster, HostCluster, L2Entry, SUBCLUSTERS, Subclusters,
+};
+use super::meta::Meta;
 use super::slow::{self, ClaimGuard};
+use super::zero::{Goal, Stop};
+use crate::address::GuestRange;
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::Arc;
 
 /// Whether the backing file has any byte of these subclusters.
 pub fn backing_has(driver: &Qcow2Driver, cluster: GuestCluster, units: u32) -> bool {
@@ -113,4 +120,50 @@ impl Work<'_> {
         let part = bytes.get(..usize::try_from(len).unwrap_or(0)).unwrap_or_default();
         slow::write_data(self.driver, self.host.at(within), part)
     }
+}
+
+/// The units of a piece of one cluster; one that reaches to the end of the disk has all behind it, too.
+pub fn units_of(driver: &Qcow2Driver, piece: GuestRange) -> u32 {
+    let geometry = driver.geometry();
+    let within = geometry.offset_in_cluster(piece.offset());
+    let len = if piece.end() == driver.disk_end() { geometry.cluster_len() - within } else { piece.len() };
+    geometry.units(within, len)
+}
+
+/// As a change of a cluster's entry, for these units of a cluster with subclusters.
+pub fn change_split(
+    driver: &Qcow2Driver,
+    meta: &mut Meta,
+    slice: &Arc<TableSlice>,
+    (cluster, entry): (GuestCluster, L2Entry),
+    units: u32,
+    goal: Goal,
+) -> std::result::Result<(), Stop> {
+    let L2Entry::Split { host, subclusters } = entry else { return Ok(()) };
+    let geometry = driver.geometry();
+    let raw = slice.entry_words(cluster).raw;
+    let unallocated = units & !subclusters.allocated() & !subclusters.zero();
+    let zero_already = slow::is_zero_for_good(driver, cluster, entry, units);
+    // The host cluster stays where it is as long as a part of it may be data.
+    let in_part = |units| EntryWords { raw, bitmap: subclusters.with_zeroes(units).encode() };
+    let kept = slow::kept_cluster(geometry, entry, raw);
+    let (changed, stays) = match goal {
+        Goal::Unallocated if unallocated == 0 => return Ok(()),
+        Goal::Unallocated => (in_part(unallocated), true),
+        Goal::Unmap | Goal::Keep | Goal::Discard if units != ALL_UNITS && zero_already => return Ok(()),
+        Goal::Unmap | Goal::Keep | Goal::Discard if units != ALL_UNITS => (in_part(units), true),
+        Goal::Keep if zero_already => return Ok(()),
+        Goal::Keep if kept.is_some() => (geometry.encode_zero(kept), true),
+        Goal::Unmap | Goal::Discard if zero_already && host.is_none() => return Ok(()),
+        Goal::Unmap | Goal::Discard if driver.is_zero_unallocated(cluster) => (EntryWords::NONE, false),
+        Goal::Unmap | Goal::Keep | Goal::Discard => (geometry.encode_zero(None), false),
+        // Seen to before.
+        Goal::Drop => return Ok(()),
+    };
+    meta.check_entry(driver, entry).map_err(Stop::Fault)?;
+    if !stays {
+        meta.free_entry(driver, entry).map_err(Stop::Fault)?;
+    }
+    meta.set_entry(driver, slice, cluster, changed);
+    Ok(())
 }

@@ -8,6 +8,7 @@ use super::super::tables::{SliceKey, TableSlice};
 use super::super::types::{ALL_UNITS, DataFile, EntryWords, GuestCluster, HostCluster, L2Entry};
 use super::meta::Meta;
 use super::slow::{self, whole_clusters, whole_units};
+use super::subclusters::{change_split, units_of};
 use super::{Writer, begin_changes, check_changing, commit, corrupt, provide};
 use crate::address::{GuestRange, HostOffset, HostRange};
 use crate::driver::ZeroRequest;
@@ -25,7 +26,7 @@ const TRY_ENTRIES_MAX: u64 = 1024;
 
 /// What becomes of whole clusters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Goal {
+pub enum Goal {
     /// They read as zeroes and have no room.
     Unmap,
     /// They read as zeroes; room stays.
@@ -34,6 +35,8 @@ enum Goal {
     Unallocated,
     /// They may read as zeroes; where that takes writing they stay as they are.
     Discard,
+    /// They have neither room nor entries: nobody will read them, for the disk ends before them.
+    Drop,
 }
 
 /// See [`BlockDriver::write_zeroes`](crate::BlockDriver::write_zeroes).
@@ -123,6 +126,11 @@ pub fn discard(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) ->
 fn provision_of(driver: &Qcow2Driver, writer: &Writer, request: ZeroRequest) -> Provision {
     let as_qemu = writer.options.zeroes_as_qemu && driver.geometry().can_zero();
     if as_qemu && request.provision == Provision::Allocate { Provision::Keep } else { request.provision }
+}
+
+/// Unmaps whole clusters behind the end of the disk.
+pub fn drop_clusters(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) -> Result<()> {
+    change_clusters(driver, writer, range, Goal::Drop)
 }
 
 /// Whether zeroes have to be in the data file, too: whoever reads a raw one without the image has to see
@@ -244,7 +252,8 @@ fn zero_part(
     Ok(())
 }
 
-fn write_zero_bytes(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) -> Result<()> {
+/// Writes zeroes, which takes room where there is none.
+pub fn write_zero_bytes(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) -> Result<()> {
     let zeroes = [0; CHUNK_LEN];
     let mut rest = range;
     while !rest.is_empty() {
@@ -265,7 +274,8 @@ fn change_clusters(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange
         let table = table.map_err(|fault| map::bad_entry(driver, "L1", offset, fault))?;
         if table.is_none()
             && (driver.is_zero_unallocated(geometry.cluster_of(offset))
-                || !geometry.can_zero() && goal == Goal::Discard)
+                || !geometry.can_zero() && goal == Goal::Discard
+                || goal == Goal::Drop)
         {
             // Nothing is there, and nothing shines through.
             rest = rest.skip(map::up_to_boundary(offset, geometry.l2_coverage_len()));
@@ -382,7 +392,7 @@ fn change_entries(
 }
 
 /// Why the entries of a slice were not all changed.
-enum Stop {
+pub enum Stop {
     /// Somebody has claimed the next one.
     Claimed,
     /// The next one takes writing zeroes.
@@ -402,6 +412,14 @@ fn change_entry(
     let cluster = geometry.cluster_of(piece.offset());
     let entry = slice.entry(cluster).map_err(|_| Stop::Fault("an L2 entry is bad"))?;
     let owned = geometry.is_sole(slice.entry_words(cluster).raw);
+    match goal {
+        Goal::Drop => return drop_entry(driver, meta, slice, (cluster, entry)),
+        Goal::Discard if !slow::is_whole(driver, piece, geometry.unit_len()) => return Ok(()),
+        Goal::Unmap | Goal::Keep if !slow::is_whole(driver, piece, geometry.unit_len()) => {
+            return Err(Stop::WriteZeroes);
+        }
+        Goal::Unmap | Goal::Keep | Goal::Unallocated | Goal::Discard => {}
+    }
     if geometry.extended_l2() {
         match (entry, units_of(driver, piece)) {
             (L2Entry::Split { .. }, units) => {
@@ -441,46 +459,15 @@ fn change_entry(
     Ok(())
 }
 
-/// The units of a piece of one cluster; one that reaches to the end of the disk has all behind it, too.
-fn units_of(driver: &Qcow2Driver, piece: GuestRange) -> u32 {
-    let geometry = driver.geometry();
-    let within = geometry.offset_in_cluster(piece.offset());
-    let len = if piece.end() == driver.disk_end() { geometry.cluster_len() - within } else { piece.len() };
-    geometry.units(within, len)
-}
-
-/// As [`change_entry`], for these units of a cluster with subclusters.
-fn change_split(
+fn drop_entry(
     driver: &Qcow2Driver,
     meta: &mut Meta,
     slice: &Arc<TableSlice>,
     (cluster, entry): (GuestCluster, L2Entry),
-    units: u32,
-    goal: Goal,
 ) -> std::result::Result<(), Stop> {
-    let L2Entry::Split { host, subclusters } = entry else { return Ok(()) };
-    let geometry = driver.geometry();
-    let raw = slice.entry_words(cluster).raw;
-    let unallocated = units & !subclusters.allocated() & !subclusters.zero();
-    let zero_already = slow::is_zero_for_good(driver, cluster, entry, units);
-    // The host cluster stays where it is as long as a part of it may be data.
-    let in_part = |units| EntryWords { raw, bitmap: subclusters.with_zeroes(units).encode() };
-    let kept = slow::kept_cluster(geometry, entry, raw);
-    let (changed, stays) = match goal {
-        Goal::Unallocated if unallocated == 0 => return Ok(()),
-        Goal::Unallocated => (in_part(unallocated), true),
-        Goal::Unmap | Goal::Keep | Goal::Discard if units != ALL_UNITS && zero_already => return Ok(()),
-        Goal::Unmap | Goal::Keep | Goal::Discard if units != ALL_UNITS => (in_part(units), true),
-        Goal::Keep if zero_already => return Ok(()),
-        Goal::Keep if kept.is_some() => (geometry.encode_zero(kept), true),
-        Goal::Unmap | Goal::Discard if zero_already && host.is_none() => return Ok(()),
-        Goal::Unmap | Goal::Discard if driver.is_zero_unallocated(cluster) => (EntryWords::NONE, false),
-        Goal::Unmap | Goal::Keep | Goal::Discard => (geometry.encode_zero(None), false),
-    };
-    meta.check_entry(driver, entry).map_err(Stop::Fault)?;
-    if !stays {
+    if slice.entry_words(cluster) != EntryWords::NONE {
         meta.free_entry(driver, entry).map_err(Stop::Fault)?;
+        meta.set_entry(driver, slice, cluster, EntryWords::NONE);
     }
-    meta.set_entry(driver, slice, cluster, changed);
     Ok(())
 }

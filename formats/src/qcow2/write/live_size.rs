@@ -1,0 +1,252 @@
+//! Another size for the disk of an image that is used meanwhile.
+//!
+//! The order is that of the offline change (`qcow2::resize`), and so is what a crash leaves: a disk of either size,
+//! and leaks at worst. Growing: a longer L1 table, which is whole and counted before the header leads to it; then the
+//! mapping reaches farther than the guest may go, so that what would come to light can be zeroed; when that is
+//! durable the header gets the size, and when that is, the guest. Shrinking: the size first, in the header and then
+//! in memory; then nothing behind it is mapped any more.
+
+use super::super::driver::Qcow2Driver;
+use super::super::resize::{L1_POINTER_AT, SIZE_AT, refuse};
+use super::super::types::HostCluster;
+use super::meta::Content;
+use super::metadata_map::Kind;
+use super::{Writer, begin_changes, check_changing, commit, satisfy, zero};
+use crate::address::{GuestRange, HostOffset};
+use crate::driver::{BlockDriver, ZeroRequest};
+use crate::error::{Error, ErrorKind, Result};
+use crate::mover::{check_writable, read_exact, storage_error};
+use crate::storage::{Durability, Provision};
+use crate::sync::{Arc, thread};
+use std::time::Duration;
+
+/// How often requests are looked for that have seen the old end of the disk, and how many times. Our choice: they
+/// end when the disk has answered them, and one that takes longer than ten seconds is ill.
+const PLANS_PAUSE: Duration = Duration::from_millis(5);
+const PLANS_TRIES: u32 = 2000;
+
+/// See [`BlockDriver::resize`].
+pub fn change(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<()> {
+    let (header, snapshots) = driver.opened_as();
+    refuse(header, snapshots, size)?;
+    begin_changes(driver, writer)?;
+    let _resizing = writer.resizing.lock();
+    let old_size = driver.size();
+    if size > old_size {
+        grow(driver, writer, size)
+    } else if size < old_size {
+        shrink(driver, writer, old_size, size)
+    } else {
+        Ok(())
+    }
+}
+
+fn grow(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<()> {
+    let old_size = driver.size();
+    grow_l1(driver, writer, size)?;
+    move_disk_end(driver, writer, size);
+    let grown = wait_for_plans(driver, writer)
+        .and_then(|()| zero_behind(driver, writer, old_size, size))
+        .and_then(|()| write_size(driver, writer, size));
+    if grown.is_err() {
+        // What is mapped behind it by now is found again by the next who makes the disk longer.
+        move_disk_end(driver, writer, old_size);
+        return grown;
+    }
+    driver.set_size(size);
+    Ok(())
+}
+
+/// From here on the last cluster of the disk is another one. Who decided before that his piece of the old one was
+/// all of it finds out under this lock.
+fn move_disk_end(driver: &Qcow2Driver, writer: &Writer, end: u64) {
+    let _meta = writer.lock();
+    driver.set_disk_end(end);
+}
+
+/// Returns when nobody has a plan any more that was made before the call.
+fn wait_for_plans(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
+    let seen = {
+        let _meta = writer.lock();
+        let seen = writer.pins.now();
+        writer.pins.advance();
+        seen
+    };
+    for _ in 0..PLANS_TRIES {
+        if writer.pins.oldest() > seen {
+            return Ok(());
+        }
+        check_writable(driver)?;
+        thread::sleep(PLANS_PAUSE);
+        let meta = writer.lock();
+        check_changing(driver, writer, &meta)?;
+        if writer.pins.now() == seen {
+            writer.pins.advance();
+        }
+    }
+    let text =
+        "requests on their way to the disk do not come to an end, so the disk keeps its size; try again";
+    Err(Error::new(ErrorKind::Io, text))
+}
+
+fn zero_behind(driver: &Qcow2Driver, writer: &Arc<Writer>, from: u64, to: u64) -> Result<()> {
+    let Some(behind) = GuestRange::new(from, to - from) else { return Ok(()) };
+    let request = ZeroRequest { provision: Provision::Unmap, fast: false, durability: Durability::Later };
+    zero::write_zeroes(driver, writer, behind, request)?;
+    commit::commit(driver, writer)
+}
+
+/// Makes the L1 table long enough, in the file and in memory.
+fn grow_l1(driver: &Qcow2Driver, writer: &Writer, size: u64) -> Result<()> {
+    let needed = driver.geometry().l1_entries_for(size);
+    let known = index(driver.geometry().l1_entries_for(driver.size()));
+    // What was unmapped by others who changed the size is in the file, too.
+    commit::commit(driver, writer)?;
+    if needed > driver.l1_entries() {
+        relocate_l1(driver, writer, needed, known)?;
+    } else {
+        check_unknown(driver, &read_table(driver)?, known)?;
+    }
+    driver.l1().grow(index(needed));
+    Ok(())
+}
+
+/// Puts a longer table in a place of its own and points the header there.
+fn relocate_l1(driver: &Qcow2Driver, writer: &Writer, needed: u64, known: usize) -> Result<()> {
+    let geometry = driver.geometry();
+    let clusters = (needed * 8).div_ceil(geometry.cluster_len());
+    let new = allocate(driver, writer, clusters)?;
+    let (old_at, old_len) = (driver.l1_at(), driver.l1_entries() * 8);
+    let moved = move_l1(driver, writer, new, needed, known);
+    let (first, count) = match &moved {
+        Ok(()) => geometry.host_span(old_at, old_len),
+        // Where it failed for good, nothing is freed any more.
+        Err(_) => (geometry.host_index(new.start()), clusters),
+    };
+    writer.lock().free(first, count, Content::Metadata);
+    moved
+}
+
+fn allocate(driver: &Qcow2Driver, writer: &Writer, clusters: u64) -> Result<HostCluster> {
+    loop {
+        let mut meta = writer.lock();
+        check_changing(driver, writer, &meta)?;
+        let allocated = meta.allocator.allocate_row(clusters, Kind::L1);
+        drop(meta);
+        match allocated {
+            Ok(host) => return Ok(host),
+            Err(need) => satisfy(driver, writer, need)?,
+        }
+    }
+}
+
+/// If it fails with the header in doubt, the image is failed.
+fn move_l1(driver: &Qcow2Driver, writer: &Writer, new: HostCluster, needed: u64, known: usize) -> Result<()> {
+    let geometry = driver.geometry();
+    // That its clusters are in use is durable before anything leads there.
+    commit::commit(driver, writer)?;
+    // Nobody writes to the table while it moves; what is changed meanwhile goes to the new one.
+    let _right = commit::take_right(driver, writer)?;
+    let mut table = read_table(driver)?;
+    check_unknown(driver, &table, known)?;
+    let len = (needed * 8).next_multiple_of(geometry.cluster_len());
+    table.resize(usize::try_from(len).unwrap_or(0), 0);
+    write(driver, new.start(), &table)?;
+    sync(driver, writer)?;
+    check_writable(driver)?;
+    let entries = u32::try_from(needed).unwrap_or(u32::MAX);
+    let pointer = [&entries.to_be_bytes()[..], &new.start().0.to_be_bytes()].concat();
+    {
+        let _file = writer.file.lock();
+        let pointed = write(driver, L1_POINTER_AT, &pointer).and_then(|()| sync(driver, writer));
+        if pointed.is_err() {
+            // Whoever opens the image next may find either table: none of them may be changed any more.
+            writer.fail("nobody knows which L1 table the header leads to");
+            return pointed;
+        }
+    }
+    driver.set_l1_place(new.start(), needed);
+    Ok(())
+}
+
+/// The L1 table as it is in the file.
+fn read_table(driver: &Qcow2Driver) -> Result<Vec<u8>> {
+    let mut table = vec![0; index(driver.l1_entries() * 8)];
+    read_exact(driver.image(), driver.l1_at(), &mut table)?;
+    Ok(table)
+}
+
+/// Fails if the table has entries that nobody needed so far and that are not known: whoever made the disk smaller
+/// has left them, and nothing in memory counts with what they lead to.
+fn check_unknown(driver: &Qcow2Driver, table: &[u8], known: usize) -> Result<()> {
+    let (entries, _) = table.as_chunks::<8>();
+    let unknown = |(at, entry): (usize, &[u8; 8])| u64::from_be_bytes(*entry) != driver.l1().raw(at);
+    if entries.iter().enumerate().skip(known).any(unknown) {
+        let text =
+            "the L1 table has entries behind the end of the disk; resize the image while nobody serves it";
+        return Err(Error::new(ErrorKind::Unsupported, text));
+    }
+    Ok(())
+}
+
+fn shrink(driver: &Qcow2Driver, writer: &Arc<Writer>, old_size: u64, size: u64) -> Result<()> {
+    write_size(driver, writer, size)?;
+    move_disk_end(driver, writer, size);
+    driver.set_size(size);
+    if let Err(error) = drop_behind(driver, writer, old_size, size) {
+        // Whoever makes the disk longer again zeroes it first.
+        tracing::warn!(%error, "the disk is smaller, but the room behind its end could not be given back");
+    }
+    Ok(())
+}
+
+fn drop_behind(driver: &Qcow2Driver, writer: &Arc<Writer>, old_size: u64, size: u64) -> Result<()> {
+    let geometry = driver.geometry();
+    let cluster_len = geometry.cluster_len();
+    let from = size.next_multiple_of(cluster_len);
+    let to = old_size.checked_next_multiple_of(cluster_len).unwrap_or(old_size);
+    if let Some(behind) = GuestRange::new(from, to.saturating_sub(from)) {
+        zero::drop_clusters(driver, writer, behind)?;
+    }
+    for index in index(geometry.l1_entries_for(size))..index(geometry.l1_entries_for(old_size)) {
+        let mut meta = writer.lock();
+        check_changing(driver, writer, &meta)?;
+        let raw = driver.l1().raw(index);
+        // It has become the image's own when its entries went, so nobody else needs it.
+        if let Ok(Some(table)) = geometry.decode_l1(raw)
+            && geometry.is_owned(raw)
+        {
+            meta.set_l1(driver, index, 0);
+            meta.free(geometry.host_index(table.start()), 1, Content::Metadata);
+        }
+    }
+    commit::flush(driver, writer)
+}
+
+/// Makes the size durable that the next one to open the image finds.
+fn write_size(driver: &Qcow2Driver, writer: &Writer, size: u64) -> Result<()> {
+    check_writable(driver)?;
+    let _file = writer.file.lock();
+    write(driver, SIZE_AT, &size.to_be_bytes())?;
+    sync(driver, writer)
+}
+
+fn write(driver: &Qcow2Driver, at: HostOffset, bytes: &[u8]) -> Result<()> {
+    let image = driver.image();
+    let written = image.pwrite(bytes, at, Durability::Later);
+    written.map_err(|e| storage_error(image, "cannot write the image's metadata", at, e))
+}
+
+/// A sync that fails is final, as in a commit.
+fn sync(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
+    let image = driver.image();
+    image.sync().map_err(|e| {
+        writer.fail("a sync has failed, so nobody knows what is durable");
+        storage_error(image, "cannot make the image durable", HostOffset(0), e)
+    })
+}
+
+/// A count of table entries, or of their bytes, as one of memory; both are bounded by what an image may have.
+fn index(count: u64) -> usize {
+    usize::try_from(count).unwrap_or(usize::MAX)
+}

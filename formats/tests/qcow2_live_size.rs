@@ -1,0 +1,380 @@
+//! Another size for a disk while it is used: what it holds then, what a crash at any moment leaves, and writers that go
+//! on meanwhile.
+//!
+//! `NBD_IMG_LIVE_SIZE_RUNS` says how many sequences are run, `NBD_IMG_MODEL_SEED` which.
+
+#![allow(clippy::unwrap_used)] // Helpers of tests are not told apart from a program's code.
+
+mod support;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use nbd_img_formats::qcow2::{Qcow2Driver, WriteOptions};
+use nbd_img_formats::storage::{Fate, Fault, Faults, Log, MemoryStorage};
+use nbd_img_formats::sync::Arc;
+use nbd_img_formats::{BlockDriver, Durability, ErrorKind, GuestRange, Provision, State, ZeroRequest};
+use support::checker;
+use support::crash::{self, IMAGE, content_of};
+use support::maker::Maker;
+use support::random::Random;
+use support::scene::{self, SIZE, Scene};
+use support::steps::read_all;
+
+/// One state in so many is also given to `qemu-img check`.
+const QEMU_ONE_IN: u64 = 60;
+/// The sizes that disks get: up to 130 entries of the L1 table, of which 64 fill a cluster.
+const SIZE_MAX: u64 = 4 << 20;
+const SECTOR: usize = 512;
+
+/// What was done, and how the disk looked before and after it, between which records of the log.
+struct Done {
+    what: String,
+    log: (usize, usize),
+    content: (Vec<u8>, Vec<u8>),
+}
+
+fn scenes() -> Vec<Scene> {
+    let all = Scene::all().into_iter().filter(|scene| !scene.name.contains("bitmaps"));
+    // On a device there is room for little more.
+    all.filter(|scene| scene.device_len.is_none())
+        .chain(
+            Scene::with_subclusters()
+                .into_iter()
+                .filter(|scene| scene.data.is_none() && scene.device_len.is_none()),
+        )
+        .collect()
+}
+
+fn aligned(random: &mut Random, below: u64) -> u64 {
+    random.below(below / 512 + 1) * 512
+}
+
+/// Does something to the disk, durably, and says what.
+fn act(driver: &Qcow2Driver, number: u64, random: &mut Random) -> (String, Vec<u8>) {
+    let mut content = read_all(driver).unwrap();
+    let size = driver.size();
+    let what = random.below(9);
+    if what < 4 {
+        // Small steps and large ones, to ends of clusters and into their middle.
+        let to = match what {
+            0 => aligned(random, SIZE_MAX),
+            1 => size.saturating_add(aligned(random, 64 << 10)).min(SIZE_MAX),
+            2 => size.saturating_sub(aligned(random, 64 << 10)),
+            _ => aligned(random, SIZE_MAX / 16),
+        };
+        driver.resize(to).unwrap();
+        content.resize(to as usize, 0);
+        return (format!("resize {size} to {to}"), content);
+    }
+    let at = aligned(random, size);
+    // Often up to the very end.
+    let len = if random.below(3) == 0 { size - at } else { aligned(random, (size - at).min(40 << 10)) };
+    let range = GuestRange::new(at, len).unwrap();
+    let part = &mut content[at as usize..(at + len) as usize];
+    let zero = |provision| ZeroRequest { provision, fast: false, durability: Durability::Later };
+    let what = match what {
+        4 => {
+            driver.write_zeroes(range, zero(Provision::Unmap)).unwrap();
+            part.fill(0);
+            "unmap"
+        }
+        5 => {
+            driver.write_zeroes(range, zero(Provision::Allocate)).unwrap();
+            part.fill(0);
+            "allocate"
+        }
+        _ => {
+            part.fill(number as u8 | 1);
+            driver.pwrite(at, part, Durability::Later).unwrap();
+            "write"
+        }
+    };
+    driver.flush().unwrap();
+    (format!("{what} {at} {len}"), content)
+}
+
+fn run(scene: &Scene, steps: u64, random: &mut Random) -> (Arc<Log>, Vec<Done>) {
+    let log = Log::new();
+    let driver = crash::open_recorded(scene, &log, &|_, storage| storage);
+    let mut done: Vec<Done> = Vec::new();
+    for number in 0..steps {
+        let before = read_all(&*driver).unwrap();
+        let from = log.len();
+        let (what, expected) = act(&driver, number, random);
+        let after = read_all(&*driver).unwrap();
+        let said = || done.iter().map(|done| format!("{}; ", done.what)).collect::<String>();
+        assert!(
+            after == expected,
+            "{}: {}{what}: {}",
+            scene.name,
+            said(),
+            first_difference(&after, &expected)
+        );
+        done.push(Done { what, log: (from, log.len()), content: (before, after) });
+    }
+    let from = log.len();
+    let now = read_all(&*driver).unwrap();
+    driver.close().unwrap();
+    done.push(Done { what: "close".to_owned(), log: (from, log.len()), content: (now.clone(), now) });
+    let left = log.replay(IMAGE, log.len());
+    let report = checker::check(&left).unwrap();
+    assert!(report.is_clean(), "{}: after a close:\n{report}", scene.name);
+    (log, done)
+}
+
+fn first_difference(found: &[u8], expected: &[u8]) -> String {
+    let at = found.iter().zip(expected).position(|(a, b)| a != b);
+    format!("{} bytes instead of {}, different at {at:?}", found.len(), expected.len())
+}
+
+/// What is on the disk of a state in the midst of what was done: its size from before or after, each sector from
+/// before or after; and what only one of the sizes has, as it was then.
+fn check_content(found: &[u8], done: &Done) -> Result<(), String> {
+    let (before, after) = &done.content;
+    if found.len() != before.len() && found.len() != after.len() {
+        return Err(format!("the disk has {} bytes", found.len()));
+    }
+    for (number, sector) in found.chunks(SECTOR).enumerate() {
+        let range = number * SECTOR..number * SECTOR + sector.len();
+        let old = before.get(range.clone()).filter(|_| found.len() == before.len());
+        let new = after.get(range).filter(|_| found.len() == after.len());
+        if old != Some(sector) && new != Some(sector) {
+            return Err(format!("sector {number} is neither what it was nor what it becomes"));
+        }
+    }
+    Ok(())
+}
+
+fn check_state(scene: &Scene, log: &Log, done: &Done, cut: usize, random: &mut Random) -> Result<(), String> {
+    let style = random.below(4);
+    let left = log.after_crash(IMAGE, cut, |_, _| match (style, random.below(4)) {
+        (0, _) | (3, 0) => Fate::Kept,
+        (1, _) | (3, 1) => Fate::Lost,
+        (_, 2) => Fate::Prefix(random.below(64)),
+        (_, _) => Fate::Scattered(random.next()),
+    });
+    let report = checker::check(&left)?;
+    if !report.is_sound() {
+        return Err(format!("the image is corrupt:\n{report}"));
+    }
+    check_content(&scene.read(&left)?, done)?;
+    if random.below(QEMU_ONE_IN) == 0 {
+        let (code, said) = Maker::of(&content_of(&left)).check();
+        if code != report.exit_code() {
+            return Err(format!("qemu-img check exits with {code}: {said}\nours:\n{report}"));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_crash_leaves_one_size_or_the_other_and_nothing_worse_than_leaks() {
+    let runs = std::env::var("NBD_IMG_LIVE_SIZE_RUNS").map_or(30, |text| text.parse().unwrap());
+    let seed = Random::seed("live sizes");
+    let scenes = scenes();
+    let (mut states, mut resizes) = (0, 0);
+    for number in 0..runs {
+        let mut random = Random::new(seed.wrapping_add(number));
+        let scene = &scenes[number as usize % scenes.len()];
+        let (log, done) = run(scene, 3 + random.below(8), &mut random);
+        for (index, step) in done.iter().enumerate() {
+            resizes += u64::from(step.what.starts_with("resize"));
+            for cut in step.log.0..=step.log.1 {
+                check_state(scene, &log, step, cut, &mut random).unwrap_or_else(|what| {
+                    let said: Vec<_> = done[..=index].iter().map(|done| done.what.as_str()).collect();
+                    panic!(
+                        "run {number}, scene '{}', {said:?}, cut {cut} of {:?}: {what}",
+                        scene.name, step.log
+                    )
+                });
+                states += 1;
+            }
+        }
+    }
+    eprintln!("{states} states of {runs} runs with {resizes} resizes");
+    assert!(resizes > runs / 2, "the sequences have hardly any resizes");
+}
+
+/// Any call of the storage fails, once or for good: the disk has the one size or the other, for its guest and for who
+/// opens it next, the guest's data is as it was, and where the image is not failed it goes on.
+#[test]
+fn a_call_that_fails_leaves_one_size_or_the_other() {
+    let mut failed = 0;
+    for scene in scenes().iter().step_by(2) {
+        for to in [3 << 20, SIZE + 5 * 512, 40 * 512] {
+            for sticky in [false, true] {
+                for call in 0.. {
+                    if !fail_at(scene, to, call, sticky) {
+                        break;
+                    }
+                    failed += 1;
+                }
+            }
+        }
+    }
+    assert!(failed > 300, "only {failed} calls failed");
+}
+
+/// Returns whether the call came to be.
+fn fail_at(scene: &Scene, to: u64, call: u64, sticky: bool) -> bool {
+    let (log, faults) = (Log::new(), Faults::new());
+    let driver = crash::open_recorded(scene, &log, &|_, storage| faults.attach(storage));
+    driver.pwrite(512, &[7; 512], Durability::Fua).unwrap();
+    let before = read_all(&*driver).unwrap();
+    let mut after = before.clone();
+    after.resize(to as usize, 0);
+    faults.arm(Fault { sticky, ..Fault::at(call) });
+    let outcome = driver.resize(to);
+    let fired = faults.fired() > 0;
+    faults.disarm();
+    let name = format!("scene '{}', to {to}, call {call} (sticky: {sticky}), {outcome:?}", scene.name);
+    let told = driver.size();
+    assert!(told == if outcome.is_ok() { to } else { SIZE }, "{name}: the guest is told {told}");
+    assert!(fired || outcome.is_ok(), "{name}: nothing failed");
+    let expected = if outcome.is_ok() { &after } else { &before };
+    let found = read_all(&*driver).unwrap();
+    assert!(found == *expected, "{name}: {}", first_difference(&found, expected));
+    if driver.state() == State::Live {
+        driver.resize(to).unwrap_or_else(|e| panic!("{name}: not the second time: {e}"));
+        assert!(read_all(&*driver).unwrap() == after, "{name}: the second time");
+    }
+    drop(driver);
+    // As a crash would find it.
+    let left = log.replay(IMAGE, log.len());
+    let report = checker::check(&left).unwrap();
+    assert!(report.is_sound(), "{name}: the image is corrupt:\n{report}");
+    let found = scene.read(&left).unwrap();
+    assert!(found == before || found == after, "{name}: {}", first_difference(&found, expected));
+    fired
+}
+
+/// Sectors before each end of the disk that are zeroed as long as it is the end.
+const ENDS: usize = 8;
+
+/// Every writer has its own sectors of the first part of the disk, also in its last cluster, while somebody zeroes and
+/// discards what reaches to the end, which moves on.
+#[test]
+fn writers_and_zeroes_at_the_end_go_on_while_the_disk_grows() {
+    for options in ["cluster_size=4k", "cluster_size=16k,extended_l2=on", "cluster_size=512,compat=v2"] {
+        for round in 0..4 {
+            grow_under_writers(options, round);
+        }
+    }
+}
+
+fn grow_under_writers(options: &str, round: u64) {
+    let maker = Maker::new(options, 1_234_432);
+    let storage = MemoryStorage::copy_of(&maker.bytes()).unwrap();
+    let log = Log::new();
+    let recorded = log.attach(storage).unwrap();
+    let driver = scene::open_over(recorded, None, Some(WriteOptions::default()), 1 << 20).unwrap();
+    let over = AtomicBool::new(false);
+    let mut last = vec![0_u8; driver.size() as usize];
+    let sectors = last.len() / SECTOR - ENDS;
+    let mut ends = vec![last.len()];
+    thread::scope(|scope| {
+        let (driver, over) = (&driver, &over);
+        let writers: Vec<_> = (0..3_usize)
+            .map(|writer| scope.spawn(move || write_sectors(driver, writer, sectors, over, round)))
+            .collect();
+        let zeroes = scope.spawn(move || zero_ends(driver, over));
+        let mut random = Random::new(Random::seed("growing") + round);
+        for step in 1..60_u8 {
+            let size = driver.size();
+            let more = SECTOR as u64 * (ENDS as u64 + 1 + random.below(40));
+            driver.resize(size + more).unwrap();
+            assert_eq!(driver.size(), size + more);
+            let mut behind = vec![1; more as usize - ENDS * SECTOR];
+            driver.pread(size, &mut behind).unwrap();
+            assert!(behind.iter().all(|byte| *byte == 0), "{options}: what is new is not zeroes");
+            behind.fill(step);
+            driver.pwrite(size, &behind, Durability::Later).unwrap();
+            last.resize((size + more) as usize, step);
+            ends.push(last.len());
+        }
+        over.store(true, Ordering::Relaxed);
+        zeroes.join().unwrap();
+        for writer in writers {
+            for (sector, byte) in writer.join().unwrap() {
+                last[sector * SECTOR..(sector + 1) * SECTOR].fill(byte);
+            }
+        }
+    });
+    let mut found = read_all(&*driver).unwrap();
+    for end in ends {
+        found[end - ENDS * SECTOR..end].fill(0);
+        last[end - ENDS * SECTOR..end].fill(0);
+    }
+    assert!(found == last, "{options}: {}", first_difference(&found, &last));
+    driver.close().unwrap();
+    let report = checker::check(&log.replay(IMAGE, log.len())).unwrap();
+    assert!(report.is_clean(), "{options}:\n{report}");
+}
+
+/// Returns what is in each sector in the end.
+fn write_sectors(
+    driver: &Qcow2Driver,
+    writer: usize,
+    sectors: usize,
+    over: &AtomicBool,
+    round: u64,
+) -> Vec<(usize, u8)> {
+    let mut random = Random::new(Random::seed("writers") + round * 10 + writer as u64);
+    let mut written = std::collections::BTreeMap::new();
+    while !over.load(Ordering::Relaxed) {
+        // The last ones often: they share a cluster with what comes.
+        let below = if random.below(2) == 0 { 16 } else { sectors as u64 };
+        let sector = sectors - 1 - random.below(below) as usize;
+        if sector % 3 == writer {
+            let byte = random.below(255) as u8 + 1;
+            driver.pwrite((sector * SECTOR) as u64, &[byte; SECTOR], Durability::Later).unwrap();
+            written.insert(sector, byte);
+            if random.below(50) == 0 {
+                driver.flush().unwrap();
+            }
+        }
+    }
+    written.into_iter().collect()
+}
+
+/// Touches nothing but the last sectors before an end that the disk has, or has just had.
+fn zero_ends(driver: &Qcow2Driver, over: &AtomicBool) {
+    let mut number = 0_u64;
+    while !over.load(Ordering::Relaxed) {
+        let len = ENDS * SECTOR;
+        let range = GuestRange::new(driver.size() - len as u64, len as u64).unwrap();
+        let provision = [Provision::Unmap, Provision::Keep, Provision::Allocate][number as usize % 3];
+        let request = ZeroRequest { provision, fast: false, durability: Durability::Later };
+        if number.is_multiple_of(4) {
+            driver.discard(range, Durability::Later).unwrap();
+        } else if !driver.try_write_zeroes(range, request).unwrap() {
+            driver.write_zeroes(range, request).unwrap();
+        }
+        driver.pwrite(range.offset(), &vec![9; len], Durability::Later).unwrap();
+        number += 1;
+    }
+}
+
+#[test]
+fn what_is_not_resized_offline_is_not_resized_live() {
+    let refused = |driver: &dyn BlockDriver, size, kind| {
+        let before = driver.size();
+        let error = driver.resize(size).unwrap_err();
+        assert_eq!((error.kind(), driver.size()), (kind, before), "{error}");
+    };
+    let scene = Scene::mixed("bitmaps", "refcount_bits=64", None, true).with_bitmaps();
+    let driver = scene.open(scene.storage(&scene.image)).unwrap();
+    refused(&*driver, 1 << 20, ErrorKind::Unsupported);
+    let scene = Scene::external("data file", "refcount_bits=64", None);
+    let storages = scene.storages(&scene.files());
+    let data = storages.data.map(|data| data as Arc<_>);
+    refused(&*scene.open_files(storages.image, data).unwrap(), 1 << 20, ErrorKind::Unsupported);
+    let scene = Scene::empty("empty", "refcount_bits=16");
+    let driver = scene.open(scene.storage(&scene.image)).unwrap();
+    refused(&*driver, 1 << 60, ErrorKind::InvalidInput);
+    let read_only = scene::open_over(scene.storage(&scene.image), None, None, 1 << 20).unwrap();
+    refused(&*read_only, 1 << 20, ErrorKind::ReadOnly);
+    driver.close().unwrap();
+    refused(&*driver, 1 << 20, ErrorKind::Failed);
+}
