@@ -1,4 +1,4 @@
-//! `serve --temporary`: clients write, everybody sees it, and the image stays byte for byte what it was.
+//! `serve --temporary`: clients write, everybody sees it or each his own, and the image stays byte for byte what it was.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[allow(dead_code)]
@@ -8,9 +8,11 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use support::scratch;
-use support::server::{Export, Serve};
+use support::client::{Client, Wishes};
+use support::proc::{descriptor_targets, resident_len};
+use support::server::{Export, Serve, Server};
 use support::tools::{output, qemu_img, qemu_io, run, tool};
+use support::{assert_same, scratch};
 
 fn names(folder: &Path) -> Vec<String> {
     fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
@@ -129,8 +131,145 @@ fn what_makes_no_sense_is_said() {
         (&["--temporary", "--read-only"][..], "--read-only"),
         (&["--temporary-dir", "/var/tmp"], "--temporary"),
         (&["--temporary", "--temporary-dir", "/nowhere"], "/nowhere"),
+        (&["--temporary=per-client", "--temporary-dir", "/nowhere"], "/nowhere"),
+        (&["--temporary=mine"], "per-client"),
     ] {
         let refusal = Serve::image(dir.join("top")).args(args).start_refused();
         assert!(refusal.stderr.contains(hint), "{args:?}: {}", refusal.stderr);
     }
+}
+
+/// Descriptors of the server that are files without a name in `folder`.
+fn overlays(server: &Server, folder: &Path) -> usize {
+    let folder = folder.canonicalize().unwrap();
+    let nameless = |target: &String| Path::new(target).starts_with(&folder) && target.ends_with("(deleted)");
+    descriptor_targets(server.pid()).iter().filter(|target| nameless(target)).count()
+}
+
+/// What becomes of a connection that has ended takes the server a moment.
+fn wait_for_overlays(server: &Server, folder: &Path, count: usize) {
+    for _ in 0..200 {
+        if overlays(server, folder) == count {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    panic!("there are {} overlays instead of {count}", overlays(server, folder));
+}
+
+#[test]
+fn each_client_has_its_own_for_as_long_as_it_is_there() {
+    let folder = scratch("temporary");
+    let dir = folder.path();
+    images(dir);
+    let tmp = dir.join("tmp");
+    for (image, format, first) in [("top", "qcow2", 3), ("raw", "raw", 4)] {
+        let path = dir.join(image);
+        let before = fs::read(&path).unwrap();
+        let mut server = Serve::image(&path)
+            .format(format)
+            .args(&["--temporary=per-client", "--temporary-dir", tmp.to_str().unwrap()])
+            .start();
+        assert_eq!(overlays(&server, &tmp), 0);
+        let mut clients: Vec<_> =
+            (0..8).map(|_| Client::unix(server.socket(), "", Wishes::STRUCTURED)).collect();
+        wait_for_overlays(&server, &tmp, clients.len());
+        for (client, byte) in clients.iter_mut().zip(10_u8..) {
+            assert_same("before", &client.read(1 << 20, 65536), &[first; 65536]);
+            client.write((1 << 20) + 700, &[byte; 50_000]);
+            client.write(0, &[byte; 512]);
+            client.flush();
+        }
+        for (client, byte) in clients.iter_mut().zip(10_u8..) {
+            let mut expected = vec![first; 65536];
+            expected[700..50_700].fill(byte);
+            assert_same("its own", &client.read(1 << 20, 65536), &expected);
+            assert_same("its own", &client.read(0, 512), &[byte; 512]);
+        }
+        // One hangs up, one says goodbye, and what they had is gone.
+        drop(clients.pop());
+        clients.pop().unwrap().disconnect();
+        wait_for_overlays(&server, &tmp, clients.len());
+        let mut late = Client::unix(server.socket(), "", Wishes::STRUCTURED);
+        assert_same("who comes later", &late.read(1 << 20, 65536), &[first; 65536]);
+        drop((clients, late));
+        wait_for_overlays(&server, &tmp, 0);
+        server.assert_alive();
+        assert!(names(&tmp).is_empty(), "{image}: an overlay has a name");
+        server.stop();
+        assert!(fs::read(&path).unwrap() == before, "{image} was written");
+    }
+}
+
+/// Clients with several connections would see several disks; and contexts are those of an overlay for all.
+#[test]
+fn a_client_is_told_to_have_one_connection() {
+    let folder = scratch("temporary");
+    let dir = folder.path();
+    images(dir);
+    qemu_img(dir, "bitmap --add top dirty");
+    let told = |sharing: &str| {
+        let server = Serve::image(dir.join("top")).args(&[sharing, "--bitmap", "dirty"]).start();
+        let info = run(tool("nbdinfo").args(["--json", &server.uri("")]));
+        let map = run(tool("nbdinfo").args(["--map=qemu:dirty-bitmap:dirty", &server.uri("")]));
+        server.stop();
+        let info: serde_json::Value = serde_json::from_slice(&info).unwrap();
+        (info["exports"][0].clone(), map)
+    };
+    let (mut shared, shared_map) = told("--temporary=shared");
+    let (mut own, own_map) = told("--temporary=per-client");
+    let multi = |export: &mut serde_json::Value| export["can_multi_conn"].take();
+    assert_eq!((multi(&mut shared), multi(&mut own)), (true.into(), false.into()));
+    for export in [&mut shared, &mut own] {
+        export["uri"].take();
+    }
+    assert_eq!(shared, own);
+    assert_eq!(shared_map, own_map);
+}
+
+#[test]
+fn idle_clients_cost_little() {
+    let folder = scratch("temporary");
+    let dir = folder.path();
+    images(dir);
+    qemu_img(dir, "create -q -f qcow2 large 1T");
+    let tmp = dir.join("tmp");
+    let server = Serve::image(dir.join("large"))
+        .args(&["--temporary=per-client", "--temporary-dir", tmp.to_str().unwrap()])
+        .start();
+    let connect = || Client::unix(server.socket(), "", Wishes::STRUCTURED);
+    let first: Vec<_> = (0..20).map(|_| connect()).collect();
+    let before = resident_len(server.pid());
+    let others: Vec<_> = (0..100).map(|_| connect()).collect();
+    wait_for_overlays(&server, &tmp, first.len() + others.len());
+    let each = resident_len(server.pid()).saturating_sub(before) / others.len() as u64;
+    assert!(each < 160 << 10, "{each} bytes for each idle client of a disk of 1 TiB");
+    drop((first, others));
+    wait_for_overlays(&server, &tmp, 0);
+    server.stop();
+}
+
+/// A client that gets no overlay gets no disk, and the others go on.
+#[test]
+fn who_cannot_have_one_is_not_served() {
+    let folder = scratch("temporary");
+    let dir = folder.path();
+    images(dir);
+    let tmp = dir.join("tmp");
+    let mut server = Serve::image(dir.join("top"))
+        .args(&["--temporary=per-client", "--temporary-dir", tmp.to_str().unwrap()])
+        .start();
+    let mut served = Client::unix(server.socket(), "", Wishes::SIMPLE);
+    served.write(0, &[7; 512]);
+    fs::remove_dir(&tmp).unwrap();
+    let refused = output(tool("nbdinfo").args(["--size", &server.uri("")]));
+    assert!(!refused.status.success(), "{refused:?}");
+    assert!(server.stderr().contains("clients refused"), "{}", server.stderr());
+    fs::create_dir(&tmp).unwrap();
+    let mut again = Client::unix(server.socket(), "", Wishes::SIMPLE);
+    assert_same("a new one", &again.read(0, 512), &[1; 512]);
+    assert_same("the old one", &served.read(0, 512), &[7; 512]);
+    drop((served, again));
+    server.assert_alive();
+    server.stop();
 }

@@ -14,7 +14,7 @@ use super::create::CreateArgs;
 use super::resize::ResizeArgs;
 use super::size;
 use super::tls::{TlsArgs, TlsCommand};
-use crate::export::{CacheMode, DetectZeroes};
+use crate::export::{CacheMode, DetectZeroes, Sharing};
 use crate::server::access::Rule;
 use crate::session::POLL_TIME_DEFAULT;
 use crate::transport::Address;
@@ -74,7 +74,7 @@ pub struct ServeArgs {
 
     /// One of several images: name=N,file=PATH and further keys, separated by commas (repeatable)
     ///
-    /// The keys are the long names of the flags for one image: read-only, temporary, temporary-dir=P, format=F, description=D,
+    /// The keys are the long names of the flags for one image: read-only, temporary[=SHARING], temporary-dir=P, format=F, description=D,
     /// offset=S, size=S, exact-size, cache=M, aio=M, discard=M, detect-zeroes=M, load-snapshot=S, bitmap=N and
     /// allow-dir=P (both several times if need be), backing=P, force-share; tls-required: only to be had and seen
     /// under TLS; and access=RULE (several times if need be): who may use it. A comma inside of a value
@@ -155,9 +155,11 @@ pub struct ImageArgs {
     #[arg(long, value_name = "MODE")]
     pub detect_zeroes: Option<DetectZeroesArg>,
 
-    /// Keep all writes in a temporary file that is thrown away in the end; the image is only read
-    #[arg(long, conflicts_with = "read_only")]
-    pub temporary: bool,
+    /// Keep all writes in a temporary file that is thrown away in the end; the image is only read. With per-client
+    /// each connection has a file of its own, which is gone when it ends [default with the flag: shared]
+    #[arg(long, value_name = "SHARING", conflicts_with = "read_only", require_equals = true, num_args = 0..=1,
+          default_missing_value = "shared")]
+    pub temporary: Option<TemporaryArg>,
 
     /// Where the temporary file lies [default: $TMPDIR, or /var/tmp]
     #[arg(long, value_name = "FOLDER", requires = "temporary")]
@@ -363,6 +365,24 @@ impl From<AioArg> for Aio {
             AioArg::Auto => Aio::Auto,
             AioArg::IoUring => Aio::IoUring,
             AioArg::Threads => Aio::Threads,
+        }
+    }
+}
+
+/// `--temporary`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum TemporaryArg {
+    /// All clients see all writes, until the server ends
+    Shared,
+    /// Each connection sees its own writes only, and they end with it
+    PerClient,
+}
+
+impl From<TemporaryArg> for Sharing {
+    fn from(arg: TemporaryArg) -> Sharing {
+        match arg {
+            TemporaryArg::Shared => Sharing::Shared,
+            TemporaryArg::PerClient => Sharing::PerClient,
         }
     }
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 
-use super::args::ImageArgs;
+use super::args::{ImageArgs, TemporaryArg};
 use super::size;
 
 /// What one `--export` says.
@@ -75,7 +75,7 @@ fn set(image: &mut ImageArgs, key: &[u8], value: Option<&OsStr>) -> Result<(), S
         b"name" => image.export_name = Some(needed_text(key, value)?),
         b"description" => image.description = Some(needed_text(key, value)?),
         b"read-only" => image.read_only = switch(key, value)?,
-        b"temporary" => image.temporary = switch(key, value)?,
+        b"temporary" => image.temporary = sharing(key, value)?,
         b"temporary-dir" => image.temporary_dir = Some(needed(key, value)?.into()),
         b"exact-size" => image.exact_size = switch(key, value)?,
         b"force-share" => image.force_share = switch(key, value)?,
@@ -117,6 +117,14 @@ fn switch(key: &[u8], value: Option<&OsStr>) -> Result<bool, String> {
         None | Some(b"on") => Ok(true),
         Some(b"off") => Ok(false),
         Some(_) => Err(format!("{} is on or off", lossy(key))),
+    }
+}
+
+/// A switch that also says whose the writes are.
+fn sharing(key: &[u8], value: Option<&OsStr>) -> Result<Option<TemporaryArg>, String> {
+    match switch(key, value) {
+        Ok(on) => Ok(on.then_some(TemporaryArg::Shared)),
+        Err(_) => one_of(key, value).map(Some),
     }
 }
 
@@ -168,6 +176,19 @@ mod tests {
     }
 
     #[test]
+    fn writes_that_are_thrown_away_are_shared_unless_it_says_otherwise() {
+        for (key, sharing) in [
+            ("temporary", Some(TemporaryArg::Shared)),
+            ("temporary=on", Some(TemporaryArg::Shared)),
+            ("temporary=shared", Some(TemporaryArg::Shared)),
+            ("temporary=per-client", Some(TemporaryArg::PerClient)),
+            ("temporary=off", None),
+        ] {
+            assert_eq!(parsed(&format!("name=a,file=b,{key}")).image.temporary, sharing, "{key}");
+        }
+    }
+
+    #[test]
     fn commas_and_equals_signs_in_values() {
         let got = parsed("name=a,,b=c,file=x,,,,y");
         assert_eq!(got.image.export_name.as_deref(), Some("a,b=c"));
@@ -193,6 +214,7 @@ mod tests {
             ("name=a,file=x,read-only=yes", "on or off"),
             ("name=a,file=x,format=vmdk", "format=vmdk is not one of raw, qcow2, mmap-raw"),
             ("name=a,file=x,size=big", "is not a size"),
+            ("name=a,file=x,temporary=mine", "is not one of shared, per-client"),
             ("name=a,file=x,access=uid=1", "access=uid=1: a rule begins with"),
             ("name=a,file=x,", "a field is empty"),
             ("", "a field is empty"),

@@ -8,7 +8,7 @@ use nbd_img_formats::open::{Backing, OpenOptions};
 
 use super::args::{DiscardArg, ImageArgs, InfoArgs, ListenArgs, ServeArgs};
 use super::{export_spec, tls};
-use crate::export::{BlockSizes, ExportSpec};
+use crate::export::{BlockSizes, ExportSpec, Temporary};
 use crate::server::access::AccessRules;
 use crate::server::{Manners, ServeOptions};
 use crate::session::Times;
@@ -174,7 +174,7 @@ fn refuse_flags(image: &ImageArgs) -> Result<(), String> {
         ("--offset", image.offset.is_some()),
         ("--size", image.size.is_some()),
         ("--exact-size", image.exact_size),
-        ("--temporary", image.temporary),
+        ("--temporary", image.temporary.is_some()),
         ("--temporary-dir", image.temporary_dir.is_some()),
         ("--cache", image.cache.is_some()),
         ("--aio", image.aio.is_some()),
@@ -210,13 +210,13 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
             return Err(about(&format!("the {what} contains a zero byte")));
         }
     }
-    if image.temporary && image.read_only {
+    if image.temporary.is_some() && image.read_only {
         return Err(about("--temporary takes writes; without it --read-only refuses them"));
     }
-    if image.temporary_dir.is_some() && !image.temporary {
+    if image.temporary_dir.is_some() && image.temporary.is_none() {
         return Err(about("--temporary-dir is about --temporary, which is missing"));
     }
-    if image.force_share && !image.read_only && !image.temporary {
+    if image.force_share && !image.read_only && image.temporary.is_none() {
         return Err(about("--force-share only reads; add --read-only"));
     }
     let cache = image.cache.map(Into::into).unwrap_or_default();
@@ -225,7 +225,7 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
         name,
         description,
         // A snapshot is a state of the past: there is nothing to write to.
-        read_only: image.read_only || image.load_snapshot.is_some() && !image.temporary,
+        read_only: image.read_only || image.load_snapshot.is_some() && image.temporary.is_none(),
         offset: image.offset.unwrap_or(0),
         size: image.size,
         tls_required: image.tls_required,
@@ -237,7 +237,9 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
         aio: image.aio.map(Into::into).unwrap_or_default(),
         bitmaps: bitmaps(image.bitmap).map_err(|text| about(&text))?,
         detect_zeroes: image.detect_zeroes.map(Into::into).unwrap_or_default(),
-        temporary: image.temporary.then(|| temporary_dir(image.temporary_dir)),
+        temporary: image
+            .temporary
+            .map(|sharing| Temporary { folder: temporary_dir(image.temporary_dir), sharing: sharing.into() }),
         open: OpenOptions {
             format,
             exact_size: image.exact_size,

@@ -3,9 +3,10 @@
 //! It translates a client's offsets into the image's and decides what a write's durability is. It knows
 //! the protocol's facts about an export but no sockets, and moves no bytes itself.
 
+mod size;
 mod spec;
 
-use nbd_img_formats::open::{open, temporary};
+use nbd_img_formats::open::{Overlay, open, temporary};
 use nbd_img_formats::storage::{Aio, InPlace, Storage};
 use nbd_img_formats::workers::Workers;
 use nbd_img_formats::{
@@ -13,10 +14,13 @@ use nbd_img_formats::{
 };
 use std::sync::Arc;
 
-pub use spec::{BlockSizes, CacheMode, DetectZeroes, ExportSpec};
+pub use size::{Resized, Served};
+pub use spec::{BlockSizes, CacheMode, DetectZeroes, ExportSpec, Sharing, Temporary};
 
 use crate::nbd::export_info::{ExportInfo, TransmissionFlags};
 use crate::nbd::wire;
+
+use size::LiveSize;
 
 /// Unit to which a stated offset or size is rounded down, and in which sizes are best given to clients:
 /// the sector of every disk interface (our choice, as QEMU's).
@@ -25,6 +29,11 @@ pub const SECTOR_LEN: u64 = 512;
 /// Most payload of one request: what every client may rely on without asking (protocol, section
 /// "Block size constraints").
 pub const PAYLOAD_LEN_MAX: u32 = 32 << 20;
+
+/// Most bytes of tables in memory, and of changed ones, for an overlay that a client has for itself. Our choice:
+/// covers 32 GiB at 64 KiB clusters, and a hundred clients that write all over the disk take half a gigabyte.
+const CLIENT_TABLE_CACHE_LEN_MAX: u64 = 4 << 20;
+const CLIENT_DIRTY_LEN_MAX: u64 = 1 << 20;
 
 /// Most bitmaps that an error names. Our choice: a line that can be read.
 const NAMED_MAX: usize = 16;
@@ -36,7 +45,7 @@ pub struct Export {
     driver: Arc<dyn BlockDriver>,
     workers: Arc<Workers>,
     offset: u64,
-    size: u64,
+    size: LiveSize,
     read_only: bool,
     tls_required: bool,
     single_client: bool,
@@ -48,6 +57,14 @@ pub struct Export {
     in_place: InPlaceFacts,
     /// Smallest and best unit of requests, as clients are told.
     block_lens: (u32, u32),
+    /// What clients are told of the image.
+    facts: Facts,
+    /// What the operator asked for.
+    spec: Box<ExportSpec>,
+    /// Each client gets an overlay of its own; the image itself is never written.
+    per_client: bool,
+    /// It is on such an overlay.
+    is_own: bool,
 }
 
 /// What may be done on a session's own thread, over all storages of the image.
@@ -71,30 +88,62 @@ impl Export {
                 "the format was found by probing; state it with --format to be safe"
             );
         }
-        let driver = match &spec.temporary {
-            None => opened.driver,
-            Some(folder) => temporary(opened.driver, folder, spec.open.table_cache_len, spec.open.discard)?,
-        };
-        Self::with_driver(spec, driver, opened.probed)
+        if spec.is_per_client() {
+            Self::template(spec, opened.driver, opened.probed)
+        } else {
+            Self::shared(spec, overlay(spec, opened.driver)?, opened.probed)
+        }
     }
 
     /// An export of an image that is open already, whose format was stated.
     pub fn of_driver(spec: &ExportSpec, driver: Arc<dyn BlockDriver>) -> Result<Arc<Export>> {
-        Self::with_driver(spec, driver, false)
+        Self::shared(spec, driver, false)
     }
 
-    fn with_driver(spec: &ExportSpec, driver: Arc<dyn BlockDriver>, probed: bool) -> Result<Arc<Export>> {
+    fn shared(spec: &ExportSpec, driver: Arc<dyn BlockDriver>, probed: bool) -> Result<Arc<Export>> {
+        Ok(Arc::new(Self::build(spec, driver, Arc::new(Workers::new(&spec.name)), probed)?))
+    }
+
+    /// An export that is nothing but what the ones for its clients are made of.
+    fn template(spec: &ExportSpec, base: Arc<dyn BlockDriver>, probed: bool) -> Result<Arc<Export>> {
+        let workers = Arc::new(Workers::new(&spec.name));
+        // Now, rather than with the first client, shows whether one can be made.
+        let sample = Self::build(spec, overlay(spec, Arc::clone(&base))?, Arc::clone(&workers), probed)?;
+        Ok(Arc::new(Export { driver: base, per_client: true, ..sample }))
+    }
+
+    /// What another client is to be served: this export, or one that nobody else has, on an overlay that is gone
+    /// with the last reference. Waits for the disk then.
+    pub fn for_client(self: &Arc<Self>) -> Result<Arc<Export>> {
+        if !self.per_client {
+            return Ok(Arc::clone(self));
+        }
+        let driver = overlay(&self.spec, Arc::clone(&self.driver))?;
+        let export = Self::build(&self.spec, driver, Arc::clone(&self.workers), false)?;
+        Ok(Arc::new(Export { is_own: true, block_lens: self.block_lens, ..export }))
+    }
+
+    /// Whether each client is served an export that nobody else has.
+    pub fn is_per_client(&self) -> bool {
+        self.per_client
+    }
+
+    fn build(
+        spec: &ExportSpec,
+        driver: Arc<dyn BlockDriver>,
+        workers: Arc<Workers>,
+        probed: bool,
+    ) -> Result<Export> {
         let (offset, size) = window(spec, driver.size())?;
         for name in &spec.bitmaps {
             offer_bitmap(&driver, name).map_err(|error| error.with_path(&spec.path))?;
         }
-        let in_place = in_place_facts(driver.storages());
-        Ok(Arc::new(Export {
+        Ok(Export {
             name: spec.name.clone(),
             description: spec.description.clone(),
-            workers: Arc::new(Workers::new(&spec.name)),
+            workers,
             offset,
-            size,
+            size: LiveSize::new(size),
             read_only: spec.read_only,
             tls_required: spec.tls_required,
             single_client: spec.single_client,
@@ -103,10 +152,14 @@ impl Export {
             bitmaps: spec.bitmaps.clone(),
             detect_zeroes: spec.detect_zeroes,
             aio: spec.aio,
-            in_place,
+            in_place: in_place_facts(driver.storages()),
             block_lens: block_lens(spec.block_sizes, driver.facts(), probed),
+            facts: driver.facts().clone(),
+            spec: Box::new(spec.clone()),
+            per_client: false,
+            is_own: false,
             driver,
-        }))
+        })
     }
 
     /// The name that clients ask for; may be empty.
@@ -129,9 +182,9 @@ impl Export {
         &self.workers
     }
 
-    /// Bytes that clients see.
+    /// Bytes that clients see who come now.
     pub fn size(&self) -> u64 {
-        self.size
+        self.size.now()
     }
 
     /// Whether writes are refused.
@@ -159,13 +212,13 @@ impl Export {
         self.in_place
     }
 
-    /// The image's range for a client's range that was checked against [`size`](Self::size).
+    /// The image's range for a client's range that was checked against the size that it was told.
     pub fn range(&self, offset: u64, len: u64) -> Result<GuestRange> {
         let outside = || {
             Error::new(ErrorKind::OutOfBounds, "the request reaches beyond the export").with_offset(offset)
         };
         let range = GuestRange::new(offset, len).ok_or_else(outside)?;
-        if range.end() > self.size {
+        if range.end() > self.size() {
             return Err(outside());
         }
         GuestRange::new(self.offset + offset, len).ok_or_else(outside)
@@ -187,12 +240,14 @@ impl Export {
     /// What the protocol tells clients. Cheap, and touches no file.
     pub fn info(&self) -> ExportInfo {
         let (block_min_len, block_preferred_len) = self.block_lens;
+        let facts = &self.facts;
         let mut flags = TransmissionFlags::HAS_FLAGS
             | TransmissionFlags::SEND_FLUSH
             | TransmissionFlags::SEND_FUA
             | TransmissionFlags::SEND_DF
             | TransmissionFlags::SEND_CACHE;
-        flags.set(TransmissionFlags::CAN_MULTI_CONN, !self.single_client);
+        // Connections that see different disks are what the flag rules out.
+        flags.set(TransmissionFlags::CAN_MULTI_CONN, !self.single_client && !self.is_per_client());
         if self.read_only {
             flags |= TransmissionFlags::READ_ONLY;
         } else {
@@ -203,7 +258,7 @@ impl Export {
         ExportInfo {
             name: self.name.clone(),
             description: self.description.clone(),
-            size: self.size,
+            size: self.size(),
             flags,
             block_min_len,
             block_preferred_len,
@@ -222,6 +277,25 @@ fn block_lens(sizes: BlockSizes, facts: &Facts, probed: bool) -> (u32, u32) {
         BlockSizes::Qemu if probed && facts.format == Format::Raw => (512, 4096),
         BlockSizes::Qemu => (1, 4096),
     }
+}
+
+/// A throwaway overlay on `below`, as `spec` wants it; `below` itself if it wants none.
+fn overlay(spec: &ExportSpec, below: Arc<dyn BlockDriver>) -> Result<Arc<dyn BlockDriver>> {
+    let Some(Temporary { folder, sharing }) = &spec.temporary else { return Ok(below) };
+    let shared = Overlay {
+        table_cache_len: spec.open.table_cache_len,
+        discard: spec.open.discard,
+        ..Overlay::default()
+    };
+    let overlay = match sharing {
+        Sharing::Shared => shared,
+        Sharing::PerClient => Overlay {
+            table_cache_len: shared.table_cache_len.min(CLIENT_TABLE_CACHE_LEN_MAX),
+            dirty_len_max: shared.dirty_len_max.min(CLIENT_DIRTY_LEN_MAX),
+            ..shared
+        },
+    };
+    temporary(below, folder, overlay)
 }
 
 /// Makes the bitmap ready, or says which ones there are.

@@ -59,6 +59,24 @@ pub enum BlockSizes {
     Qemu,
 }
 
+/// Writes that are thrown away.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Temporary {
+    /// Where they are kept.
+    pub folder: PathBuf,
+    /// Whose they are.
+    pub sharing: Sharing,
+}
+
+/// Who sees writes that are thrown away.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Sharing {
+    /// All clients, until the server ends.
+    Shared,
+    /// The connection that made them, until it ends.
+    PerClient,
+}
+
 /// One export as the operator asked for it.
 #[derive(Clone, Debug, Default)]
 pub struct ExportSpec {
@@ -92,13 +110,18 @@ pub struct ExportSpec {
     pub bitmaps: Vec<String>,
     /// Whether written zeroes are looked for.
     pub detect_zeroes: DetectZeroes,
-    /// Writes go to a throwaway overlay in this folder, and the image is only read.
-    pub temporary: Option<PathBuf>,
+    /// Writes go to a throwaway overlay, and the image is only read.
+    pub temporary: Option<Temporary>,
     /// How the image is opened; `writable` and `direct` are set from the fields above.
     pub open: OpenOptions,
 }
 
 impl ExportSpec {
+    /// Whether each client gets an overlay of its own.
+    pub fn is_per_client(&self) -> bool {
+        self.temporary.as_ref().is_some_and(|temporary| temporary.sharing == Sharing::PerClient)
+    }
+
     /// The options of the open, with this export's permissions and cache mode.
     pub fn open_options(&self) -> OpenOptions {
         let writable = !self.read_only && self.temporary.is_none();

@@ -52,6 +52,20 @@ impl NbdError {
             _ => Self::Einval,
         }
     }
+
+    /// The protocol's error for a range that reaches beyond the end of the export.
+    pub fn out_of_bounds(command: Command) -> Self {
+        match command {
+            Command::Write | Command::WriteZeroes => Self::Enospc,
+            Command::Read
+            | Command::Disconnect
+            | Command::Flush
+            | Command::Trim
+            | Command::Cache
+            | Command::BlockStatus
+            | Command::Unknown(_) => Self::Einval,
+        }
+    }
 }
 
 impl fmt::Display for NbdError {

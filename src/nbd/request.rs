@@ -381,7 +381,10 @@ fn check_range(request: &Request, rules: &SessionRules) -> Verdict {
     let end = match request.offset.checked_add(request.len) {
         Some(end) if end <= rules.size => end,
         Some(_) | None => {
-            return Err((beyond_end(request.command), "the request runs past the end of the export"));
+            return Err((
+                NbdError::out_of_bounds(request.command),
+                "the request runs past the end of the export",
+            ));
         }
     };
     let unit = u64::from(rules.block_min_len.max(1));
@@ -390,19 +393,6 @@ fn check_range(request: &Request, rules: &SessionRules) -> Verdict {
         Ok(())
     } else {
         Err((NbdError::Einval, "offset or length is not a multiple of the minimum block size"))
-    }
-}
-
-fn beyond_end(command: Command) -> NbdError {
-    match command {
-        Command::Write | Command::WriteZeroes => NbdError::Enospc,
-        Command::Read
-        | Command::Disconnect
-        | Command::Flush
-        | Command::Trim
-        | Command::Cache
-        | Command::BlockStatus
-        | Command::Unknown(_) => NbdError::Einval,
     }
 }
 

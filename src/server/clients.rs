@@ -40,6 +40,7 @@ struct RareEvents {
     denied: Rare,
     evicted: Rare,
     no_export: Rare,
+    not_served: Rare,
 }
 
 impl Clients {
@@ -186,6 +187,14 @@ impl Clients {
         tracing::debug!(%peer, %export, "no --access rule lets it see this export");
         if let Some(count) = self.rare.denied.note(Instant::now()) {
             tracing::warn!(count, %peer, %export, "clients asked for exports that no --access rule lets them see");
+        }
+    }
+
+    /// Counts a client that got a slot, and for whom the image could not be made ready.
+    pub fn note_not_served(&self, peer: &str, error: &nbd_img_formats::Error) {
+        tracing::debug!(%peer, %error, "refused: the image cannot be made ready for it");
+        if let Some(count) = self.rare.not_served.note(Instant::now()) {
+            tracing::error!(count, %error, "clients refused: the image cannot be made ready for them");
         }
     }
 

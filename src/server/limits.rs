@@ -20,14 +20,15 @@ const FILES_PER_SHARD: u64 = 8;
 const FILES_OF_PROCESS: u64 = 64;
 
 /// Raises the limit on open files as far as the server may need it, and tells how many connections may
-/// be in negotiation. It only warns when the hard limit is too low: most servers never need it.
+/// be in negotiation. `client_files` is how many a client with an export has at most. It only warns when the hard limit is too low: most servers never need it.
 ///
 /// SIGPIPE needs nothing: Rust's runtime ignores it before `main`.
-pub fn raise(max_connections: u32, exports: usize) -> usize {
+pub fn raise(max_connections: u32, client_files: u32, exports: usize) -> usize {
     let shards = u64::try_from(thread::available_parallelism().map_or(1, usize::from)).unwrap_or(1);
     let exports = u64::try_from(exports).unwrap_or(u64::MAX);
     let images = exports.saturating_mul(FILES_PER_EXPORT + shards.saturating_mul(FILES_PER_SHARD));
-    let fixed = images.saturating_add(FILES_OF_PROCESS).saturating_add(u64::from(max_connections));
+    let clients = u64::from(max_connections).saturating_mul(u64::from(client_files));
+    let fixed = images.saturating_add(FILES_OF_PROCESS).saturating_add(clients);
     let limit = raise_to(fixed.saturating_add(HANDSHAKES_MAX as u64));
     let left = limit.saturating_sub(fixed);
     if left < HANDSHAKES_MIN as u64 {

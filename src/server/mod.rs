@@ -42,7 +42,7 @@ use std::time::Duration;
 use tokio::runtime;
 use tokio::task::JoinSet;
 
-use crate::export::Export;
+use crate::export::{Export, ExportSpec};
 use crate::nbd::negotiate::TlsMode;
 use crate::session::{BUDGET_LEN_DEFAULT, Budget, Shards};
 use crate::transport::{Arrival, Listener};
@@ -104,7 +104,10 @@ impl std::error::Error for Error {}
 /// exit.
 pub fn run(options: ServeOptions, mut inherited: Inherited) -> Result<Outcome, Error> {
     let tls = options.tls.clone().map(Tls::load).transpose().map_err(Error::Tls)?;
-    let handshakes_max = limits::raise(options.max_connections, options.exports.len());
+    let own_overlays = options.exports.iter().any(ExportSpec::is_per_client);
+    // The socket, and the overlay's file.
+    let client_files = if own_overlays { 2 } else { 1 };
+    let handshakes_max = limits::raise(options.max_connections, client_files, options.exports.len());
     let exports =
         options.exports.iter().map(Export::open).collect::<Result<Vec<_>, _>>().map_err(Error::Image)?;
     let captive = inherited.is_captive();

@@ -10,11 +10,12 @@ use tokio::time::timeout;
 
 use super::Server;
 use super::clients::{Handshake, Permit};
+use crate::export::{Export, Served};
 use crate::nbd::negotiate::{
     Agreed, CloseReason, INPUT_MAX_LEN, Negotiation, NegotiationConfig, Next, TlsMode,
 };
 use crate::session::budget::Lease;
-use crate::session::{Budget, Connection};
+use crate::session::{Budget, Connection, Shards};
 use crate::transport::registration::watch_stream;
 use crate::transport::tls::TlsStream;
 use crate::transport::{Arrival, Peer, Stream};
@@ -37,15 +38,16 @@ pub async fn run(server: Arc<Server>, arrival: Arrival, handshake: Handshake) {
     let agreement = match negotiated {
         Ok(Ok(agreement)) => agreement,
         Ok(Err(End::Full)) => return server.clients.note_refused(&peer),
+        Ok(Err(End::NotServed(error))) => return server.clients.note_not_served(&peer, &error),
         Ok(Err(end)) => return server.clients.note_no_export(&peer, &end.to_string()),
         Err(_) => return server.clients.note_no_export(&peer, "took longer than --handshake-timeout"),
     };
     drop(handshake);
-    let Some(shards) = server.exports.shards_of(&agreement.agreed.info.name) else {
-        return tracing::error!(peer, "negotiated for an export that does not exist");
-    };
+    let shards = agreement.shards;
     let connection = Connection {
         stream: agreement.stream,
+        export: agreement.export,
+        served: agreement.served,
         agreed: agreement.agreed,
         leftover: agreement.leftover,
         permit: Box::new(agreement.permit),
@@ -59,6 +61,9 @@ pub async fn run(server: Arc<Server>, arrival: Arrival, handshake: Handshake) {
 /// What a successful negotiation leaves.
 struct Agreement {
     stream: Stream,
+    shards: Arc<Shards>,
+    export: Arc<Export>,
+    served: Served,
     agreed: Agreed,
     leftover: Vec<u8>,
     permit: Permit,
@@ -72,6 +77,8 @@ enum End {
     Closed(CloseReason),
     /// All slots are taken.
     Full,
+    /// The image has nothing for another client.
+    NotServed(nbd_img_formats::Error),
     /// Too many long options at a time.
     NoRoom,
     /// The TLS handshake failed.
@@ -85,6 +92,7 @@ impl fmt::Display for End {
             End::Lost(error) => error.fmt(f),
             End::Closed(reason) => reason.fmt(f),
             End::Full => f.write_str("all slots are taken"),
+            End::NotServed(error) => error.fmt(f),
             End::NoRoom => f.write_str("too many long options at a time"),
             End::Tls(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
                 f.write_str("hung up in the TLS handshake")
@@ -130,6 +138,7 @@ async fn negotiate(
             Next::Transmission(agreed) => {
                 // Before the client is told that it has the export.
                 let permit = server.clients.admit(&peer.to_string(), &agreed.info.name).ok_or(End::Full)?;
+                let (shards, export, served) = serve(server, &agreed).await.map_err(End::NotServed)?;
                 send(&stream, &mut output).await?;
                 let stream = stream.into_inner();
                 let mut leftover = input.into_bytes();
@@ -137,7 +146,7 @@ async fn negotiate(
                     // The next event loop can only see what is still in the socket.
                     leftover.extend(tls.drain()?);
                 }
-                return Ok(Agreement { stream, agreed, leftover, permit });
+                return Ok(Agreement { stream, shards, export, served, agreed, leftover, permit });
             }
             Next::Close { reason } => {
                 send(&stream, &mut output).await?;
@@ -158,6 +167,22 @@ async fn negotiate(
             }
         }
     }
+}
+
+/// Who serves what was agreed on, and what of it this client gets.
+async fn serve(
+    server: &Server,
+    agreed: &Agreed,
+) -> Result<(Arc<Shards>, Arc<Export>, Served), nbd_img_formats::Error> {
+    let fail = |what| nbd_img_formats::Error::new(nbd_img_formats::ErrorKind::InvalidInput, what);
+    let shards = server.exports.shards_of(&agreed.info.name).ok_or_else(|| {
+        fail("an export was negotiated that does not exist; this is a defect of the server")
+    })?;
+    let export = shards.export_for_client().await?;
+    // Before the client is told that it may use all of it.
+    let served = export.serve(agreed.info.size);
+    let served = served.ok_or_else(|| fail("the disk has become smaller while the client negotiated"))?;
+    Ok((Arc::clone(shards), export, served))
 }
 
 /// Does the server's side of the TLS handshake, of which `received` are the first bytes.

@@ -88,7 +88,7 @@ impl Ahead {
 impl Session {
     /// After a read was noted: asks for what the client will want next, if it is worth it.
     pub(super) fn read_ahead(&mut self) {
-        let driver = self.shard.export.driver();
+        let driver = self.cell.export.driver();
         let Some(range) = self.ahead.wanted(driver.size()) else { return };
         let asking = Asking::begin(&self.ahead.asking);
         let driver = Arc::clone(driver);
@@ -97,13 +97,13 @@ impl Session {
             let _ = driver.cache(range);
             drop(asking);
         });
-        drop(self.shard.export.workers().spawn(Lane::Read, job));
+        drop(self.cell.export.workers().spawn(Lane::Read, job));
     }
 
     /// As [`read_ahead`](Self::read_ahead), when the read has to wait for its bytes to come into the page
     /// cache.
     pub(super) fn read_ahead_of_miss(&mut self) {
-        if self.shard.export.in_place().reads == InPlace::Ask {
+        if self.cell.export.in_place().reads == InPlace::Ask {
             self.ahead.note_miss();
             self.read_ahead();
         }

@@ -22,8 +22,8 @@ impl Session {
 
     pub(super) async fn start_trim(&mut self, request: Request) -> std::result::Result<(), End> {
         let Some(range) = self.range_or_reply(&request).await? else { return Ok(()) };
-        let durability = self.shard.export.durability(request.flags.contains(CommandFlags::FUA));
-        match self.shard.export.driver().try_discard(range, durability) {
+        let durability = self.cell.export.durability(request.flags.contains(CommandFlags::FUA));
+        match self.cell.export.driver().try_discard(range, durability) {
             Ok(true) => self.reply_success(&request).await,
             Ok(false) | Err(_) => {
                 self.start_call(Lane::Write, request, move |driver| driver.discard(range, durability));
@@ -37,7 +37,7 @@ impl Session {
         let zero = ZeroRequest {
             provision: provision(request.flags.contains(CommandFlags::NO_HOLE)),
             fast: request.flags.contains(CommandFlags::FAST_ZERO),
-            durability: self.shard.export.durability(request.flags.contains(CommandFlags::FUA)),
+            durability: self.cell.export.durability(request.flags.contains(CommandFlags::FUA)),
         };
         self.zero(request, range, zero).await
     }
@@ -49,7 +49,7 @@ impl Session {
         range: GuestRange,
         zero: ZeroRequest,
     ) -> std::result::Result<(), End> {
-        if let Ok(true) = self.shard.export.driver().try_write_zeroes(range, zero) {
+        if let Ok(true) = self.cell.export.driver().try_write_zeroes(range, zero) {
             return self.reply_success(&request).await;
         }
         self.start_call(Lane::Write, request, move |driver| driver.write_zeroes(range, zero));
@@ -68,7 +68,9 @@ impl Session {
         F: FnOnce(&Arc<dyn BlockDriver>) -> Result<()> + Send + 'static,
     {
         let token = self.insert_call(request, Work::Call, 0, None);
-        self.shard.call(lane, token, IoBuf::default(), move |driver, _| work(driver).map(|()| 0));
+        self.shard.call(&self.cell.export, lane, token, IoBuf::default(), move |driver, _| {
+            work(driver).map(|()| 0)
+        });
     }
 
     /// Calls the driver on a worker and waits for it; for the slices of streamed requests.
@@ -77,7 +79,7 @@ impl Session {
         F: FnOnce(&Arc<dyn BlockDriver>, &mut IoBuf) -> Result<usize> + Send + 'static,
     {
         let (answer, answered) = oneshot::channel();
-        let driver = Arc::clone(self.shard.export.driver());
+        let driver = Arc::clone(self.cell.export.driver());
         let job = Box::new(move || {
             let mut buf = buf;
             let result = work(&driver, &mut buf);
@@ -87,7 +89,7 @@ impl Session {
                 driver.tidy();
             }
         });
-        drop(self.shard.export.workers().spawn(lane, job));
+        drop(self.cell.export.workers().spawn(lane, job));
         answered.await.unwrap_or_else(|_| {
             let text = "the request could not be carried out: no thread, or a defect of the server";
             (IoBuf::default(), Err(Error::new(ErrorKind::Io, text)))
@@ -110,7 +112,7 @@ impl Session {
         &mut self,
         request: &Request,
     ) -> std::result::Result<Option<GuestRange>, End> {
-        match self.shard.export.range(request.offset, request.len) {
+        match self.cell.export.range(request.offset, request.len) {
             Ok(range) => Ok(Some(range)),
             Err(error) => {
                 self.reply_error(request, &error).await?;

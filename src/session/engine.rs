@@ -8,7 +8,7 @@ use std::io;
 use std::rc::Rc;
 use std::time::Instant;
 
-use nbd_img_formats::{Error, ReadPlan, WritePlan};
+use nbd_img_formats::{Error, ErrorKind, ReadPlan, WritePlan};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -84,7 +84,7 @@ pub struct Session {
 impl Session {
     /// Serves the connection until it ends.
     pub async fn serve(shard: Rc<Shard>, connection: Connection) {
-        let Connection { stream, agreed, leftover, peer, permit } = connection;
+        let Connection { stream, export, served, agreed, leftover, peer, permit } = connection;
         if stream.is_unix() {
             // A smaller buffer only costs speed.
             let _ = rustix::net::sockopt::set_socket_send_buffer_size(&stream, UNIX_SEND_BUFFER_LEN);
@@ -96,7 +96,7 @@ impl Session {
                 return;
             }
         };
-        let cell = shard.add_session();
+        let cell = shard.add_session(export, served);
         let mut session = Session {
             input: InBuf::new(std::sync::Arc::clone(&shard.budget), leftover),
             out: OutBuf::new(std::sync::Arc::clone(&shard.budget)),
@@ -125,7 +125,7 @@ impl Session {
         if let Some(tls) = session.socket.get_ref().tls() {
             tls.say_goodbye();
         }
-        end.log(session.shard.export.name(), &peer);
+        end.log(session.cell.export.name(), &peer);
         drop(session);
         drop(permit);
     }
@@ -316,9 +316,14 @@ impl Session {
 
     /// A failure that the driver met.
     pub(super) async fn reply_error(&mut self, request: &Request, error: &Error) -> Result<(), End> {
-        let errno = NbdError::from_os(error.errno(), request.command, request.flags);
+        // The disk has become smaller than the client was told.
+        let errno = if error.kind() == ErrorKind::OutOfBounds {
+            NbdError::out_of_bounds(request.command)
+        } else {
+            NbdError::from_os(error.errno(), request.command, request.flags)
+        };
         if errno == NbdError::Eio {
-            tracing::warn!(export = %self.shard.export.name().escape_debug(), ?request, %error, "request failed");
+            tracing::warn!(export = %self.cell.export.name().escape_debug(), ?request, %error, "request failed");
         } else {
             tracing::debug!(?request, %error, "request failed");
         }

@@ -51,7 +51,7 @@ impl Session {
 
     /// Serves a read, for the first time or again.
     async fn read(&mut self, request: Request, first: bool) -> Result<(), End> {
-        let range = match self.shard.export.range(request.offset, request.len) {
+        let range = match self.cell.export.range(request.offset, request.len) {
             Ok(range) => range,
             Err(error) => return self.reply_error(&request, &error).await,
         };
@@ -108,7 +108,7 @@ impl Session {
 
     /// Plans a range; holes are asked for where that costs no waiting and the reply can show them.
     fn plan_read(&mut self, range: GuestRange, framing: Framing) -> Result<(), Error> {
-        let export = &self.shard.export;
+        let export = &self.cell.export;
         let driver = export.driver();
         let sparse = framing == Framing::Chunks
             && range.len() >= SPARSE_LEN_MIN
@@ -127,12 +127,12 @@ impl Session {
         last: bool,
         runs: &[Run],
     ) -> Attempt {
-        let driver = Arc::clone(self.shard.export.driver());
+        let driver = Arc::clone(self.cell.export.driver());
         let plan = &self.read_plan;
         if plan.pieces.iter().any(|piece| matches!(piece.place, Place::Slow(_))) {
             return Attempt::WouldWait;
         }
-        if self.shard.export.in_place().reads == InPlace::Never
+        if self.cell.export.in_place().reads == InPlace::Never
             && plan.pieces.iter().any(|piece| matches!(piece.place, Place::Data { .. }))
         {
             return Attempt::WouldWait;
@@ -199,7 +199,7 @@ impl Session {
     }
 
     fn submit_parts(&mut self, slot: usize, range: GuestRange) {
-        let driver = self.shard.export.driver();
+        let driver = self.cell.export.driver();
         let mut at = range.offset();
         for (index, piece) in self.read_plan.pieces.iter().enumerate() {
             let begin = at;
@@ -215,15 +215,17 @@ impl Session {
                             let operation = Operation { kind: OperationKind::Read, at, buf, token };
                             self.shard.submit(storage, operation);
                         }
-                        None => self.shard.call(Lane::Read, token, buf, move |driver, buf| {
-                            driver.pread(begin, buf).map(|()| len)
-                        }),
+                        None => {
+                            self.shard.call(&self.cell.export, Lane::Read, token, buf, move |driver, buf| {
+                                driver.pread(begin, buf).map(|()| len)
+                            })
+                        }
                     }
                 }
                 Place::Slow(_) => {
                     let token = self.shard.token(&self.cell, slot, index);
                     let buf = self.shard.pool.take(len);
-                    self.shard.call(Lane::Read, token, buf, move |driver, buf| {
+                    self.shard.call(&self.cell.export, Lane::Read, token, buf, move |driver, buf| {
                         driver.pread(begin, buf).map(|()| len)
                     });
                 }

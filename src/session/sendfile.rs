@@ -44,7 +44,7 @@ impl Session {
     /// Whether the plan can be sent: every run has to be either a hole that is told as such or large and
     /// plain.
     pub(super) fn sending(&self, runs: &[Run], framing: Framing) -> Sending {
-        let driver = self.shard.export.driver();
+        let driver = self.cell.export.driver();
         if runs.first().is_none_or(|run| run.len < SEND_LEN_MIN) || !driver.facts().sendable {
             return Sending::Never;
         }
@@ -73,11 +73,11 @@ impl Session {
     /// whether that is worth it: where it would otherwise be copied slice by slice, or where the bytes have
     /// been asked for already.
     pub(super) fn await_bytes(&mut self, request: Request, range: GuestRange) -> bool {
-        if self.shard.export.in_place().reads != InPlace::Ask {
+        if self.cell.export.in_place().reads != InPlace::Ask {
             return false;
         }
         self.read_ahead_of_miss();
-        let driver = self.shard.export.driver();
+        let driver = self.cell.export.driver();
         if self.ahead.has_asked_for(range)
             && let Some((storage, at)) = last_byte(driver, &self.read_plan)
         {
@@ -93,7 +93,7 @@ impl Session {
         }
         self.read_plan.reset();
         let token = self.insert_call(request, Work::Arrival, 0, None);
-        self.shard.call(Lane::Read, token, self.shard.pool.take(1), move |driver, buf| {
+        self.shard.call(&self.cell.export, Lane::Read, token, self.shard.pool.take(1), move |driver, buf| {
             driver.cache(range)?;
             driver.pread(range.end().saturating_sub(1), buf).map(|()| buf.len())
         });
@@ -108,7 +108,7 @@ impl Session {
         runs: &[Run],
     ) -> Result<(), End> {
         let plan = std::mem::take(&mut self.read_plan);
-        let driver = Arc::clone(self.shard.export.driver());
+        let driver = Arc::clone(self.cell.export.driver());
         for chunk in chunks(runs, framing) {
             // Never the last chunk: an error may have to follow.
             self.put_chunk_header(self.reply_to(&request), request.offset, framing, false, &chunk).await?;
@@ -169,7 +169,7 @@ impl Session {
             Framing::Chunks | Framing::OneChunk => {
                 self.put_zeroes(missing).await?;
                 let errno = NbdError::from_os(error.errno(), request.command, request.flags);
-                tracing::warn!(export = %self.shard.export.name().escape_debug(), ?request, %error, "request failed");
+                tracing::warn!(export = %self.cell.export.name().escape_debug(), ?request, %error, "request failed");
                 let to = self.reply_to(request);
                 self.scratch.clear();
                 let (text, last) = (error.to_string(), reply::Place::Last);

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nbd_img_formats::storage::{BufPool, Completed, IoBuf, Queue};
-use nbd_img_formats::workers::Lane;
+use nbd_img_formats::workers::{Lane, Workers};
 use nbd_img_formats::{BlockDriver, Error, ErrorKind, Result};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
@@ -24,15 +24,15 @@ use super::registration::QueueFd;
 use super::submit::Held;
 use super::times::Times;
 use super::watch::WriteWatch;
-use crate::export::Export;
+use crate::export::{Export, Served};
 
 /// How often idle sessions are asked to give their buffers back. Our choice.
 const SWEEP_TIME: Duration = Duration::from_millis(500);
 
 /// What the sessions of one thread share.
 pub struct Shard {
-    /// What they serve.
-    pub export: Arc<Export>,
+    /// Whose threads do what waits.
+    workers: Arc<Workers>,
     /// The memory of all sessions of the server.
     pub budget: Arc<Budget>,
     /// Where submitted operations are answered.
@@ -69,10 +69,11 @@ struct Route {
 }
 
 /// The part of a session that answers find, and that outlives its task.
-#[derive(Default)]
 pub struct SessionCell {
     /// Its number on the shard.
     pub id: u64,
+    /// What it serves: the shard's export, or one that only this session has.
+    pub export: Arc<Export>,
     /// Wakes the session: something is ready, or it is to drain or to give buffers back.
     pub wake: Notify,
     /// What waits.
@@ -85,19 +86,21 @@ pub struct SessionCell {
     pub idle: Cell<bool>,
     /// The session sleeps on buffers that the sweep should ask for.
     pub holds_memory: Cell<bool>,
+    /// Keeps what the client was told of, as long as anything of it is under way. Dropped last.
+    _served: Served,
 }
 
 impl Shard {
     /// A shard whose operations fall back on the export's workers.
     pub fn new(
-        export: Arc<Export>,
+        export: &Export,
         budget: Arc<Budget>,
         watch: Arc<WriteWatch>,
         times: Times,
     ) -> io::Result<Rc<Self>> {
         let queue = Arc::new(Queue::new(Arc::clone(export.workers()), export.aio())?);
         Ok(Rc::new(Shard {
-            export,
+            workers: Arc::clone(export.workers()),
             budget,
             queue,
             pool: BufPool::new(),
@@ -115,11 +118,21 @@ impl Shard {
         }))
     }
 
-    /// A cell for a new session.
-    pub fn add_session(&self) -> Rc<SessionCell> {
+    /// A cell for a new session that serves `export`.
+    pub fn add_session(&self, export: Arc<Export>, served: Served) -> Rc<SessionCell> {
         let id = self.next_session.get();
         self.next_session.set(id.wrapping_add(1));
-        let cell = Rc::new(SessionCell { id, ..SessionCell::default() });
+        let cell = Rc::new(SessionCell {
+            id,
+            export,
+            wake: Notify::new(),
+            pending: RefCell::default(),
+            ready: RefCell::default(),
+            gone: Cell::new(false),
+            idle: Cell::new(false),
+            holds_memory: Cell::new(false),
+            _served: served,
+        });
         let mut cells = self.cells.borrow_mut();
         cells.retain(|cell| cell.strong_count() > 0);
         cells.push(Rc::downgrade(&cell));
@@ -142,13 +155,13 @@ impl Shard {
         self.routes.borrow_mut().add(Route { cell: Rc::clone(cell), slot, part })
     }
 
-    /// Calls the driver on a worker; its answer comes to the queue under `token`, whatever happens.
-    pub fn call<F>(&self, lane: Lane, token: u64, buf: IoBuf, work: F)
+    /// Calls the driver of `export` on a worker; its answer comes to the queue under `token`, whatever happens.
+    pub fn call<F>(&self, export: &Export, lane: Lane, token: u64, buf: IoBuf, work: F)
     where
         F: FnOnce(&Arc<dyn BlockDriver>, &mut IoBuf) -> Result<usize> + Send + 'static,
     {
         let answer = Answer { queue: Arc::clone(&self.queue), token, buf: Some(buf), result: None };
-        let driver = Arc::clone(self.export.driver());
+        let driver = Arc::clone(export.driver());
         let job = Box::new(move || {
             let mut answer = answer;
             if let Some(mut buf) = answer.buf.take() {
@@ -162,7 +175,7 @@ impl Shard {
             }
         });
         // A job that cannot be run is dropped, and its answer says so.
-        drop(self.export.workers().spawn(lane, job));
+        drop(self.workers.spawn(lane, job));
     }
 
     /// Asks that idle sessions be looked for.
@@ -218,7 +231,7 @@ impl Shard {
             let mut pending = cell.pending.borrow_mut();
             let ended = pending
                 .get_mut(route.slot)
-                .is_some_and(|request| request.complete(route.part, answer, self.export.driver()));
+                .is_some_and(|request| request.complete(route.part, answer, cell.export.driver()));
             if ended { pending.remove(route.slot) } else { None }
         };
         if let Some(done) = done

@@ -8,8 +8,9 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::thread;
 
-use nbd_img_formats::Result;
+use nbd_img_formats::open::SizeChange;
 use nbd_img_formats::workers::Lane;
+use nbd_img_formats::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -19,7 +20,7 @@ use super::registration::watch_queue;
 use super::shard::Shard;
 use super::times::Times;
 use super::watch::WriteWatch;
-use crate::export::Export;
+use crate::export::{Export, Resized, Served};
 use crate::nbd::negotiate::Agreed;
 use crate::transport::Stream;
 
@@ -30,6 +31,10 @@ const TIMER_SLACK_NS: u64 = 1000;
 pub struct Connection {
     /// The socket, non-blocking.
     pub stream: Stream,
+    /// What it is served: the export of the shards, or one of its own on the same image.
+    pub export: Arc<Export>,
+    /// Its claim on that.
+    pub served: Served,
     /// What was negotiated.
     pub agreed: Agreed,
     /// Bytes that came behind the negotiation's last option.
@@ -105,6 +110,38 @@ impl Shards {
         *self.active.borrow()
     }
 
+    /// What another connection is to be served; see [`Export::for_client`]. What waits for the disk is done by a worker.
+    pub async fn export_for_client(&self) -> Result<Arc<Export>> {
+        if !self.export.is_per_client() {
+            return Ok(Arc::clone(&self.export));
+        }
+        let export = Arc::clone(&self.export);
+        self.on_worker(move || export.for_client()).await
+    }
+
+    /// Changes the disk's size; see [`Export::resize`]. What waits for the disk is done by a worker.
+    pub async fn resize(&self, change: Option<SizeChange>, shrink: bool) -> Result<Resized> {
+        let export = Arc::clone(&self.export);
+        self.on_worker(move || export.resize(change, shrink)).await
+    }
+
+    /// Runs `work` where it may wait, and returns what came of it. If the caller gives up waiting, it runs to its end.
+    async fn on_worker<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let (answer, answered) = oneshot::channel();
+        let job = Box::new(move || {
+            // Nobody waits any more if this fails.
+            let _ = answer.send(work());
+        });
+        match self.export.workers().spawn(Lane::Write, job) {
+            Ok(()) => {}
+            Err(job) => job(),
+        }
+        answered.await.unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "the work on the image did not end")))
+    }
+
     /// Gives a connection to a shard. Fails, and closes the connection, when no thread can be had or the
     /// export is draining.
     pub fn hand_over(&self, connection: Connection) -> io::Result<()> {
@@ -168,19 +205,8 @@ impl Shards {
     /// Flushes and closes the image on a worker, and returns what came of it. If the caller gives up
     /// waiting, the worker goes on.
     pub async fn close(&self) -> Result<()> {
-        let (answer, answered) = oneshot::channel();
         let driver = Arc::clone(self.export.driver());
-        let job = Box::new(move || {
-            // Nobody waits any more if this fails.
-            let _ = answer.send(driver.close());
-        });
-        match self.export.workers().spawn(Lane::Write, job) {
-            Ok(()) => {}
-            Err(job) => job(),
-        }
-        answered.await.unwrap_or_else(|_| {
-            Err(nbd_img_formats::Error::new(nbd_img_formats::ErrorKind::Io, "closing the image did not end"))
-        })
+        self.on_worker(move || driver.close()).await
     }
 
     fn start_thread(&self, index: usize) -> io::Result<mpsc::UnboundedSender<Message>> {
@@ -190,7 +216,7 @@ impl Shards {
         let times = self.times;
         let name = format!("s{index}-{}", export.name()).chars().take(15).filter(|c| *c != '\0').collect();
         thread::Builder::new().name(name).spawn(move || {
-            if let Err(error) = run_shard(|| Shard::new(export, budget, watch, times), receiver) {
+            if let Err(error) = run_shard(|| Shard::new(&export, budget, watch, times), receiver) {
                 tracing::error!(%error, "a thread of an export ended; its connections are closed");
             }
         })?;
@@ -270,7 +296,9 @@ mod tests {
         };
         let stream = Stream::Unix(there);
         let permit = Box::new(());
-        (Connection { stream, agreed, leftover: Vec::new(), peer: "test".to_owned(), permit }, here)
+        let export = Arc::clone(shards.export());
+        let (served, peer) = (export.serve(4096).unwrap(), "test".to_owned());
+        (Connection { stream, export, served, agreed, leftover: Vec::new(), peer, permit }, here)
     }
 
     #[test]

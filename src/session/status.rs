@@ -67,7 +67,7 @@ impl Session {
         let held_len = runs_max * contexts.len() * RUN_LEN;
         let work = Work::Status { answers: Arc::clone(&answers) };
         let token = self.insert_call(request, work, held_len, lease);
-        self.shard.call(Lane::Read, token, IoBuf::default(), move |driver, _| {
+        self.shard.call(&self.cell.export, Lane::Read, token, IoBuf::default(), move |driver, _| {
             for context in &contexts {
                 let runs = runs(driver, query(&context.name), range, runs_max)?;
                 answers.lock().push(StatusAnswer { context: context.id, runs });

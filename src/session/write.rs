@@ -42,7 +42,7 @@ impl Session {
     /// Serves a write whose payload is at the head of the input.
     async fn write_payload(&mut self, request: Request) -> Result<(), End> {
         let len = request.len as usize;
-        let export = Arc::clone(&self.shard.export);
+        let export = Arc::clone(&self.cell.export);
         let durability = export.durability(request.flags.contains(CommandFlags::FUA));
         let range = match export.range(request.offset, request.len) {
             Ok(range) => range,
@@ -76,7 +76,7 @@ impl Session {
 
     /// If zeroes are looked for and the payload has nothing else: how they are to be stored.
     fn zeroes_to_store(&self, len: usize) -> Option<Provision> {
-        let provision = match self.shard.export.detect_zeroes() {
+        let provision = match self.cell.export.detect_zeroes() {
             DetectZeroes::Off => return None,
             DetectZeroes::On => Provision::Keep,
             DetectZeroes::Unmap => Provision::Unmap,
@@ -85,7 +85,7 @@ impl Session {
     }
 
     fn writes_in_place(&self) -> bool {
-        match self.shard.export.in_place().writes {
+        match self.cell.export.in_place().writes {
             InPlace::Always => true,
             InPlace::Ask => self.shard.watch.in_place(),
             InPlace::Never => false,
@@ -94,7 +94,7 @@ impl Session {
 
     /// Writes the payload at the head of the input here and now. `None`: it would wait, nothing was done.
     fn write_in_place(&mut self, range: GuestRange) -> Option<Result<(), Error>> {
-        let driver = Arc::clone(self.shard.export.driver());
+        let driver = Arc::clone(self.cell.export.driver());
         if let Err(error) = driver.prepare_write(range, MapMode::Try, &mut self.write_plan) {
             return Some(Err(error));
         }
@@ -105,7 +105,7 @@ impl Session {
         let len = usize::try_from(range.len()).unwrap_or(usize::MAX);
         let payload = self.input.bytes().get(..len).unwrap_or_default();
         let plan = &self.write_plan;
-        let written = match self.shard.export.in_place().writes {
+        let written = match self.cell.export.in_place().writes {
             InPlace::Ask => self.shard.watch.observe(|| write_pieces(&driver, plan, payload)),
             InPlace::Always | InPlace::Never => write_pieces(&driver, plan, payload),
         };
@@ -122,7 +122,7 @@ impl Session {
         durability: Durability,
         admission: Admission,
     ) {
-        let driver = Arc::clone(self.shard.export.driver());
+        let driver = Arc::clone(self.cell.export.driver());
         let len = buf.len();
         if driver.prepare_write(range, MapMode::Try, &mut self.write_plan).is_ok() {
             let durable = !durability.is_fua() || self.write_plan.durable_in_place;
@@ -144,7 +144,7 @@ impl Session {
         let slot = self.insert(request, Work::Call, len, admission.0);
         let token = self.shard.token(&self.cell, slot, 0);
         let at = range.offset();
-        self.shard.call(Lane::Write, token, buf, move |driver, buf| {
+        self.shard.call(&self.cell.export, Lane::Write, token, buf, move |driver, buf| {
             driver.pwrite(at, buf, durability).map(|()| buf.len())
         });
     }
@@ -199,7 +199,7 @@ impl Session {
     async fn stream_write(&mut self, request: Request) -> Result<(), End> {
         // What was answered before must not wait for the disk.
         self.send_all().await?;
-        let export = Arc::clone(&self.shard.export);
+        let export = Arc::clone(&self.cell.export);
         let durability = export.durability(request.flags.contains(CommandFlags::FUA));
         let mut left = request.len as usize;
         let mut rest = export.range(request.offset, request.len);

@@ -259,8 +259,11 @@ impl InProcess {
                 stream.set_nonblocking(true).unwrap();
                 let Some(shards) = dealer.upgrade() else { return };
                 let stream = Stream::Unix(stream);
+                let export = Arc::clone(shards.export());
+                let served = export.serve(agreed.info.size).unwrap();
+                let peer = "test".to_owned();
                 let connection =
-                    Connection { stream, agreed, leftover, peer: "test".to_owned(), permit: Box::new(()) };
+                    Connection { stream, export, served, agreed, leftover, peer, permit: Box::new(()) };
                 // A draining server closes it.
                 let _ = shards.hand_over(connection);
             }

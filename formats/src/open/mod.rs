@@ -24,7 +24,7 @@ pub use alone::{Access, open_alone};
 pub use chain::{CHAIN_MAX, change_bitmap};
 pub use create::{CreateRequest, create};
 pub use resize::{Resized, SizeChange, check_shrink, resize};
-pub use temporary::temporary;
+pub use temporary::{Overlay, temporary};
 
 use crate::driver::{BlockDriver, Format};
 use crate::error::{Error, ErrorKind, Result};

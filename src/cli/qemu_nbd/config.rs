@@ -17,7 +17,7 @@ use super::line::{Complaint, Line};
 use super::node::{self, Aio, BackingNode, Image, Window};
 use super::objects::{self, Endpoint, Kind, Object};
 use super::tree;
-use crate::export::{BlockSizes, CacheMode, DetectZeroes, ExportSpec};
+use crate::export::{BlockSizes, CacheMode, DetectZeroes, ExportSpec, Sharing, Temporary};
 use crate::nbd::negotiate::TlsMode;
 use crate::server::access::{AccessRules, Right, Rule, Who};
 use crate::server::tls::{TlsFiles, TlsOptions, TlsSource};
@@ -438,7 +438,8 @@ fn export(line: &Line, operand: &OsStr) -> Result<ExportSpec, String> {
         },
         detect_zeroes: detect_zeroes(line, &image),
         // Nothing is written to what is read-only, so nothing has to be kept.
-        temporary: (line.temporary && !read_only).then(|| options::temporary_dir(None)),
+        temporary: (line.temporary && !read_only)
+            .then(|| Temporary { folder: options::temporary_dir(None), sharing: Sharing::Shared }),
         open: open_options(line, &image),
     })
 }
