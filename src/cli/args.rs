@@ -223,6 +223,10 @@ pub struct ListenArgs {
     #[arg(long, value_name = "OWNER")]
     pub socket_owner: Option<Owner>,
 
+    /// Take commands at a Unix socket at this path, from this user only (nbd-img resize --control PATH)
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+
     /// Speak the oldstyle negotiation, for clients that know nothing else: one export, without a name, without TLS
     ///
     /// Each client is told the size and gets the export at once, so it counts for --max-connections

@@ -6,6 +6,7 @@
 mod args;
 mod bitmap;
 mod check;
+mod control;
 mod create;
 mod exit;
 mod export_spec;
@@ -116,6 +117,8 @@ enum Error {
     Image(nbd_img_formats::Error),
     /// The server cannot start or go on.
     Server(server::Error),
+    /// A server does not do what it was told; the text says why.
+    Control(String),
     /// The certificates cannot be made; the text says why.
     Certificates(String),
     /// The answer cannot be written.
@@ -126,9 +129,11 @@ impl Error {
     fn status(&self) -> ExitStatus {
         match self {
             Error::Usage(_) => ExitStatus::Usage,
-            Error::Image(_) | Error::Server(_) | Error::Certificates(_) | Error::Output(_) => {
-                ExitStatus::Failed
-            }
+            Error::Image(_)
+            | Error::Server(_)
+            | Error::Control(_)
+            | Error::Certificates(_)
+            | Error::Output(_) => ExitStatus::Failed,
         }
     }
 }
@@ -136,7 +141,7 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::Usage(text) | Error::Certificates(text) => f.write_str(text),
+            Error::Usage(text) | Error::Control(text) | Error::Certificates(text) => f.write_str(text),
             Error::Image(error) => error.fmt(f),
             Error::Server(error) => error.fmt(f),
             Error::Output(error) => write!(f, "cannot write the answer: {error}"),

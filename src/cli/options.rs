@@ -41,6 +41,7 @@ pub fn serve(mut args: ServeArgs) -> Result<ServeOptions, String> {
         addresses: addresses(&args.listen),
         listen_is_given,
         socket_access: socket_access(&args.listen)?,
+        control: args.listen.control.clone(),
         oldstyle: args.listen.oldstyle,
         tls: None,
         allow_plaintext: args.listen.allow_plaintext,

@@ -57,8 +57,6 @@ pub struct Export {
     in_place: InPlaceFacts,
     /// Smallest and best unit of requests, as clients are told.
     block_lens: (u32, u32),
-    /// What clients are told of the image.
-    facts: Facts,
     /// What the operator asked for.
     spec: Box<ExportSpec>,
     /// Each client gets an overlay of its own; the image itself is never written.
@@ -154,7 +152,6 @@ impl Export {
             aio: spec.aio,
             in_place: in_place_facts(driver.storages()),
             block_lens: block_lens(spec.block_sizes, driver.facts(), probed),
-            facts: driver.facts().clone(),
             spec: Box::new(spec.clone()),
             per_client: false,
             is_own: false,
@@ -240,7 +237,6 @@ impl Export {
     /// What the protocol tells clients. Cheap, and touches no file.
     pub fn info(&self) -> ExportInfo {
         let (block_min_len, block_preferred_len) = self.block_lens;
-        let facts = &self.facts;
         let mut flags = TransmissionFlags::HAS_FLAGS
             | TransmissionFlags::SEND_FLUSH
             | TransmissionFlags::SEND_FUA

@@ -43,6 +43,17 @@ impl Exports {
         self.served.iter().find(|(export, _)| export.name() == name).map(|(_, shards)| shards)
     }
 
+    /// The threads of the export that the operator means: the named one, or the only one. The error is for him.
+    pub fn only_or_named(&self, name: Option<&str>) -> Result<&Arc<Shards>, String> {
+        match (name, self.served.as_slice()) {
+            (Some(name), _) => self.shards_of(name).ok_or_else(|| {
+                format!("there is no export of the name '{}' (--export)", name.escape_debug())
+            }),
+            (None, [(_, only)]) => Ok(only),
+            (None, _) => Err("the server has several exports; say which one (--export NAME)".to_owned()),
+        }
+    }
+
     /// The exports as `peer` sees them, by what is known of it now.
     pub fn seen_by(&self, peer: &Peer) -> Directory<'_> {
         let right = |export: &Export| self.access.right(export.name(), peer);

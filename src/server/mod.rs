@@ -12,6 +12,7 @@
 //! | `accept` | taking connections |
 //! | `negotiate` | one connection until it has an export |
 //! | `directory` | the exports as the protocol asks for them |
+//! | [`control`] | what the operator tells a server that runs |
 //! | `clients` | who is connected, and how many may be |
 //! | `ready` | telling the starter that the server listens |
 //! | `end` | signals, draining, flushing, closing |
@@ -22,6 +23,7 @@
 mod accept;
 pub mod access;
 mod clients;
+pub mod control;
 mod directory;
 mod end;
 mod limits;
@@ -112,6 +114,7 @@ pub fn run(options: ServeOptions, mut inherited: Inherited) -> Result<Outcome, E
         options.exports.iter().map(Export::open).collect::<Result<Vec<_>, _>>().map_err(Error::Image)?;
     let captive = inherited.is_captive();
     let listeners = listen::all(&options, &mut inherited)?;
+    let control_socket = options.control.as_deref().map(control::listen).transpose()?;
     let control = runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -143,7 +146,13 @@ pub fn run(options: ServeOptions, mut inherited: Inherited) -> Result<Outcome, E
         peer_timeout: options.peer_timeout,
         handshake_budget: Budget::new(negotiate::INPUT_BUDGET_LEN),
     });
-    let outcome = control.block_on(serve(server, listeners, inherited.arrivals, announcement, &options));
+    let outcome = control.block_on(serve(
+        server,
+        (listeners, control_socket),
+        inherited.arrivals,
+        announcement,
+        &options,
+    ));
     if let Some(relay) = inherited.relay {
         // The last replies are still on their way.
         relay.finish(options.drain_timeout);
@@ -164,7 +173,7 @@ struct Server {
 
 async fn serve(
     server: Arc<Server>,
-    listeners: Vec<Listener>,
+    (listeners, control_socket): (Vec<Listener>, Option<Listener>),
     arrivals: Vec<Arrival>,
     announcement: ready::Announcement,
     options: &ServeOptions,
@@ -187,6 +196,11 @@ async fn serve(
         let accept = accept::prepare(listener, Arc::clone(&server))
             .map_err(|error| Error::System("cannot watch a listening socket", error))?;
         accepting.spawn(accept);
+    }
+    if let Some(socket) = control_socket {
+        let answer = control::prepare(socket, Arc::clone(&server))
+            .map_err(|error| Error::System("cannot watch the control socket", error))?;
+        accepting.spawn(answer);
     }
     let pid_file = announcement.make()?;
     for arrival in arrivals {

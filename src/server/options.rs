@@ -26,6 +26,8 @@ pub struct ServeOptions {
     pub listen_is_given: bool,
     /// Mode and owner of Unix sockets' files.
     pub socket_access: FileAccess,
+    /// Where other commands speak to the server.
+    pub control: Option<PathBuf>,
     /// Whether clients are told the only export at once, instead of negotiating.
     pub oldstyle: bool,
     /// TLS, if it is configured.

@@ -257,6 +257,7 @@ fn service(
         listen_is_given: activation.sockets == 0,
         access: access(&line, credentials)?,
         socket_access: FileAccess::default(),
+        control: None,
         oldstyle: false,
         peer_timeout: Duration::ZERO,
         tls: credentials.map(server_tls).transpose()?,

@@ -89,10 +89,19 @@ fn wait_for_plans(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     Err(Error::new(ErrorKind::Io, text))
 }
 
+/// Zeroes the rest of the last cluster and what the backing file has; behind that, what has no entry is zeroes.
 fn zero_behind(driver: &Qcow2Driver, writer: &Arc<Writer>, from: u64, to: u64) -> Result<()> {
-    let Some(behind) = GuestRange::new(from, to - from) else { return Ok(()) };
-    let request = ZeroRequest { provision: Provision::Unmap, fast: false, durability: Durability::Later };
-    zero::write_zeroes(driver, writer, behind, request)?;
+    let cluster_len = driver.geometry().cluster_len();
+    let below = driver.backing().map_or(0, |backing| backing.size());
+    let bare = from.max(below).checked_next_multiple_of(cluster_len).map_or(to, |bare| bare.min(to));
+    if let Some(covered) = GuestRange::new(from, bare - from) {
+        let request = ZeroRequest { provision: Provision::Unmap, fast: false, durability: Durability::Later };
+        zero::write_zeroes(driver, writer, covered, request)?;
+    }
+    let end = to.checked_next_multiple_of(cluster_len).unwrap_or(to);
+    if let Some(rest) = GuestRange::new(bare, end.saturating_sub(bare)).filter(|_| bare < to) {
+        zero::drop_clusters(driver, writer, rest)?;
+    }
     commit::commit(driver, writer)
 }
 
