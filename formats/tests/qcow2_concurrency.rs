@@ -36,11 +36,15 @@ mod shuttle_subclusters;
 #[path = "qcow2_support/shuttle_data_file.rs"]
 mod shuttle_data_file;
 
+#[cfg(shuttle)]
+#[path = "qcow2_support/shuttle_compressed.rs"]
+mod shuttle_compressed;
+
 #[cfg(not(shuttle))]
 mod threads {
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-    use nbd_img_formats::qcow2::WriteOptions;
+    use nbd_img_formats::qcow2::{Compress, WriteOptions};
     use nbd_img_formats::raw::{RawDriver, RawOptions};
     use nbd_img_formats::storage::{MemoryOptions, MemoryStorage, Storage};
     use nbd_img_formats::sync::Arc;
@@ -71,12 +75,14 @@ mod threads {
         grows: bool,
         /// So many bytes of changed metadata start a commit.
         dirty_len_max: u64,
+        /// Whole clusters are written compressed.
+        compress: bool,
     }
 
     /// Operations of a thread in a round.
     const ROUND_OPERATIONS: u64 = 100;
 
-    const ARENAS: [Arena; 6] = [
+    const ARENAS: [Arena; 8] = [
         Arena {
             name: "eight stripes in a cluster",
             options: "cluster_size=4k",
@@ -86,6 +92,7 @@ mod threads {
             overlay: true,
             grows: true,
             dirty_len_max: 8 << 20,
+            compress: false,
         },
         Arena {
             name: "clusters of one's own, and those shared at their ends",
@@ -96,6 +103,7 @@ mod threads {
             overlay: true,
             grows: true,
             dirty_len_max: 2048,
+            compress: false,
         },
         Arena {
             name: "a device of fixed length",
@@ -106,6 +114,7 @@ mod threads {
             overlay: false,
             grows: false,
             dirty_len_max: 1,
+            compress: false,
         },
         Arena {
             name: "version 2",
@@ -116,6 +125,7 @@ mod threads {
             overlay: true,
             grows: true,
             dirty_len_max: 4096,
+            compress: false,
         },
         Arena {
             name: "subclusters",
@@ -126,6 +136,7 @@ mod threads {
             overlay: true,
             grows: true,
             dirty_len_max: 4096,
+            compress: false,
         },
         Arena {
             name: "large clusters",
@@ -136,6 +147,29 @@ mod threads {
             overlay: true,
             grows: true,
             dirty_len_max: 8 << 20,
+            compress: false,
+        },
+        Arena {
+            name: "compressed clusters that share those of the file",
+            options: "cluster_size=4k",
+            cluster: 4096,
+            stripe: 4096 * 3,
+            threads: 8,
+            overlay: true,
+            grows: true,
+            dirty_len_max: 4096,
+            compress: true,
+        },
+        Arena {
+            name: "compressed clusters on a device",
+            options: "cluster_size=1k,refcount_bits=4,compression_type=zstd",
+            cluster: 1024,
+            stripe: 1024 * 2 + 512,
+            threads: 8,
+            overlay: false,
+            grows: false,
+            dirty_len_max: 8 << 20,
+            compress: true,
         },
     ];
 
@@ -167,7 +201,9 @@ mod threads {
                 let storage = MemoryStorage::copy_of(backing).unwrap();
                 Some(RawDriver::open(storage, RawOptions::default()).unwrap())
             };
-            let write = WriteOptions { dirty_len_max: self.dirty_len_max, ..WriteOptions::default() };
+            let compress = self.compress.then(Compress::default);
+            let write =
+                WriteOptions { dirty_len_max: self.dirty_len_max, compress, ..WriteOptions::default() };
             scene::open_over(Arc::clone(storage), below, Some(write), 0).unwrap()
         }
 

@@ -84,15 +84,31 @@ fn short_sequences_with_a_data_file() {
 /// asks for.
 #[test]
 fn short_sequences_with_subclusters() {
-    let scenes = Scene::with_subclusters();
     let states = states() * 2 / 10;
-    let mut random = Random::new(Random::seed("short sequences, subclusters"));
+    let sequences = some_sequences("short sequences, subclusters", states);
+    explore_all("short sequences, subclusters", &Scene::with_subclusters(), &sequences, states, None);
+}
+
+/// As many short sequences as so many states come of.
+fn some_sequences(name: &str, states: u64) -> Vec<Vec<Kind>> {
+    let mut random = Random::new(Random::seed(name));
     let all = steps::sequences();
     // A short sequence has some 25 records.
     let count = usize::try_from(states / 25).unwrap().clamp(100, all.len());
-    let sequences: Vec<_> =
-        (0..count).map(|_| all[random.below(all.len() as u64) as usize].clone()).collect();
-    explore_all("short sequences, subclusters", &scenes, &sequences, states, None);
+    (0..count).map(|_| all[random.below(all.len() as u64) as usize].clone()).collect()
+}
+
+/// The same where whole clusters are written compressed.
+#[test]
+fn short_sequences_compressed() {
+    let states = states() * 2 / 10;
+    let sequences = some_sequences("short sequences, compressed", states);
+    explore_all("short sequences, compressed", &Scene::compressing(), &sequences, states, None);
+}
+
+#[test]
+fn long_sequences_compressed() {
+    explore_long("long sequences, compressed", &Scene::compressing(), states() / 10);
 }
 
 #[test]

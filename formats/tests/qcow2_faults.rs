@@ -298,6 +298,13 @@ fn every_call_may_fail_with_subclusters() {
     fail_every_call(seed, &Scene::with_subclusters(), &scripts(seed));
 }
 
+/// The same where whole clusters are written compressed.
+#[test]
+fn every_call_may_fail_compressed() {
+    let seed = Random::seed("every call may fail, compressed");
+    fail_every_call(seed, &Scene::compressing(), &scripts(seed));
+}
+
 fn fail_every_call(seed: u64, scenes: &[Scene], scripts: &[Vec<Kind>]) {
     let (next, trials) = (AtomicUsize::new(0), AtomicU64::new(0));
     std::thread::scope(|scope| {
@@ -390,10 +397,10 @@ fn calls_of_a_growing_refcount_table_may_fail() {
 #[test]
 fn a_full_file_system_is_survived() {
     let grows = |scene: &Scene| scene.device_len.is_none() && !scene.data_on_device;
-    let scenes = [Scene::all(), Scene::with_data_file(), Scene::with_subclusters()];
+    let scenes = [Scene::all(), Scene::with_data_file(), Scene::with_subclusters(), Scene::compressing()];
     for scene in scenes.into_iter().flatten().filter(grows) {
         let mut outcomes = [0; 2];
-        let step = if scene.table_span() > SIZE { 3 } else { 1 };
+        let step = if scene.table_span() > SIZE && !scene.compress { 3 } else { 1 };
         for more in (0..150).step_by(step) {
             let refused = survive(&scene, more * CLUSTER, more);
             outcomes[usize::from(refused)] += 1;

@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nbd_img_formats::BlockDriver;
-use nbd_img_formats::qcow2::WriteOptions;
+use nbd_img_formats::qcow2::{Compress, WriteOptions};
 use nbd_img_formats::storage::{MemoryOptions, MemoryStorage, SparseBytes, Storage};
 use nbd_img_formats::sync::Arc;
 use nbd_img_formats::{Durability, HostOffset};
@@ -36,6 +36,8 @@ struct Case {
     /// How many images lie below.
     backing: u32,
     compressed: bool,
+    /// Whole clusters are written compressed.
+    compress: bool,
     snapshot: bool,
     /// On a device of fixed length with stale content.
     device: bool,
@@ -45,11 +47,16 @@ struct Case {
 
 impl Case {
     const fn new(options: &'static str, cluster: u64, share: u64) -> Case {
-        Case { options, cluster, backing: 0, compressed: false, snapshot: false, device: false, share }
+        let (backing, compressed, compress, snapshot, device) = (0, false, false, false, false);
+        Case { options, cluster, backing, compressed, compress, snapshot, device, share }
+    }
+
+    const fn compress(options: &'static str, cluster: u64, share: u64) -> Case {
+        Case { compress: true, ..Case::new(options, cluster, share) }
     }
 }
 
-const CASES: [Case; 31] = [
+const CASES: [Case; 41] = [
     Case::new("refcount_bits=1", 512, 60),
     Case { snapshot: true, ..Case::new("refcount_bits=2", 512, 40) },
     Case { snapshot: true, compressed: true, ..Case::new("refcount_bits=4", 512, 50) },
@@ -72,6 +79,16 @@ const CASES: [Case; 31] = [
     Case { backing: 2, ..Case::new("refcount_bits=1", 65536, 18) },
     Case::new("refcount_bits=16", 2 << 20, 8),
     Case { backing: 1, snapshot: true, ..Case::new("refcount_bits=64", 2 << 20, 4) },
+    Case { snapshot: true, ..Case::compress("refcount_bits=64", 512, 60) },
+    Case { backing: 2, compressed: true, ..Case::compress("refcount_bits=2", 512, 60) },
+    Case { device: true, ..Case::compress("refcount_bits=16", 1024, 60) },
+    Case { snapshot: true, backing: 1, ..Case::compress("compression_type=zstd", 4096, 60) },
+    Case { compressed: true, ..Case::compress("refcount_bits=4", 4096, 60) },
+    Case { backing: 1, ..Case::compress("compat=v2", 4096, 40) },
+    Case { backing: 1, ..Case::compress("extended_l2=on", 16384, 40) },
+    Case { snapshot: true, ..Case::compress("extended_l2=on,compression_type=zstd", 65536, 10) },
+    Case { backing: 1, ..Case::compress("refcount_bits=16", 65536, 10) },
+    Case::compress("compression_type=zstd", 2 << 20, 2),
     // The other cluster lengths.
     Case { backing: 1, snapshot: true, compressed: true, ..Case::new("refcount_bits=16", 1024, 20) },
     Case { backing: 2, ..Case::new("refcount_bits=4", 2048, 20) },
@@ -92,6 +109,7 @@ struct Setting {
     content: Vec<u8>,
     snapshots: Vec<Vec<u8>>,
     device_len: Option<u64>,
+    compress: Option<Compress>,
 }
 
 impl Setting {
@@ -127,7 +145,8 @@ impl Setting {
         }
         let image = chain.last().unwrap().bytes();
         let device_len = case.device.then(|| (image.len() as u64 + 2 * size).next_multiple_of(512));
-        let mut setting = Setting { image, backing, content: below, snapshots: Vec::new(), device_len };
+        let (snapshots, compress) = (Vec::new(), case.compress.then(Compress::default));
+        let mut setting = Setting { image, backing, content: below, snapshots, device_len, compress };
         setting.snapshots = setting.read_snapshots(&setting.image);
         setting
     }
@@ -160,7 +179,7 @@ impl Setting {
         }
         // Now and then so little that commits come by themselves.
         let dirty_len_max = random.pick(&[8 << 20, 4096, 1]);
-        let write = WriteOptions { dirty_len_max, ..WriteOptions::default() };
+        let write = WriteOptions { dirty_len_max, compress: self.compress, ..WriteOptions::default() };
         scene::open_over(Arc::clone(storage), below, Some(write), random.pick(&[0, 0, 1 << 20])).unwrap()
     }
 
@@ -213,8 +232,8 @@ fn run(case: &Case, seed: u64, operations: u64) {
     let setting = Setting::make(case, &mut random);
     let storage = setting.storage();
     let name = format!(
-        "cluster {}, {}, backing {}, compressed {}, snapshot {}, device {}",
-        case.cluster, case.options, case.backing, case.compressed, case.snapshot, case.device
+        "cluster {}, {}, backing {}, compressed {}, compress {}, snapshot {}, device {}",
+        case.cluster, case.options, case.backing, case.compressed, case.compress, case.snapshot, case.device
     );
     let driver = setting.open(&storage, &mut random);
     let content = support::steps::read_all(&*driver).unwrap();

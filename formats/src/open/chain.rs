@@ -213,11 +213,7 @@ impl Chain<'_> {
             let snapshot = if depth == 0 { self.options.snapshot.clone() } else { None };
             let Layer { image, header, data_file } = layer;
             let caches = Arc::clone(&caches);
-            let write = (depth == 0 && self.options.writable).then(|| WriteOptions {
-                discard: self.options.discard,
-                zeroes_as_qemu: self.options.zeroes_as_qemu,
-                ..WriteOptions::default()
-            });
+            let write = (depth == 0 && self.options.writable).then(|| write_options(self.options));
             let parts = Parts { image, header, data_file, backing, number, caches, snapshot, write };
             backing = Some(Qcow2Driver::open(parts)?);
         }
@@ -256,6 +252,15 @@ fn backing_format(stated: Option<&str>, below: &Link) -> Result<Format> {
     }
 }
 
+fn write_options(options: &OpenOptions) -> WriteOptions {
+    WriteOptions {
+        discard: options.discard,
+        zeroes_as_qemu: options.zeroes_as_qemu,
+        compress: options.compress,
+        ..WriteOptions::default()
+    }
+}
+
 fn reader_lock(options: &OpenOptions) -> LockMode {
     if options.force_share { LockMode::ForceShare } else { LockMode::Reader }
 }
@@ -273,6 +278,9 @@ fn check_raw_options(path: &Path, options: &OpenOptions) -> Result<()> {
         OpenOptions { snapshot: Some(_), .. } => "a raw disk has no snapshots (--load-snapshot)",
         OpenOptions { backing: Backing::Path(_), .. } => "a raw disk has no backing file (--backing)",
         OpenOptions { force_share: true, writable: true, .. } => "--force-share is for reading (--read-only)",
+        OpenOptions { compress: Some(_), writable: true, .. } => {
+            "a raw disk has no compressed clusters (--compress, driver=compress)"
+        }
         OpenOptions { part: Some(_), format: Some(Format::MmapRaw), .. } => "mmap-raw maps whole files",
         _ => return Ok(()),
     };

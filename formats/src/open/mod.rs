@@ -28,6 +28,7 @@ pub use temporary::{Overlay, temporary};
 
 use crate::driver::{BlockDriver, Format};
 use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::Compress;
 use crate::storage::{FileOptions, FileStorage, LockMode, Storage, WindowStorage};
 use crate::sync::Arc;
 
@@ -61,6 +62,8 @@ pub struct OpenOptions {
     /// Whether zeroes are written as QEMU does it; see
     /// [`WriteOptions::zeroes_as_qemu`](crate::qcow2::WriteOptions::zeroes_as_qemu).
     pub zeroes_as_qemu: bool,
+    /// Whether whole clusters that are written are compressed, and how: qcow2 only.
+    pub compress: Option<Compress>,
     /// Open read-only although somebody writes: what is read may be inconsistent.
     pub force_share: bool,
     /// Most bytes of metadata tables held in memory.
@@ -83,6 +86,7 @@ impl Default for OpenOptions {
             snapshot: None,
             discard: true,
             zeroes_as_qemu: false,
+            compress: None,
             force_share: false,
             // As QEMU's default for L2 tables: covers 256 GiB at 64 KiB clusters.
             table_cache_len: 32 << 20,

@@ -12,6 +12,7 @@ use super::flight::Flights;
 use super::header::Compression;
 use super::tables::ImageNumber;
 use super::types::{Blob, GuestCluster};
+use crate::address::{HostOffset, HostRange};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::storage_error;
 use crate::storage::Storage;
@@ -24,8 +25,8 @@ const CACHE_LEN_MAX: usize = 16 << 20;
 /// every decoder to support. QEMU's frames need 2 MiB.
 const ZSTD_WINDOW_BITS_MAX: u32 = 23;
 
-/// Which cluster of which image of a chain.
-pub type ClusterKey = (ImageNumber, GuestCluster);
+/// Which cluster of which image of a chain, and the blob that it is: it may have another one later.
+pub type ClusterKey = (ImageNumber, GuestCluster, Blob);
 
 /// Decompressed clusters of a chain of images.
 pub struct ClusterCache {
@@ -63,6 +64,18 @@ impl ClusterCache {
             self.kept.lock().insert(key, Arc::clone(&cluster));
             Ok(cluster)
         })
+    }
+
+    /// Forgets the clusters whose blobs begin in this part of the image's file, which nobody reads any more.
+    pub fn forget(&self, image: ImageNumber, range: HostRange) {
+        let mut kept = self.kept.lock();
+        let there = range.at()..HostOffset(range.at().0.saturating_add(range.len()));
+        let gone = |(key, _): (&ClusterKey, _)| (key.0 == image && there.contains(&key.2.at)).then_some(*key);
+        let gone: Vec<ClusterKey> = kept.clusters.iter().filter_map(gone).collect();
+        for key in gone {
+            let removed = kept.clusters.pop(&key);
+            kept.len -= removed.map_or(0, |cluster| cluster.len());
+        }
     }
 }
 
@@ -214,7 +227,12 @@ mod tests {
                 made.fetch_add(1, Ordering::Relaxed);
                 Ok(vec![7; 2 << 20])
             };
-            cache.get_or_make((ImageNumber(0), GuestCluster(number)), make).unwrap();
+            cache
+                .get_or_make(
+                    (ImageNumber(0), GuestCluster(number), Blob::holding(HostOffset(number << 21), 512)),
+                    make,
+                )
+                .unwrap();
         };
         (0..20).for_each(get);
         (12..20).for_each(get);

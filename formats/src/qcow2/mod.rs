@@ -10,7 +10,7 @@
 //! | `tables` | L1 in memory, L2 in slices under a budget |
 //! | `map` | from a guest range to a plan, through the backing chain |
 //! | `read` | the bytes of a run of one layer |
-//! | `compressed` | compressed clusters and their cache |
+//! | `compressed`, `compress` | compressed clusters and their cache; compressing some |
 //! | `flight` | making a thing once for all who need it at the same time |
 //! | `write` | everything that changes an image |
 //! | `check` | checking and repairing |
@@ -24,6 +24,7 @@
 
 mod bitmaps;
 mod check;
+mod compress;
 mod compressed;
 mod create;
 mod driver;
@@ -41,6 +42,7 @@ mod types;
 mod write;
 
 pub use check::{CheckOptions, CheckReport, Repair, check};
+pub use compress::Compress;
 pub use create::{BackingName, CreateOptions, DataFileName, Preallocation, create, preallocate};
 pub use driver::Qcow2Driver;
 pub use extensions::Extensions;

@@ -77,8 +77,10 @@ pub(super) fn facts(
     backing: Option<&Arc<dyn BlockDriver>>,
     write: Option<WriteOptions>,
 ) -> Facts {
-    let preferred =
-        header.geometry.cluster_len().clamp(*BLOCK_PREFERRED_LEN.start(), *BLOCK_PREFERRED_LEN.end());
+    let compressing = write.is_some_and(|write| write.compress.is_some());
+    // Less than a cluster is not compressed.
+    let most = if compressing { u64::MAX } else { *BLOCK_PREFERRED_LEN.end() };
+    let preferred = header.geometry.cluster_len().clamp(*BLOCK_PREFERRED_LEN.start(), most);
     Facts {
         format: Format::Qcow2,
         writable: write.is_some(),

@@ -45,7 +45,7 @@ impl Qcow2Driver {
         let geometry = self.geometry();
         let len = usize::try_from(geometry.cluster_len()).unwrap_or(0);
         let make = || compressed::read_cluster(self.image(), blob, self.compression(), len);
-        let bytes = self.clusters().get_or_make((self.number(), cluster), make)?;
+        let bytes = self.clusters().get_or_make((self.number(), cluster, blob), make)?;
         let from = usize::try_from(geometry.offset_in_cluster(offset)).unwrap_or(usize::MAX);
         let wanted = bytes.get(from..).and_then(|rest| rest.get(..buf.len()));
         buf.copy_from_slice(wanted.ok_or_else(|| {

@@ -89,7 +89,7 @@ pub enum EntryFault {
 }
 
 /// Where a compressed cluster's bytes lie in the image file.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Blob {
     /// First byte; not aligned to anything.
     pub at: HostOffset,
@@ -287,6 +287,21 @@ impl Geometry {
         }
     }
 
+    /// The L2 entry for a blob; `None` where an entry cannot name its place. The copied flag is never set
+    /// (specification, "Compressed Clusters Descriptor").
+    pub fn encode_blob(self, blob: Blob) -> Option<EntryWords> {
+        let (at, offset_bits) = (blob.at.0, self.blob_offset_bits());
+        let end = at.checked_add(blob.len_max).filter(|end| *end > at)?;
+        let more_sectors = (end - 1) / BLOB_SECTOR_LEN - at / BLOB_SECTOR_LEN;
+        let fits = at < HOST_END.min(1 << offset_bits) && more_sectors >> (62 - offset_bits) == 0;
+        fits.then_some(EntryWords { raw: L2_COMPRESSED | more_sectors << offset_bits | at, bitmap: 0 })
+    }
+
+    /// Bits of a compressed cluster's descriptor that are its offset; the others up to bit 61 count sectors.
+    fn blob_offset_bits(self) -> u32 {
+        62 - (self.cluster_bits - 8)
+    }
+
     /// The L2 entry for data in `host`, which nothing else refers to: of these units, and of those that
     /// `old` has there. The others are what they were.
     pub fn encode_mapped(self, old: L2Entry, host: HostCluster, units: u32) -> EntryWords {
@@ -416,7 +431,7 @@ impl Geometry {
         if self.is_external() {
             return Err(EntryFault::CompressedWithDataFile);
         }
-        let offset_bits = 62 - (self.cluster_bits - 8);
+        let offset_bits = self.blob_offset_bits();
         let descriptor = raw & !(L2_COPIED | L2_COMPRESSED);
         let at = descriptor & ((1 << offset_bits) - 1);
         if at >= HOST_END {
@@ -425,6 +440,13 @@ impl Geometry {
         let more_sectors = descriptor >> offset_bits;
         let len_max = (more_sectors + 1) * BLOB_SECTOR_LEN - at % BLOB_SECTOR_LEN;
         Ok(L2Entry::Compressed(Blob { at: HostOffset(at), len_max }))
+    }
+}
+
+impl Blob {
+    /// The blob of `len` bytes at `at`, up to the end of its last sector.
+    pub fn holding(at: HostOffset, len: u64) -> Self {
+        Blob { at, len_max: (at.0 + len).next_multiple_of(BLOB_SECTOR_LEN) - at.0 }
     }
 }
 

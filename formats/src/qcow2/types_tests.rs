@@ -93,6 +93,26 @@ fn external_data_files_use_offset_zero() {
 }
 
 #[test]
+fn blobs_come_back_from_their_entries() {
+    for bits in CLUSTER_BITS_MIN..=CLUSTER_BITS_MAX {
+        let (geometry, cluster_len) = (plain(bits), 1u64 << bits);
+        let last = (1u64 << (62 - (bits - 8)).min(56)) - 1;
+        for at in [1, 511, 512, 513, 0x12_3456, last - 511, last] {
+            for len in [1, 2, 511, cluster_len / 2, cluster_len - 1] {
+                let blob = Blob::holding(HostOffset(at), len);
+                let EntryWords { raw, bitmap } = geometry.encode_blob(blob).unwrap();
+                let decoded = geometry.decode_l2(raw, bitmap, GuestCluster(7));
+                assert_eq!(decoded, Ok(L2Entry::Compressed(blob)), "{bits} {at} {len}");
+                assert!(blob.len_max >= len && blob.len_max < len + 512);
+                assert!(!geometry.is_owned(raw));
+            }
+        }
+        assert_eq!(geometry.encode_blob(Blob::holding(HostOffset(last + 1), 1)), None);
+        assert_eq!(geometry.encode_blob(Blob::holding(HostOffset(0), 2 * cluster_len + 1)), None);
+    }
+}
+
+#[test]
 fn subclusters_run() {
     let g = Geometry::new(16, true, 3, DataFile::Internal);
     let Ok(L2Entry::Split { host: Some(_), subclusters }) =

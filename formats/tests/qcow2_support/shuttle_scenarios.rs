@@ -50,8 +50,7 @@ impl Stage {
         let faults = Faults::new();
         let image = faults.attach(wrap(Arc::clone(&storage)));
         let outside = data.clone().map(|data| -> Arc<dyn Storage> { faults.attach(wrap(data)) });
-        let options = Some(Default::default());
-        let driver = scene::open_parts(image, outside, scene.backing_driver(), options, 0).unwrap();
+        let driver = scene.open_files(image, outside).unwrap();
         Stage { scene: Arc::clone(scene), storage, data, faults, driver }
     }
 

@@ -271,15 +271,24 @@ fn check_refusals(driver: &dyn BlockDriver, writable: bool, range: GuestRange) {
     }
 }
 
+/// Bytes to write: such as nothing makes shorter, or a few over and over. None of them is zero.
+fn some_bytes(random: &mut Random, len: u64) -> Vec<u8> {
+    if random.below(2) == 0 {
+        return random.bytes(len);
+    }
+    let few = random.below(24) + 1;
+    random.bytes(few).into_iter().cycle().take(len as usize).collect()
+}
+
 fn write(driver: &dyn BlockDriver, content: &mut [u8], range: GuestRange, random: &mut Random) {
-    let bytes = random.bytes(range.len());
+    let bytes = some_bytes(random, range.len());
     driver.pwrite(range.offset(), &bytes, durability(random, 100)).unwrap();
     content[range.offset() as usize..range.end() as usize].copy_from_slice(&bytes);
 }
 
 /// Writes by a plan, the way a session does.
 fn write_by_plan(driver: &dyn BlockDriver, content: &mut [u8], range: GuestRange, random: &mut Random) {
-    let bytes = random.bytes(range.len());
+    let bytes = some_bytes(random, range.len());
     let mut plan = WritePlan::default();
     driver.prepare_write(range, random.pick(&[MapMode::Try, MapMode::Wait]), &mut plan).unwrap();
     assert_eq!(plan.pieces.covered_len(), range.len());

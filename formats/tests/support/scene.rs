@@ -12,7 +12,7 @@
 //! | 80..128 | nothing, below a shared table |
 //! | 128..192 | nothing, no table |
 
-use nbd_img_formats::qcow2::{Caches, Header, ImageNumber, Parts, Qcow2Driver, WriteOptions};
+use nbd_img_formats::qcow2::{Caches, Compress, Header, ImageNumber, Parts, Qcow2Driver, WriteOptions};
 use nbd_img_formats::raw::{RawDriver, RawOptions};
 use nbd_img_formats::storage::{MemoryOptions, MemoryStorage, Storage};
 use nbd_img_formats::sync::Arc;
@@ -54,6 +54,8 @@ pub struct Scene {
     pub data_on_device: bool,
     /// Which clusters are compressed.
     pub compressed: std::ops::Range<u64>,
+    /// What is written of whole clusters is compressed.
+    pub compress: bool,
 }
 
 impl Scene {
@@ -136,6 +138,27 @@ impl Scene {
             data_file,
             data_overlay,
         ]
+    }
+
+    /// Images whose whole clusters are written compressed. Where clusters have 1 KiB, several writes share one of
+    /// the file.
+    pub fn compressing() -> Vec<Scene> {
+        let larger = "refcount_bits=64,cluster_size=1k";
+        let scenes = [
+            Scene::mixed("compressing", "refcount_bits=64", None, true),
+            Scene::mixed("compressing an overlay", "refcount_bits=16", Some(150 * CLUSTER), true),
+            Scene::mixed("compressing by zstd", "refcount_bits=2,compression_type=zstd", None, false),
+            Scene::mixed("compressing in version 2", "compat=v2", Some(SIZE), true).on_device(),
+            Scene::extended("compressing subclusters", "refcount_bits=16", Some(70 * CLUSTER), false),
+            Scene::empty("compressing larger clusters", larger),
+            Scene::empty("compressing larger clusters on a device", larger).on_device(),
+        ];
+        scenes.into_iter().map(|scene| Scene { compress: true, ..scene }).collect()
+    }
+
+    /// How it is written.
+    pub fn write_options(&self) -> WriteOptions {
+        WriteOptions { compress: self.compress.then(Compress::default), ..WriteOptions::default() }
     }
 
     /// The first 32 units are one cluster with data, zeroes and nothing; the next 32 are compressed; of the
@@ -244,6 +267,7 @@ impl Scene {
             device_len: None,
             data_on_device: false,
             compressed,
+            compress: false,
         }
     }
 
@@ -333,7 +357,7 @@ impl Scene {
         image: Arc<dyn Storage>,
         data: Option<Arc<dyn Storage>>,
     ) -> Result<Arc<Qcow2Driver>> {
-        open_parts(image, data, self.backing_driver(), Some(WriteOptions::default()), 0)
+        open_parts(image, data, self.backing_driver(), Some(self.write_options()), 0)
     }
 
     /// The same with other options.

@@ -7,6 +7,7 @@
 use super::super::header::REFCOUNT_TABLE_LEN_MAX;
 use super::super::types::{Geometry, HostCluster, HostIndex};
 use super::metadata_map::{Kind, MetadataMap};
+use super::packing::Packing;
 use super::refcounts::{BlockIndex, Refcounts};
 use super::runs::RunSet;
 use crate::address::HostOffset;
@@ -63,6 +64,8 @@ pub struct Allocator {
     pub map: MetadataMap,
     /// The free clusters.
     pub space: Space,
+    /// Where blobs of compressed clusters go.
+    pub packing: Packing,
     /// The refcount table has moved; the header does not say so yet.
     pub moved: Option<MovedTable>,
     /// Clusters of refcount tables that were moved away from, to be freed with the next commit.
@@ -126,7 +129,8 @@ impl Space {
 impl Allocator {
     /// An allocator over these.
     pub fn new(geometry: Geometry, refcounts: Refcounts, map: MetadataMap, space: Space) -> Self {
-        Allocator { geometry, refcounts, map, space, moved: None, left: Vec::new() }
+        let packing = Packing::default();
+        Allocator { geometry, refcounts, map, space, packing, moved: None, left: Vec::new() }
     }
 
     /// What all addresses depend on.

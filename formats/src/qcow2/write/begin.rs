@@ -12,7 +12,7 @@ use super::meta::Meta;
 use super::metadata_map::{Kind, MetadataMap};
 use super::options::WriteOptions;
 use super::refcounts::{BlockIndex, Refcounts};
-use super::{Writer, bitmaps, repair};
+use super::{Writer, bitmaps, compress, repair};
 use crate::address::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{read_exact, storage_error};
@@ -77,6 +77,7 @@ pub fn begin(
     if !driver.image().facts().writable {
         return Err(Error::new(ErrorKind::ReadOnly, "the file was opened read-only"));
     }
+    let compressing = options.compress.map(|how| compress::compressing(header, how)).transpose()?;
     let short = header.geometry.is_external() && check_data_file(driver)?;
     let dirty = header.incompatible.contains(Incompatible::DIRTY);
     let mut table = header.refcount_table;
@@ -92,7 +93,7 @@ pub fn begin(
     let recorder = Recorder::load(driver, tables)?;
     let space = find_space(driver, &refcounts)?;
     let allocator = Allocator::new(header.geometry, refcounts, map, space);
-    let writer = Writer::new(header, options, Meta::new(allocator), recorder, dirty);
+    let writer = Writer::new(header, (options, compressing), Meta::new(allocator), recorder, dirty);
     writer.short_data_file.store(short, Ordering::Release);
     Ok(writer)
 }

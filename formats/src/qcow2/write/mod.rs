@@ -7,6 +7,7 @@
 //! | `meta` | all that changes, under one lock, and the changes of mappings |
 //! | `prepare` | writes that need not wait: plans, claims and their end |
 //! | `slow` | writes that must wait: new tables, copy-on-write |
+//! | `compress`, `packing` | whole clusters that are written compressed, and where they go |
 //! | `subclusters` | the same at the grain of subclusters |
 //! | `zero`, `provide` | zeroing and discarding; zeroes with room |
 //! | `data_file` | places in an external data file, and giving their room back |
@@ -25,11 +26,13 @@ pub mod bitmap_change;
 mod bitmap_header;
 pub mod bitmaps;
 pub mod commit;
+mod compress;
 mod data_file;
 pub mod live_size;
 pub mod meta;
 pub mod metadata_map;
 pub mod options;
+mod packing;
 pub mod pins;
 pub mod prepare;
 mod provide;
@@ -43,6 +46,7 @@ pub mod zero;
 
 use std::ops::{Deref, DerefMut};
 
+use super::compress::Compressing;
 use super::driver::Qcow2Driver;
 use super::header::{Autoclear, Header, Incompatible};
 use super::tables::TableSlice;
@@ -73,6 +77,8 @@ const GROW_LEN: std::ops::RangeInclusive<u64> = 16 << 20..=256 << 20;
 /// What an image that is written has besides one that is read.
 pub struct Writer {
     options: WriteOptions,
+    /// Whole clusters that are written are compressed.
+    compressing: Option<Compressing>,
     geometry: Geometry,
     /// Version 3: the header has feature bits.
     has_features: bool,
@@ -114,7 +120,13 @@ pub struct MetaGuard<'a> {
 
 impl Writer {
     /// `repaired`: the header's dirty bit was cleared since the header was read.
-    fn new(header: &Header, options: WriteOptions, meta: Meta, bitmaps: Recorder, repaired: bool) -> Self {
+    fn new(
+        header: &Header,
+        (options, compressing): (WriteOptions, Option<Compressing>),
+        meta: Meta,
+        bitmaps: Recorder,
+        repaired: bool,
+    ) -> Self {
         let raw = match header.geometry.data_file() {
             DataFile::ExternalRaw => Autoclear::DATA_FILE_RAW,
             DataFile::Internal | DataFile::External => Autoclear::empty(),
@@ -124,6 +136,7 @@ impl Writer {
         let dirty = if repaired { Incompatible::DIRTY } else { Incompatible::empty() };
         Writer {
             options,
+            compressing,
             geometry: header.geometry,
             has_features: header.version >= 3,
             autoclear: (autoclear, kept),

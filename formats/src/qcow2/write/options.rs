@@ -1,5 +1,7 @@
 //! [`WriteOptions`]: what whoever opens an image for writing decides.
 
+use super::super::compress::Compress;
+
 /// Most bytes of changed metadata in memory before a commit starts. Our choice: the tables of 8 GiB of new
 /// clusters of 64 KiB; writing them takes milliseconds.
 const DIRTY_LEN_MAX: u64 = 8 << 20;
@@ -16,10 +18,12 @@ pub struct WriteOptions {
     /// So many bytes of changed metadata in memory start a commit. What is changed while one is under
     /// way comes on top.
     pub dirty_len_max: u64,
+    /// Whether whole clusters that are written are compressed, and how.
+    pub compress: Option<Compress>,
 }
 
 impl Default for WriteOptions {
     fn default() -> Self {
-        WriteOptions { discard: true, zeroes_as_qemu: false, dirty_len_max: DIRTY_LEN_MAX }
+        WriteOptions { discard: true, zeroes_as_qemu: false, dirty_len_max: DIRTY_LEN_MAX, compress: None }
     }
 }

@@ -3,7 +3,8 @@
 //! A cluster of plain data that is ours is overwritten in place. Where the disk reads as zeroes and a
 //! cluster that reads as zeroes is at hand, it is mapped at once and then overwritten in place: whatever
 //! of the write is lost, the old content is what is there. A whole new cluster elsewhere is claimed,
-//! written, and mapped when the write has ended. All else is `Slow`.
+//! written, and mapped when the write has ended. All else is `Slow`, and so is a whole cluster that is to be
+//! compressed.
 //!
 //! A plan is slow as a whole or not at all, and a slow one has neither claims nor a pin: whoever carries it
 //! out may have to wait for claims or clusters of others, who would wait for these.
@@ -14,7 +15,7 @@ use super::super::tables::{SliceKey, TableSlice};
 use super::super::types::{GuestCluster, HostCluster, L2Entry};
 use super::meta::{Claim, Meta};
 use super::slow::{self, reads_zero_without_cluster};
-use super::{MetaGuard, Writer, begin_changes, closed};
+use super::{MetaGuard, Writer, begin_changes, closed, compress};
 use crate::address::GuestRange;
 use crate::error::Result;
 use crate::plan::{MapMode, Piece, Place, SlowReason, WritePlan};
@@ -35,6 +36,10 @@ pub fn prepare(
             return Ok(());
         }
         begin_changes(driver, writer)?;
+    }
+    if compress::takes(driver, writer, range) {
+        push_slow(plan, range, SlowReason::Allocate);
+        return Ok(());
     }
     writer.record(range)?;
     // Before any look at a mapping.

@@ -146,6 +146,7 @@ fn let_go(driver: &Qcow2Driver, writer: &Writer, run: Freed, when: When) -> Resu
     };
     for (first, len) in last {
         let zeroed = when == When::Unpinned && punch(driver, writer, first, len);
+        forget_content(driver, first, len);
         let mut meta = writer.lock();
         let allocator = &mut meta.allocator;
         for index in first.0..first.0 + len {
@@ -160,6 +161,16 @@ fn let_go(driver: &Qcow2Driver, writer: &Writer, run: Freed, when: When) -> Resu
         }
     }
     Ok(())
+}
+
+/// What is in memory of the content of these clusters goes: no plan can ask for it any more, and they hold something
+/// else when they are used again. The one place where bytes of the file change their meaning.
+fn forget_content(driver: &Qcow2Driver, first: HostIndex, len: u64) {
+    let geometry = driver.geometry();
+    let at = geometry.host_at(first).start();
+    if let Some(range) = HostRange::new(at, len * geometry.cluster_len()) {
+        driver.clusters().forget(driver.number(), range);
+    }
 }
 
 /// Counts down what others still refer to; returns the runs of clusters that nobody else does.
@@ -188,6 +199,7 @@ fn count_down(
             allocator.refcounts.set(index, count - 1)?;
             continue;
         }
+        allocator.packing.leave(index);
         match last.last_mut() {
             Some((first, len)) if first.0 + *len == index.0 => *len += 1,
             Some(_) | None => last.push((index, 1)),

@@ -10,7 +10,7 @@ use super::super::types::{ALL_UNITS, Geometry, GuestCluster, HostCluster, L2Entr
 use super::allocator::Need;
 use super::meta::{Claim, Content, Extent};
 use super::metadata_map::Kind;
-use super::{MetaGuard, Writer, begin_changes, check_changing, closed, commit, corrupt, data_file};
+use super::{MetaGuard, Writer, begin_changes, check_changing, closed, commit, compress, corrupt, data_file};
 use super::{prepare, satisfy, subclusters};
 use crate::address::{GuestRange, HostOffset};
 use crate::error::{Error, ErrorKind, Result};
@@ -22,7 +22,16 @@ use crate::sync::Arc;
 /// See [`BlockDriver::write_slow`](crate::BlockDriver::write_slow).
 pub fn write(driver: &Qcow2Driver, writer: &Arc<Writer>, offset: u64, buf: &[u8]) -> Result<()> {
     begin_changes(driver, writer)?;
-    writer.record(mapped_range(driver, offset, buf.len() as u64)?)?;
+    let range = mapped_range(driver, offset, buf.len() as u64)?;
+    writer.record(range)?;
+    match &writer.compressing {
+        Some(compressing) => compress::write(driver, writer, compressing, range, buf),
+        None => write_clusters(driver, writer, offset, buf),
+    }
+}
+
+/// Writes `buf` as it is, cluster by cluster. Whoever calls it has seen to what comes before a change.
+pub fn write_clusters(driver: &Qcow2Driver, writer: &Arc<Writer>, offset: u64, buf: &[u8]) -> Result<()> {
     let geometry = driver.geometry();
     let mut at = offset;
     let mut rest = buf;
