@@ -187,9 +187,10 @@ impl Session {
         let mut result = Ok(());
         let mut done = 0;
         while done < len && result.is_ok() {
-            let slice = (len - done).min(FLOOR_LEN);
+            let rest = range.skip(done as u64);
+            let slice = self.whole_blocks(rest, (len - done).min(FLOOR_LEN));
             let buf = self.shard.pool.copy_of(self.input.bytes().get(done..done + slice).unwrap_or_default());
-            result = self.write_slice(range.skip(done as u64), buf).await;
+            result = self.write_slice(rest, buf).await;
             done += slice;
         }
         self.finish_slices(request, result, durability).await
@@ -210,7 +211,8 @@ impl Session {
                 self.input.make_room_for(wanted);
                 self.receive_more().await?;
             }
-            let slice = left.min(self.input.len()).min(FLOOR_LEN);
+            let received = left.min(self.input.len()).min(FLOOR_LEN);
+            let slice = rest.as_ref().map_or(received, |rest| self.whole_blocks(*rest, received));
             left -= slice;
             match &mut rest {
                 // After the first failure the rest is only read off.
@@ -225,6 +227,15 @@ impl Session {
         }
         let result = rest.map(drop).and(result);
         self.finish_slices(request, result, durability).await
+    }
+
+    /// How many of the `received` bytes of what is left of a request to write now: up to the end of a block that the
+    /// image stores best as a whole, if one ends in them.
+    fn whole_blocks(&self, rest: GuestRange, received: usize) -> usize {
+        let block_len = u64::from(self.shard.export.driver().facts().block_preferred_len);
+        let part = rest.prefix(received as u64);
+        let beyond = usize::try_from(part.end() % block_len).unwrap_or(0);
+        if part.len() < rest.len() && beyond < received { received - beyond } else { received }
     }
 
     /// Writes the head of the input to `range`.
