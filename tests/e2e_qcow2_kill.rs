@@ -42,13 +42,27 @@ struct Kind {
     /// The image has a snapshot of the first content.
     snapshot: bool,
     cache: &'static str,
+    /// Flags that qemu-nbd does not have.
+    own: &'static [&'static str],
 }
 
-const KIND: Kind =
-    Kind { name: "", disk_len: 12 << 20, made_by: &[], snapshot: false, cache: "--cache=writeback" };
+const KIND: Kind = Kind {
+    name: "",
+    disk_len: 12 << 20,
+    made_by: &[],
+    snapshot: false,
+    cache: "--cache=writeback",
+    own: &[],
+};
 
-const KINDS: [Kind; 11] = [
+const KINDS: [Kind; 13] = [
     Kind { name: "64k", made_by: &["convert -f raw -O qcow2 source disk"], ..KIND },
+    Kind {
+        name: "compressing",
+        made_by: &["create -f qcow2 -o cluster_size=4k -b source -F raw disk"],
+        own: &["--compress=zlib"],
+        ..KIND
+    },
     Kind {
         name: "data-file",
         made_by: &["create -f qcow2 -o cluster_size=4k,data_file=data -b source -F raw disk"],
@@ -86,6 +100,17 @@ const KINDS: [Kind; 11] = [
         name: "compressed-snapshot",
         made_by: &["convert -c -f raw -O qcow2 source disk", "snapshot -c first disk"],
         snapshot: true,
+        ..KIND
+    },
+    Kind {
+        name: "compressing-snapshot",
+        made_by: &[
+            "convert -c -f raw -O qcow2 -o compression_type=zstd,cluster_size=1k source disk",
+            "snapshot -c first disk",
+        ],
+        snapshot: true,
+        cache: "--cache=none",
+        own: &["--compress=zstd"],
         ..KIND
     },
     Kind { name: "v2", made_by: &["create -f qcow2 -o compat=0.10 -b source -F raw disk"], ..KIND },
@@ -169,7 +194,8 @@ impl Image {
     /// Serves the image to writing clients and kills the server.
     fn kill_once(&mut self, rng: &mut Rng) -> Tally {
         let server = Serve::image(self.folder.path().join("disk")).format("qcow2");
-        let mut server = server.args(&[self.kind.cache]).qemu_args(&[self.kind.cache]).start();
+        let mut server =
+            server.args(&[self.kind.cache]).args(self.kind.own).qemu_args(&[self.kind.cache]).start();
         let parts = (0..CLIENTS).map(|client| sectors_of(client, self.kind.disk_len / SECTOR_LEN));
         let value = |sector: usize| {
             journal::value_of(&self.content[sector * SECTOR_LEN..][..SECTOR_LEN], sector).unwrap()

@@ -6,14 +6,15 @@ use std::time::Duration;
 
 use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 use nbd_img_formats::Format;
+use nbd_img_formats::qcow2::Compress;
 use nbd_img_formats::storage::Aio;
 
 use super::bitmap::BitmapCommand;
 use super::check::CheckArgs;
 use super::create::CreateArgs;
 use super::resize::ResizeArgs;
-use super::size;
 use super::tls::{TlsArgs, TlsCommand};
+use super::{compress, size};
 use crate::export::{CacheMode, DetectZeroes, Sharing};
 use crate::server::access::Rule;
 use crate::session::POLL_TIME_DEFAULT;
@@ -75,7 +76,7 @@ pub struct ServeArgs {
     /// One of several images: name=N,file=PATH and further keys, separated by commas (repeatable)
     ///
     /// The keys are the long names of the flags for one image: read-only, temporary[=SHARING], temporary-dir=P, format=F, description=D,
-    /// offset=S, size=S, exact-size, cache=M, aio=M, discard=M, detect-zeroes=M, load-snapshot=S, bitmap=N and
+    /// offset=S, size=S, exact-size, cache=M, aio=M, discard=M, detect-zeroes=M, compress=T, load-snapshot=S, bitmap=N and
     /// allow-dir=P (both several times if need be), backing=P, force-share; tls-required: only to be had and seen
     /// under TLS; and access=RULE (several times if need be): who may use it. A comma inside of a value
     /// is written twice.
@@ -154,6 +155,11 @@ pub struct ImageArgs {
     /// Whether written zeroes become zeroes without data (on) or holes (unmap) [default: off]
     #[arg(long, value_name = "MODE")]
     pub detect_zeroes: Option<DetectZeroesArg>,
+
+    /// Write whole clusters of a qcow2 image compressed: zlib or zstd, which has to be what the image has, or auto;
+    /// zlib:1 to zlib:9 and zstd:1 to zstd:22 choose a level [default: not compressed]
+    #[arg(long, value_name = "TYPE[:LEVEL]", value_parser = compress::parse)]
+    pub compress: Option<Compress>,
 
     /// Keep all writes in a temporary file that is thrown away in the end; the image is only read. With per-client
     /// each connection has a file of its own, which is gone when it ends [default with the flag: shared]

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 
 use super::args::{ImageArgs, TemporaryArg};
-use super::size;
+use super::{compress, size};
 
 /// What one `--export` says.
 #[derive(Debug)]
@@ -20,7 +20,7 @@ pub struct ParsedExport {
 
 /// The keys, for error texts.
 const KEYS: &str = "name, file, read-only, temporary, temporary-dir, format, description, offset, size, exact-size, cache, aio, \
-                    discard, detect-zeroes, load-snapshot, bitmap, backing, allow-dir, force-share, tls-required, \
+                    discard, detect-zeroes, compress, load-snapshot, bitmap, backing, allow-dir, force-share, tls-required, \
                     access";
 
 /// Keys that may come more than once.
@@ -85,6 +85,12 @@ fn set(image: &mut ImageArgs, key: &[u8], value: Option<&OsStr>) -> Result<(), S
         b"aio" => image.aio = Some(one_of(key, value)?),
         b"discard" => image.discard = Some(one_of(key, value)?),
         b"detect-zeroes" => image.detect_zeroes = Some(one_of(key, value)?),
+        b"compress" => {
+            let text = needed_text(key, value)?;
+            image.compress = Some(
+                compress::parse(&text).map_err(|why| format!("compress={}: {why}", text.escape_debug()))?,
+            );
+        }
         b"offset" => image.offset = Some(size::parse(&needed_text(key, value)?)?),
         b"size" => image.size = Some(size::parse(&needed_text(key, value)?)?),
         b"load-snapshot" => image.load_snapshot = Some(needed_text(key, value)?),
@@ -154,7 +160,7 @@ mod tests {
     fn all_keys() {
         let got = parsed(
             "name=a,file=/x/y,read-only,format=qcow2,description=two words,offset=1K,size=2M,exact-size=off,\
-             cache=directsync,aio=io_uring,discard=ignore,detect-zeroes=unmap,load-snapshot=s,backing=none,allow-dir=/a,\
+             cache=directsync,aio=io_uring,discard=ignore,compress=zstd:9,detect-zeroes=unmap,load-snapshot=s,backing=none,allow-dir=/a,\
              allow-dir=/b,force-share=on,bitmap=x,bitmap=y,access=read:uid=1,access=write:tls-subject=CN=a,,O=b",
         );
         assert_eq!(got.path, PathBuf::from("/x/y"));
@@ -168,6 +174,7 @@ mod tests {
         assert_eq!(image.aio, Some(AioArg::IoUring));
         assert_eq!(image.discard, Some(DiscardArg::Ignore));
         assert_eq!(image.load_snapshot.as_deref(), Some("s"));
+        assert_eq!(image.compress, compress::parse("zstd:9").ok());
         assert_eq!(image.backing, Some(PathBuf::from("none")));
         assert_eq!(image.allow_dir, [PathBuf::from("/a"), PathBuf::from("/b")]);
         assert_eq!(image.bitmap, ["x", "y"]);
@@ -215,6 +222,7 @@ mod tests {
             ("name=a,file=x,format=vmdk", "format=vmdk is not one of raw, qcow2, mmap-raw"),
             ("name=a,file=x,size=big", "is not a size"),
             ("name=a,file=x,temporary=mine", "is not one of shared, per-client"),
+            ("name=a,file=x,compress=lzma", "compress=lzma: write zlib, zstd, or auto"),
             ("name=a,file=x,access=uid=1", "access=uid=1: a rule begins with"),
             ("name=a,file=x,", "a field is empty"),
             ("", "a field is empty"),

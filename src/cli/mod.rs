@@ -6,6 +6,7 @@
 mod args;
 mod bitmap;
 mod check;
+mod compress;
 mod control;
 mod create;
 mod exit;

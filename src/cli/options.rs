@@ -181,6 +181,7 @@ fn refuse_flags(image: &ImageArgs) -> Result<(), String> {
         ("--aio", image.aio.is_some()),
         ("--discard", image.discard.is_some()),
         ("--detect-zeroes", image.detect_zeroes.is_some()),
+        ("--compress", image.compress.is_some()),
         ("--load-snapshot", image.load_snapshot.is_some()),
         ("--bitmap", !image.bitmap.is_empty()),
         ("--backing", image.backing.is_some()),
@@ -220,6 +221,13 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
     if image.force_share && !image.read_only && image.temporary.is_none() {
         return Err(about("--force-share only reads; add --read-only"));
     }
+    if image.compress.is_some()
+        && (image.read_only || image.load_snapshot.is_some() || image.temporary.is_some())
+    {
+        return Err(about(
+            "--compress is about writes to the image: it goes neither with --read-only and --load-snapshot nor with --temporary",
+        ));
+    }
     let cache = image.cache.map(Into::into).unwrap_or_default();
     let format = image.format.map(Format::from);
     let spec = ExportSpec {
@@ -248,6 +256,7 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
             allow_dirs: image.allow_dir,
             snapshot: image.load_snapshot,
             discard: image.discard.is_none_or(|discard| discard == DiscardArg::Unmap),
+            compress: image.compress,
             force_share: image.force_share,
             ..OpenOptions::default()
         },

@@ -232,7 +232,7 @@ impl Session {
     /// How many of the `received` bytes of what is left of a request to write now: up to the end of a block that the
     /// image stores best as a whole, if one ends in them.
     fn whole_blocks(&self, rest: GuestRange, received: usize) -> usize {
-        let block_len = u64::from(self.shard.export.driver().facts().block_preferred_len);
+        let block_len = u64::from(self.cell.export.driver().facts().block_preferred_len);
         let part = rest.prefix(received as u64);
         let beyond = usize::try_from(part.end() % block_len).unwrap_or(0);
         if part.len() < rest.len() && beyond < received { received - beyond } else { received }

@@ -1,14 +1,14 @@
 //! From a [`Line`] to what is to be done: everything that needs more than one option, in the order in which QEMU finds
 //! fault.
 //!
-//! What is to be served comes out as the server's own options; what they cannot say yet is refused in
-//! [`refuse_missing`].
+//! What is to be served comes out as the server's own options.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nbd_img_formats::open::{Backing, Names, OpenOptions};
+use nbd_img_formats::qcow2::Compress;
 use nbd_img_formats::storage;
 use rustix::process::{Resource, getrlimit};
 
@@ -292,14 +292,6 @@ fn service(
     })
 }
 
-/// What this program cannot do yet. Who teaches it to the server takes it out here.
-fn refuse_missing(line: &Line, image: &Image) -> Result<(), String> {
-    if image.compress && !line.read_only {
-        return Err("driver=compress: writing compressed clusters is not supported by nbd-img yet".to_owned());
-    }
-    Ok(())
-}
-
 /// Where to listen, or whom to ask.
 fn address(line: &Line) -> Result<Address, String> {
     if let Some(path) = &line.socket {
@@ -400,7 +392,6 @@ fn export(line: &Line, operand: &OsStr) -> Result<ExportSpec, String> {
         node::from_filename(&shown, operand.into(), line.format.as_deref())
     }
     .map_err(failed)?;
-    refuse_missing(line, &image)?;
     let read_only = line.read_only || line.load_snapshot.is_some();
     if image.read_only == Some(true) && !read_only && !image.auto_read_only {
         return Err(failed("Block node is read-only".to_owned()));
@@ -463,6 +454,8 @@ fn open_options(line: &Line, image: &Image) -> OpenOptions {
         snapshot: line.load_snapshot.clone(),
         discard: image.discard.or(line.discard).unwrap_or(false),
         zeroes_as_qemu: true,
+        // What a temporary overlay takes is never stored.
+        compress: (image.compress && !line.temporary).then(Compress::default),
         force_share: image.force_share,
         table_cache_len: image.table_cache_len.unwrap_or(0).max(defaults.table_cache_len),
         ..defaults

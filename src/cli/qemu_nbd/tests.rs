@@ -111,6 +111,7 @@ fn of_export(export: &ExportSpec) -> String {
         ("io_uring", export.aio == Aio::IoUring),
         ("threads", export.aio == Aio::Threads),
         ("temporary", export.temporary.is_some()),
+        ("compressed", open.compress.is_some()),
         ("no-backing", open.backing == Backing::None),
     ] {
         if is_so {
@@ -350,12 +351,17 @@ fn socket_activation_decides_where_to_listen() {
     }
 }
 
-/// What others are teaching the server: each of these lines becomes a row of a table above.
 #[test]
-fn what_is_missing_is_refused_by_name() {
-    let line = ["--image-opts", "driver=compress,file.driver=qcow2,file.file.filename=f"];
-    let error = effective(&line).unwrap_err();
-    assert!(error.contains("driver=compress") && error.contains("not supported"), "{line:?}: {error}");
+fn what_is_written_compressed() {
+    let image = "driver=compress,file.driver=qcow2,file.file.driver=file,file.file.filename=f";
+    for (line, compressed) in [
+        (vec!["--image-opts", image], true),
+        (vec!["--image-opts", "driver=qcow2,file.filename=f"], false),
+        (vec!["-s", "--image-opts", image], false),
+    ] {
+        let told = effective(&line).unwrap();
+        assert_eq!(told.contains("compressed"), compressed, "{line:?}: {told}");
+    }
 }
 
 #[test]
