@@ -143,7 +143,13 @@ pub fn change_split(
     let geometry = driver.geometry();
     let raw = slice.entry_words(cluster).raw;
     let unallocated = units & !subclusters.allocated() & !subclusters.zero();
-    let zero_already = slow::is_zero_for_good(driver, cluster, entry, units);
+    // A discard promises nothing: where nothing shines through now, it marks nothing for those who come later.
+    let zero_already = match goal {
+        Goal::Discard => slow::reads_zero(driver, cluster, entry, units),
+        Goal::Unmap | Goal::Keep | Goal::Unallocated | Goal::Drop => {
+            slow::is_zero_for_good(driver, cluster, entry, units)
+        }
+    };
     // The host cluster stays where it is as long as a part of it may be data.
     let in_part = |units| EntryWords { raw, bitmap: subclusters.with_zeroes(units).encode() };
     let kept = slow::kept_cluster(geometry, entry, raw);

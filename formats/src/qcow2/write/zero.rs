@@ -273,9 +273,8 @@ fn change_clusters(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange
         let table = driver.l1().l2_table(offset);
         let table = table.map_err(|fault| map::bad_entry(driver, "L1", offset, fault))?;
         if table.is_none()
-            && (driver.is_zero_unallocated(geometry.cluster_of(offset))
-                || !geometry.can_zero() && goal == Goal::Discard
-                || goal == Goal::Drop)
+            && (is_done_without_entry(driver, geometry.cluster_of(offset), goal)
+                || !geometry.can_zero() && goal == Goal::Discard)
         {
             // Nothing is there, and nothing shines through.
             rest = rest.skip(map::up_to_boundary(offset, geometry.l2_coverage_len()));
@@ -298,7 +297,7 @@ fn try_change_clusters(driver: &Qcow2Driver, writer: &Writer, range: GuestRange,
         let offset = rest.offset();
         let table = driver.l1().l2_table(offset);
         let table = table.map_err(|fault| map::bad_entry(driver, "L1", offset, fault))?;
-        if table.is_none() && driver.is_zero_unallocated(geometry.cluster_of(offset)) {
+        if table.is_none() && is_done_without_entry(driver, geometry.cluster_of(offset), goal) {
             rest = rest.skip(map::up_to_boundary(offset, geometry.l2_coverage_len()));
             cost += 1;
         } else {
@@ -436,7 +435,7 @@ fn change_entry(
             return Ok(());
         }
         L2Entry::Zero { host: None } => return Ok(()),
-        L2Entry::Unallocated if driver.is_zero_unallocated(cluster) => return Ok(()),
+        L2Entry::Unallocated if is_done_without_entry(driver, cluster, goal) => return Ok(()),
         L2Entry::Zero { host: Some(_) } if goal == Goal::Keep => return Ok(()),
         L2Entry::Data { host, .. } if goal == Goal::Keep && owned => Some(host),
         L2Entry::Unallocated
@@ -457,6 +456,16 @@ fn change_entry(
     }
     meta.set_entry(driver, slice, cluster, changed);
     Ok(())
+}
+
+/// Whether a cluster that has no entry is as it should be. A discard promises nothing: where nothing shines through now,
+/// it marks nothing for those who come later.
+fn is_done_without_entry(driver: &Qcow2Driver, cluster: GuestCluster, goal: Goal) -> bool {
+    match goal {
+        Goal::Discard => !driver.backing_reaches(cluster),
+        Goal::Unmap | Goal::Keep | Goal::Unallocated => driver.is_zero_unallocated(cluster),
+        Goal::Drop => true,
+    }
 }
 
 fn drop_entry(
