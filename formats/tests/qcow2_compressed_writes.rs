@@ -149,6 +149,32 @@ fn rewritten_blobs_give_their_room_back() {
     check(&folder, &memory, &disk);
 }
 
+/// A cluster of the file whose blobs have all gone is not packed into any more.
+#[test]
+fn a_cluster_that_is_let_go_gets_no_more_blobs() {
+    let folder = Folder::new();
+    let mut random = Random::new(7);
+    let memory = image_of(&folder, "cluster_size=4k", MIB);
+    let driver = opened(&memory);
+    let mut disk = vec![0; MIB as usize];
+    for number in 0..8 {
+        let (at, before) = (number * CLUSTER, number.saturating_sub(1) * CLUSTER);
+        let bytes = text(&mut random, CLUSTER);
+        driver.pwrite(at, &bytes, LATER).unwrap();
+        driver.discard(GuestRange::new(before, at - before).unwrap(), LATER).unwrap();
+        driver.flush().unwrap();
+        disk.fill(0);
+        disk[at as usize..(at + CLUSTER) as usize].copy_from_slice(&bytes);
+        driver.discard(GuestRange::new(at, CLUSTER).unwrap(), LATER).unwrap();
+        driver.flush().unwrap();
+        driver.flush().unwrap();
+        driver.pwrite(at, &bytes, LATER).unwrap();
+    }
+    assert!(read_all(&*driver) == disk);
+    driver.close().unwrap();
+    check(&folder, &memory, &disk);
+}
+
 /// Blobs of one write lie behind each other; no sector that a write has reached is written by another one, as long as
 /// something in it is in use.
 #[test]
