@@ -2,7 +2,7 @@
 
 use std::io::Read;
 
-use super::image::{Bytes, COMPRESSED, Entry, Image, OFFSET_MASK};
+use super::image::{Bytes, COMPRESSED, COPIED, Entry, Image, OFFSET_MASK};
 
 /// Which disk of an image.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -48,10 +48,9 @@ pub fn read_files(
             if at < size {
                 let len = image.cluster_len().min(size - at) as usize;
                 let part = &mut content[at as usize..at as usize + len];
-                if let Entry::Data { host } = image.decode(entry)
-                    && image.has_data_file()
-                    && host != at
-                {
+                // Also with the zero flag; the copied flag tells the first place from none.
+                let host = entry & OFFSET_MASK;
+                if image.has_data_file() && (host != 0 || entry & COPIED != 0) && host != at {
                     return Err(format!("the cluster of {at:#x} lies at {host:#x} of the data file"));
                 }
                 match &bitmaps {

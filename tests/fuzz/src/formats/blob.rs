@@ -23,7 +23,7 @@ pub fn run(input: &[u8]) {
     let cluster_bits = if how >> 4 == 15 { 21 } else { [9, 12, 12, 16][usize::from(how >> 1 & 3)] };
     let zstd = how & 1 != 0;
     let storage = image(cluster_bits, zstd, u64::from(*sectors), blob);
-    let how = How { backing: &[], snapshot: None, writable: false, table_cache_len: 0 };
+    let how = How { backing: &[], data: None, snapshot: None, writable: false, table_cache_len: 0 };
     let driver = open(&storage, &how).unwrap();
     let mut cluster = vec![0x5a; driver.size() as usize];
     let outcome = driver.pread(0, &mut cluster);

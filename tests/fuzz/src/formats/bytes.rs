@@ -29,7 +29,7 @@ pub fn run(input: &[u8]) {
 }
 
 fn how(snapshot: Option<&str>, writable: bool) -> How<'_> {
-    How { backing: &BACKING, snapshot, writable, table_cache_len: 0 }
+    How { backing: &BACKING, data: None, snapshot, writable, table_cache_len: 0 }
 }
 
 fn read_only(input: &[u8]) {

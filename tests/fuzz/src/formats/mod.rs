@@ -5,6 +5,7 @@
 //! | `small` | a small valid image, made in memory |
 //! | `damage` | changes of its metadata |
 //! | `open` | opening an image in memory, with whatever it names |
+//! | `judge`, `recorded` | what the tests' own code finds in an image; what its bitmaps have to tell |
 //! | [`written`] | target `qcow2_write`: operations on damaged images |
 //! | [`bytes`] | target `qcow2_bytes`: any bytes as an image |
 //! | [`blob`] | target `qcow2_blob`: any bytes as a compressed cluster |
@@ -12,7 +13,9 @@
 pub mod blob;
 pub mod bytes;
 mod damage;
+mod judge;
 mod open;
+mod recorded;
 mod small;
 pub mod written;
 
@@ -28,6 +31,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         dirty: false,
         backing_len: None,
         extended_l2: false,
+        features: Default::default(),
     };
     let shapes = [
         ("seed-plain", plain),

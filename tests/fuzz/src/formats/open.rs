@@ -11,10 +11,15 @@ use crate::support::wrapped::{NeverClosed, Wrapped};
 /// Longest file that is looked at as a whole. A damaged image may make it sparse and very long.
 const LOOKED_AT_LEN_MAX: u64 = 8 << 20;
 
+/// Bytes of a data file that nobody has asked for.
+pub const STRAY_DATA_LEN: u64 = 4096;
+
 /// How to open it.
 pub struct How<'a> {
     /// Content of the backing file, if the image names one.
     pub backing: &'a [u8],
+    /// The data file, if the image wants one; else it gets one of zeroes.
+    pub data: Option<&'a Arc<MemoryStorage>>,
     /// Serve this snapshot.
     pub snapshot: Option<&'a str>,
     /// For writing.
@@ -29,7 +34,11 @@ pub fn open(image: &Arc<MemoryStorage>, how: &How<'_>) -> Result<Arc<Qcow2Driver
     let header = Header::load(&image)?;
     let data_file: Option<Arc<dyn Storage>> = match header.geometry.data_file() {
         DataFile::Internal => None,
-        DataFile::External | DataFile::ExternalRaw => Some(MemoryStorage::new(4096).unwrap()),
+        DataFile::External | DataFile::ExternalRaw => {
+            let data = how.data.map(Arc::clone);
+            let data = data.unwrap_or_else(|| MemoryStorage::new(STRAY_DATA_LEN).unwrap());
+            Some(Wrapped::new(data, NeverClosed))
+        }
     };
     let backing: Option<Arc<dyn BlockDriver>> = match header.backing_name {
         None => None,

@@ -3,6 +3,8 @@
 //!
 //! It is written from the specification and shares no code with the driver.
 
+mod features;
+
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io::Write;
@@ -11,6 +13,7 @@ use std::rc::Rc;
 use arbitrary::{Result, Unstructured};
 
 use crate::support::image::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
+use features::Features;
 
 /// Most images that are kept for the next time the same shape is asked for: about as many as there are.
 const KEPT_MAX: usize = 1024;
@@ -39,6 +42,7 @@ pub struct Shape {
     pub dirty: bool,
     pub backing_len: Option<u64>,
     pub extended_l2: bool,
+    pub features: Features,
 }
 
 /// What a range of the file holds.
@@ -53,6 +57,10 @@ pub struct Place {
 pub struct Small {
     pub shape: Shape,
     pub bytes: Vec<u8>,
+    /// What its data file holds, if it has one.
+    pub data: Vec<u8>,
+    /// How many bitmaps it has.
+    pub bitmaps: usize,
     /// Where its metadata and its blobs lie.
     pub places: Vec<Place>,
 }
@@ -62,10 +70,13 @@ impl Shape {
     pub fn arbitrary(u: &mut Unstructured<'_>) -> Result<Shape> {
         let bits: u8 = u.arbitrary()?;
         let kind: u8 = u.arbitrary()?;
-        let version = if bits & 1 != 0 { 2 } else { 3 };
-        let extended_l2 = version == 3 && kind & 0xf == 15;
+        // Of these the next byte says more.
+        let (features, split) =
+            if matches!(kind & 0xf, 8 | 9) { Features::arbitrary(u)? } else { Default::default() };
+        let version = if bits & 1 != 0 && features == Features::default() { 2 } else { 3 };
+        let extended_l2 = version == 3 && (split || kind & 0xf == 15);
         let cluster_bits = match kind & 0xf {
-            15 if extended_l2 => 14,
+            _ if extended_l2 => 14,
             13 | 14 => 12,
             11 | 12 => 10,
             _ => 9,
@@ -81,11 +92,13 @@ impl Shape {
             cluster_bits,
             refcount_order,
             zstd: version == 3 && bits & 2 != 0,
-            snapshot: bits & 4 != 0 && refcount_order > 0,
-            bitmap: version == 3 && bits & 0x18 == 0x18,
+            // Neither goes with a data file, nor a backing file with a raw one.
+            snapshot: bits & 4 != 0 && refcount_order > 0 && features.data_file.is_none(),
+            bitmap: version == 3 && (bits & 0x18 == 0x18 || features.bitmaps > 0),
             dirty: version == 3 && bits & 0x18 == 0x10,
-            backing_len,
+            backing_len: backing_len.filter(|_| !features.is_raw()),
             extended_l2,
+            features,
         })
     }
 
@@ -135,6 +148,7 @@ pub fn content(tag: u64, at: u64, len: u64) -> Vec<u8> {
 struct Builder {
     shape: Shape,
     bytes: Vec<u8>,
+    data: Vec<u8>,
     places: Vec<Place>,
     refcounts: Vec<u64>,
     /// Raw L2 entries of the tables of the active disk.
@@ -147,6 +161,7 @@ impl Builder {
         let mut builder = Builder {
             shape,
             bytes: Vec::new(),
+            data: Vec::new(),
             places: Vec::new(),
             refcounts: Vec::new(),
             tables: Vec::new(),
@@ -159,16 +174,18 @@ impl Builder {
         let header = self.add(self.shape.cluster_len());
         let refcount_table = self.add(self.shape.cluster_len());
         self.count(refcount_table, self.shape.cluster_len());
-        self.data();
+        self.clusters();
+        self.finish_data_file();
         let l1 = self.l1();
         let snapshots = if self.shape.snapshot { self.snapshot(l1) } else { 0 };
-        let directory = if self.shape.bitmap { self.bitmap() } else { 0 };
+        let bitmaps = if self.shape.bitmap { self.bitmaps() } else { Vec::new() };
         self.count(header, self.shape.cluster_len());
         self.count_disk(l1);
         self.own(l1);
         self.refcount_blocks(refcount_table);
-        self.header(l1, refcount_table, snapshots, directory);
-        Small { shape: self.shape, bytes: self.bytes, places: self.places }
+        self.header(l1, refcount_table, snapshots, &bitmaps);
+        let count = if self.shape.bitmap { self.shape.features.bitmaps().len() } else { 0 };
+        Small { shape: self.shape, bytes: self.bytes, data: self.data, bitmaps: count, places: self.places }
     }
 
     /// Takes clusters for `len` bytes at the end of the file.
@@ -208,15 +225,15 @@ impl Builder {
         self.shape.refcount_order >= 2
     }
 
-    fn data(&mut self) {
+    fn clusters(&mut self) {
         let cluster_len = self.shape.cluster_len();
         for cluster in 0..DATA {
-            let host = self.add(cluster_len);
-            self.put(host, &content(1, cluster * cluster_len, cluster_len));
-            self.tables[0][cluster as usize] = host;
+            let bytes = content(1, cluster * cluster_len, cluster_len);
+            self.tables[0][cluster as usize] = self.data_cluster(cluster, &bytes);
         }
         let mut room = 0..0;
-        for cluster in DATA..DATA + BLOBS {
+        let blobs = if self.shape.features.data_file.is_some() { 0 } else { BLOBS };
+        for cluster in DATA..DATA + blobs {
             let blob = self.compress(&content(2, cluster * cluster_len, cluster_len));
             if room.end - room.start < blob.len() as u64 || !self.may_share() {
                 let at = self.add_place(cluster_len);
@@ -229,16 +246,17 @@ impl Builder {
         if self.shape.version == 3 && !self.shape.extended_l2 {
             for cluster in DATA + BLOBS..DATA + BLOBS + 2 * ZEROES {
                 let kept = cluster >= DATA + BLOBS + ZEROES;
-                let host = if kept { self.add(cluster_len) } else { 0 };
+                let host = if kept { self.place_of(cluster) } else { 0 };
                 self.tables[0][cluster as usize] = host | ZERO;
             }
         }
         let tables = self.tables.len();
         let second = if tables > 1 { 0 } else { (DATA + BLOBS + 2 * ZEROES) as usize };
-        for cluster in 0..SHARED as usize {
-            let host = self.add(cluster_len);
-            self.put(host, &content(3, cluster as u64 * cluster_len, cluster_len));
-            self.tables[usize::from(tables > 1)][second + cluster] = host;
+        let first = if tables > 1 { self.shape.l2_entries() } else { second as u64 };
+        for cluster in 0..SHARED {
+            let bytes = content(3, cluster * cluster_len, cluster_len);
+            let entry = self.data_cluster(first + cluster, &bytes);
+            self.tables[usize::from(tables > 1)][second + cluster as usize] = entry;
         }
     }
 
@@ -269,8 +287,7 @@ impl Builder {
             for (index, entry) in table.iter().enumerate() {
                 self.put(at + index as u64 * step, &entry.to_be_bytes());
                 if self.shape.extended_l2 && *entry != 0 && *entry & COMPRESSED == 0 {
-                    // Some subclusters are there, some read as zeroes, some are the backing file's.
-                    self.put(at + index as u64 * step + 8, &0x00ff_0000_ff00_ffff_u64.to_be_bytes());
+                    self.put(at + index as u64 * step + 8, &self.shape.features.subclusters().to_be_bytes());
                 }
             }
             entries.push(at);
@@ -313,25 +330,6 @@ impl Builder {
         at
     }
 
-    /// A bitmap of one cluster; returns where the directory is.
-    fn bitmap(&mut self) -> u64 {
-        let bits = self.add(self.shape.cluster_len());
-        let table = self.add_place(8);
-        self.put(table, &bits.to_be_bytes());
-        let mut entry = table.to_be_bytes().to_vec();
-        entry.extend(1u32.to_be_bytes());
-        entry.extend(2u32.to_be_bytes());
-        entry.extend([1, 16, 0, 1]);
-        entry.extend(0u32.to_be_bytes());
-        entry.extend(b"b");
-        let at = self.add_place(32);
-        self.put(at, &entry);
-        for place in [bits, table, at] {
-            self.count(place, 8);
-        }
-        at
-    }
-
     /// Counts an L1 table and all that it leads to.
     fn count_disk(&mut self, l1: u64) {
         self.count(l1, self.l1_entries() * 8);
@@ -348,7 +346,7 @@ impl Builder {
                     let x = 62 - (self.shape.cluster_bits - 8);
                     let (at, sectors) = (entry & ((1 << x) - 1), (entry & (COMPRESSED - 1)) >> x);
                     self.count(at, (sectors + 1) * 512 - at % 512);
-                } else if entry & OFFSET_MASK != 0 {
+                } else if entry & OFFSET_MASK != 0 && self.shape.features.data_file.is_none() {
                     self.count(entry & OFFSET_MASK, self.shape.cluster_len());
                 }
             }
@@ -363,6 +361,9 @@ impl Builder {
                 continue;
             }
             self.own_entry(l1 + index * 8);
+            if self.shape.features.data_file.is_some() {
+                continue;
+            }
             let step = if self.shape.extended_l2 { 16 } else { 8 };
             for entry in 0..self.shape.l2_entries() {
                 self.own_entry(table + entry * step);
@@ -405,14 +406,15 @@ impl Builder {
         }
     }
 
-    fn header(&mut self, l1: u64, refcount_table: u64, snapshots: u64, directory: u64) {
+    fn header(&mut self, l1: u64, refcount_table: u64, snapshots: u64, bitmaps: &[u8]) {
         let shape = self.shape;
+        let outside = shape.features.data_file.is_some();
         let mut extensions = Vec::new();
         if shape.bitmap {
-            let mut data = [1u32.to_be_bytes(), [0; 4]].concat();
-            data.extend(32u64.to_be_bytes());
-            data.extend(directory.to_be_bytes());
-            push_extension(&mut extensions, 0x2385_2875, &data);
+            push_extension(&mut extensions, 0x2385_2875, bitmaps);
+        }
+        if outside {
+            push_extension(&mut extensions, 0x4441_5441, b"data");
         }
         if shape.backing_len.is_some() {
             push_extension(&mut extensions, 0xe279_2aca, b"raw");
@@ -436,10 +438,11 @@ impl Builder {
         header.extend(u32::from(snapshots != 0).to_be_bytes());
         header.extend(snapshots.to_be_bytes());
         if shape.version == 3 {
-            let bits = [(shape.dirty, 1), (shape.zstd, 8), (shape.extended_l2, 16u64)];
+            let bits = [(shape.dirty, 1), (outside, 4), (shape.zstd, 8), (shape.extended_l2, 16u64)];
             header.extend(bits.iter().map(|(set, bit)| u64::from(*set) * bit).sum::<u64>().to_be_bytes());
             header.extend(u64::from(shape.dirty).to_be_bytes());
-            header.extend(u64::from(shape.bitmap).to_be_bytes());
+            let autoclear = u64::from(shape.bitmap) | u64::from(shape.features.is_raw()) << 1;
+            header.extend(autoclear.to_be_bytes());
             header.extend(shape.refcount_order.to_be_bytes());
             header.extend((V3_LEN as u32).to_be_bytes());
             header.extend([u8::from(shape.zstd), 0, 0, 0, 0, 0, 0, 0]);

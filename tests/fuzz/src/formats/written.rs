@@ -3,7 +3,8 @@
 //! Whatever the damage: no panic, no hang, no great allocation, and what is opened read-only stays as it is. An
 //! image that is sound in the eyes of the tests' own checker (some damage does not matter) has to do much more:
 //! every operation succeeds, the guest reads what it wrote, and after the close the checker finds neither
-//! corruption nor leaks, and the snapshots as they were. So does an image that was dirty and was repaired.
+//! corruption nor leaks, the snapshots as they were, a raw data file as the disk, and bitmaps that tell of all
+//! changes. So does an image that was dirty and was repaired.
 
 use std::ops::ControlFlow;
 
@@ -19,20 +20,17 @@ use nbd_img_formats::{
 };
 
 use super::damage::damaged;
-use super::open::{How, bytes_of, open};
-use super::small::{Shape, content};
-use crate::support::checker::{self, Report};
-use crate::support::image::{Bytes, COPIED, Image};
-use crate::support::reader::{Disk, read_disk};
+use super::judge::{Judged, REFCOUNT_TABLE_CLUSTERS_MAX, look_at};
+use super::open::{How, STRAY_DATA_LEN, bytes_of, open};
+use super::recorded::Recorded;
+use super::small::{Shape, Small, content};
+use crate::support::image::Bytes;
 use crate::support::session;
 
 /// Most operations of one input.
 const OPERATIONS_MAX: usize = 24;
-/// Longest refcount table of an image that is looked at.
-const REFCOUNT_TABLE_CLUSTERS_MAX: u32 = 8;
-/// Bits of the incompatible features (specification).
+/// The incompatible feature (specification).
 const DIRTY: u64 = 1;
-const NOT_JUDGED: u64 = 4 | 16;
 
 /// Decodes the input and does what it says.
 pub fn run(input: &[u8]) {
@@ -44,19 +42,43 @@ fn decode(u: &mut Unstructured<'_>) -> Result<()> {
     let image = shape.image();
     let bytes = damaged(&image, u)?;
     let backing = content(0, 0, shape.backing_len.unwrap_or(3000));
+    let data = data_storage(&image);
     match u.int_in_range(0..=7)? {
-        0 => read_only(&bytes, &backing, u),
-        how => Written::new(bytes, backing, how == 1).operations(u),
+        0 => read_only(&bytes, data, &backing, u),
+        how => {
+            let whole = bytes == image.bytes;
+            let written = Written::new(bytes, data, backing, how == 1);
+            if whole {
+                written.assert_strict(&image);
+            }
+            written.operations(u)
+        }
     }
 }
 
-fn read_only(bytes: &Vec<u8>, backing: &[u8], u: &mut Unstructured<'_>) -> Result<()> {
+/// The data file of an image, or one for an image that was not to have any.
+fn data_storage(image: &Small) -> Arc<MemoryStorage> {
+    let Some(outside) = image.shape.features.data_file else {
+        return MemoryStorage::new(STRAY_DATA_LEN).unwrap();
+    };
+    let len = if outside.device { image.shape.size() } else { 0 };
+    let options = MemoryOptions { len, grows: !outside.device, poisoned: outside.device };
+    let storage = MemoryStorage::with(options).unwrap();
+    storage.pwrite(&image.data, HostOffset(0), Durability::Later).unwrap();
+    storage
+}
+
+fn read_only(
+    bytes: &Vec<u8>,
+    data: Arc<MemoryStorage>,
+    backing: &[u8],
+    u: &mut Unstructured<'_>,
+) -> Result<()> {
     let storage = MemoryStorage::copy_of(bytes).unwrap();
     let snapshot = u.arbitrary::<bool>()?.then_some("snap");
-    let Ok(driver) = open(&storage, &How { backing, snapshot, writable: false, table_cache_len: 0 }) else {
-        return Ok(());
-    };
-    let judged = look_at(bytes, backing).filter(|judged| judged.report.is_sound());
+    let how = How { backing, data: Some(&data), snapshot, writable: false, table_cache_len: 0 };
+    let Ok(driver) = open(&storage, &how) else { return Ok(()) };
+    let judged = look_at(bytes, &data, backing).filter(|judged| judged.report.is_sound());
     let model = match (snapshot, judged) {
         (None, Some(judged)) => Some(judged.content),
         (Some(_), Some(judged)) => judged.snapshots.into_iter().next(),
@@ -75,61 +97,11 @@ fn read_only(bytes: &Vec<u8>, backing: &[u8], u: &mut Unstructured<'_>) -> Resul
     Ok(())
 }
 
-/// What an image holds.
-struct Judged {
-    content: Vec<u8>,
-    snapshots: Vec<Vec<u8>>,
-    report: Report,
-}
-
-/// What the tests' own code finds in an image, if it can be opened. Images that are too large to look at, or of a
-/// kind that this code does not know, are not judged.
-fn look_at(bytes: &Vec<u8>, backing: &[u8]) -> Option<Judged> {
-    let small = bytes.be32(20) <= 16 && bytes.be32(36) <= 256 && bytes.be32(60) <= 8;
-    let small = small && bytes.be32(56) <= REFCOUNT_TABLE_CLUSTERS_MAX;
-    if !small || bytes.be64(24) > 1 << 20 {
-        return None;
-    }
-    let bytes = &without_flags_of_nothing(bytes)?;
-    let image = Image::parse(bytes).ok()?;
-    let backing = if bytes.be64(8) == 0 || bytes.be32(16) == 0 { &[] } else { backing };
-    let large = |entries: u64| entries > 256;
-    if image.incompatible & NOT_JUDGED != 0
-        || image.snapshots.iter().any(|snapshot| large(snapshot.l1_entries) || snapshot.size > 1 << 20)
-        || image.bitmaps.iter().any(|bitmap| large(bitmap.table_entries))
-    {
-        return None;
-    }
-    let report = checker::check(bytes).ok()?;
-    let content = read_disk(bytes, Disk::Active, backing).ok()?;
-    let snapshots = 0..image.snapshots.len();
-    let snapshots: std::result::Result<_, _> =
-        snapshots.map(|number| read_disk(bytes, Disk::Snapshot(number), backing)).collect();
-    Some(Judged { content, snapshots: snapshots.ok()?, report })
-}
-
-/// The image without L1 entries of a copied flag and nothing else. Offset 0 is no table by the format, and neither to
-/// the driver nor to QEMU's; QEMU's check, which the tests' own follows, takes them for a table at 0.
-fn without_flags_of_nothing(bytes: &Vec<u8>) -> Option<Vec<u8>> {
-    let image = Image::parse(bytes).ok()?;
-    let mut changed = bytes.clone();
-    let snapshots = image.snapshots.iter().map(|snapshot| (snapshot.l1_at, snapshot.l1_entries.min(256)));
-    for (at, entries) in snapshots.chain([(image.l1_at, image.l1_entries)]) {
-        for (index, entry) in bytes.table(at, entries).into_iter().enumerate() {
-            let at = usize::try_from(at).ok()?.saturating_add(index * 8);
-            if entry == COPIED
-                && let Some(word) = changed.get_mut(at..at.saturating_add(8))
-            {
-                word.fill(0);
-            }
-        }
-    }
-    Some(changed)
-}
-
 /// An image that is written, and what is known of it.
 struct Written {
     storage: Arc<MemoryStorage>,
+    /// The data file, where the image has one.
+    data: Arc<MemoryStorage>,
     backing: Vec<u8>,
     /// Writes end where the file does.
     device: bool,
@@ -137,6 +109,9 @@ struct Written {
     /// Of a sound image: what the guest sees.
     model: Option<Vec<u8>>,
     snapshots: Vec<Vec<u8>>,
+    bitmaps: Recorded,
+    /// A raw data file is the disk.
+    raw_is_disk: bool,
     /// Nothing is leaked.
     clean: bool,
     /// Plans of readers that take their time.
@@ -146,7 +121,7 @@ struct Written {
 }
 
 impl Written {
-    fn new(bytes: Vec<u8>, backing: Vec<u8>, device: bool) -> Self {
+    fn new(bytes: Vec<u8>, data: Arc<MemoryStorage>, backing: Vec<u8>, device: bool) -> Self {
         let len = bytes.len() as u64;
         let cluster_len = shape_cluster_len(&bytes);
         let room = if device { len.next_multiple_of(cluster_len) + 12 * cluster_len } else { 0 };
@@ -155,11 +130,14 @@ impl Written {
         storage.pwrite(&bytes, HostOffset(0), Durability::Later).unwrap();
         let mut written = Written {
             storage,
+            data,
             backing,
             device,
             driver: None,
             model: None,
             snapshots: Vec::new(),
+            bitmaps: Recorded::default(),
+            raw_is_disk: false,
             clean: false,
             held: Vec::new(),
             cluster_len,
@@ -192,19 +170,29 @@ impl Written {
                 repaired.filter(|judged| judged.report.is_sound())
             }
         };
-        if let Some(judged) = judged {
+        if let (Some(judged), Some(driver)) = (judged, &self.driver) {
             self.clean = judged.report.has_no_leaks();
             self.snapshots = judged.snapshots;
+            self.bitmaps = Recorded::new(judged.bitmaps, driver);
+            self.raw_is_disk = judged.raw.is_some_and(|raw| raw == judged.content);
             self.model = Some(judged.content);
         }
     }
 
+    /// That an image without damage is taken for what it is, or nothing would be asked of it.
+    fn assert_strict(&self, image: &Small) {
+        assert!(self.model.is_some(), "{:?} is not judged", image.shape);
+        assert_eq!(self.bitmaps.len(), image.bitmaps, "{:?}: bitmaps", image.shape);
+        assert_eq!(self.raw_is_disk, image.shape.features.is_raw(), "{:?}: raw data file", image.shape);
+    }
+
     fn look_at(&self) -> Option<Judged> {
-        look_at(&bytes_of(&self.storage)?, &self.backing)
+        look_at(&bytes_of(&self.storage)?, &self.data, &self.backing)
     }
 
     fn open(&mut self) {
-        let how = How { backing: &self.backing, snapshot: None, writable: true, table_cache_len: 0 };
+        let (backing, data) = (&*self.backing, Some(&self.data));
+        let how = How { backing, data, snapshot: None, writable: true, table_cache_len: 0 };
         match open(&self.storage, &how) {
             Ok(driver) => self.driver = Some(driver),
             Err(error) => assert!(self.model.is_none(), "a sound image is not opened again: {error}"),
@@ -235,12 +223,16 @@ impl Written {
             10 => read(driver, range, self.model.as_deref()),
             11 => {
                 status(driver, range, self.model.as_deref());
+                self.bitmaps.check_status(driver);
                 let cached = driver.cache(range);
                 self.expect(cached);
             }
             12 => {
                 let flushed = driver.flush();
                 self.expect(flushed);
+                if let Some(bytes) = self.model.as_ref().and_then(|_| bytes_of(&self.storage)) {
+                    self.bitmaps.check_in_use(&bytes);
+                }
             }
             13 if !self.device => self.hold(driver, range),
             13 | 14 => {
@@ -284,6 +276,7 @@ impl Written {
         let range = all.unwrap_or(range);
         let outcome = driver.write_zeroes(range, request);
         if request.fast && outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBeSlow) {
+            self.bitmaps.change(range, false);
             read(driver, range, self.model.as_deref());
             return Ok(());
         }
@@ -295,6 +288,7 @@ impl Written {
     /// Discarded bytes are old, zero or the backing file's.
     fn discard(&mut self, driver: &Arc<Qcow2Driver>, range: GuestRange) {
         let outcome = driver.discard(range, Durability::Later);
+        self.bitmaps.change(range, outcome.is_ok());
         let Some(model) = &self.model else { return };
         let inside = range.offset() as usize..range.end() as usize;
         let old = model[inside.clone()].to_vec();
@@ -313,6 +307,7 @@ impl Written {
         new: &[&[u8]],
     ) {
         let done = outcome.is_ok();
+        self.bitmaps.change(range, done);
         self.expect(outcome);
         let Some(model) = &self.model else { return };
         if done {
@@ -359,6 +354,7 @@ impl Written {
         let Some(driver) = self.driver.take() else { return };
         let closed = driver.close();
         drop(driver);
+        let success = closed.is_ok();
         self.expect(closed);
         let Some(model) = &self.model else { return };
         // New clusters come behind the last one that is counted. Where damage has counted one far behind the end, the
@@ -375,6 +371,8 @@ impl Written {
         assert!(!self.clean || report.has_no_leaks(), "after the close:\n{report}");
         assert!(judged.content == *model, "the image holds something else after its close");
         assert!(judged.snapshots == self.snapshots, "a snapshot has changed");
+        assert!(!self.raw_is_disk || judged.raw.as_ref() == Some(model), "the raw data file is another disk");
+        self.bitmaps.check_closed(judged.bitmaps, success);
     }
 }
 
