@@ -462,8 +462,9 @@ mod interleavings {
                         for number in [first, first + 1, 0] {
                             let word = number % 3;
                             let key = SliceKey { image: ImageNumber(0), slice: SliceNumber(word) };
-                            let load = || Ok(TableSlice { words: vec![word; 64].into(), geometry });
-                            assert_eq!(cache.get_or_load(key, load).unwrap().words[0], word);
+                            let locate = || Ok(HostOffset(word * 512));
+                            let load = |_| Ok(TableSlice::of_words(std::iter::repeat_n(word, 64), geometry));
+                            assert_eq!(cache.get_or_load(key, locate, load).unwrap().raw(0), word);
                         }
                     })
                 };

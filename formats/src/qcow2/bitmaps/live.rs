@@ -243,3 +243,42 @@ mod tests {
         assert_eq!(bitmap.cluster_bits(0), ClusterBits::Bytes([vec![255; 16384], vec![0; 49152]].concat()));
     }
 }
+
+#[cfg(all(test, shuttle))]
+mod interleavings {
+    use super::super::super::types::DataFile;
+    use super::*;
+    use crate::sync::thread;
+
+    /// Two set the same bit while a close begins: it is stored if either of them has seen no close after it.
+    ///
+    /// Run with `RUSTFLAGS="--cfg shuttle" cargo test -p nbd-img-formats --lib interleavings`.
+    #[test]
+    fn a_bit_that_somebody_relies_on_is_stored() {
+        shuttle::check_pct(
+            || {
+                let bitmap = Arc::new(LiveBitmap {
+                    entry: 0,
+                    geometry: Geometry::new(9, false, 3, DataFile::Internal),
+                    granularity_bits: 9,
+                    bits: 100,
+                    pages: Box::new([LivePage::of(Page::Zeroes)]),
+                });
+                let closing = Arc::new(AtomicBool::new(false));
+                let setters = [0, 1].map(|_| {
+                    let (bitmap, closing) = (Arc::clone(&bitmap), Arc::clone(&closing));
+                    thread::spawn(move || {
+                        bitmap.set(GuestRange::new(0, 512).unwrap());
+                        !closing.load(Ordering::SeqCst)
+                    })
+                });
+                closing.store(true, Ordering::SeqCst);
+                let stored = bitmap.is_changed(0);
+                let relied = setters.map(|setter| setter.join().unwrap());
+                assert!(stored || relied == [false, false], "a bit is not stored that was relied on");
+            },
+            400,
+            3,
+        );
+    }
+}
