@@ -89,6 +89,7 @@ impl Session {
             // A smaller buffer only costs speed.
             let _ = rustix::net::sockopt::set_socket_send_buffer_size(&stream, UNIX_SEND_BUFFER_LEN);
         }
+        let encrypted = stream.tls().is_some();
         let socket = match watch_stream(stream) {
             Ok(socket) => socket,
             Err(error) => {
@@ -99,7 +100,7 @@ impl Session {
         let cell = shard.add_session(export, served);
         let mut session = Session {
             input: InBuf::new(std::sync::Arc::clone(&shard.budget), leftover),
-            out: OutBuf::new(std::sync::Arc::clone(&shard.budget)),
+            out: OutBuf::new(std::sync::Arc::clone(&shard.budget), encrypted),
             rules: SessionRules::new(&agreed),
             contexts: agreed.contexts,
             scratch: Vec::new(),

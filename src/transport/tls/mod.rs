@@ -36,8 +36,9 @@ use super::stream::Stream;
 /// Ciphertext that is received at a time: what a session's own receive takes when it is busy. Our choice.
 const WIRE_LEN: usize = 256 << 10;
 
-/// Plain text that is encrypted at a time, and so the most that waits encrypted for a slow client. Our choice.
-const SEAL_LEN: usize = 256 << 10;
+/// Plain text that is encrypted and sent at a time, and so the most that waits encrypted for a slow client. Our choice:
+/// the usual large read with its header, in 17 records of TLS.
+const SEAL_LEN: usize = 17 << 14;
 
 thread_local! {
     /// Where ciphertext is received. Connections share it, so that an idle one holds none.
