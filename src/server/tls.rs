@@ -121,12 +121,12 @@ impl Tls {
     /// ever; to be run in the control runtime.
     pub async fn keep_up(self: Arc<Self>) {
         let mut seen = self.stamps().await;
-        let mut warned_at = i64::MIN;
+        let mut warned_at = None;
         loop {
             let now = unix_time();
             let left = self.current.read().not_after.map_or(i64::MAX, |end| end - now);
-            if left < EXPIRY_WARN_SECONDS && now - warned_at >= DAY_SECONDS {
-                warned_at = now;
+            if is_warning_due(left, now, warned_at) {
+                warned_at = Some(now);
                 let path = self.options.source.paths().next();
                 tracing::warn!(
                     ?path,
@@ -139,7 +139,7 @@ impl Tls {
             if asked || stamps != seen {
                 seen = stamps;
                 self.read_again().await;
-                warned_at = i64::MIN;
+                warned_at = None;
             }
         }
     }
@@ -300,7 +300,27 @@ fn fail(path: &Path, text: String) -> TlsError {
     TlsError { path: path.to_owned(), text }
 }
 
+/// Whether to warn of a certificate that ends in `left` seconds; all in seconds.
+fn is_warning_due(left: i64, now: i64, warned_at: Option<i64>) -> bool {
+    left < EXPIRY_WARN_SECONDS && warned_at.is_none_or(|at| now.saturating_sub(at) >= DAY_SECONDS)
+}
+
 fn unix_time() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_near_end_is_warned_at_once_and_then_daily() {
+        let now = unix_time();
+        assert!(is_warning_due(EXPIRY_WARN_SECONDS - 1, now, None));
+        assert!(!is_warning_due(EXPIRY_WARN_SECONDS, now, None));
+        assert!(!is_warning_due(0, now, Some(now - DAY_SECONDS + 1)));
+        assert!(is_warning_due(-1, now, Some(now - DAY_SECONDS)));
+        assert!(!is_warning_due(i64::MAX, now, None), "without a certificate");
+    }
 }
