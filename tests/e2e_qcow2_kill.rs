@@ -41,6 +41,8 @@ struct Kind {
     made_by: &'static [&'static str],
     /// The image has a snapshot of the first content.
     snapshot: bool,
+    /// It has dirty bitmaps: `on`, which is enabled, and `off`, which is not.
+    bitmaps: bool,
     cache: &'static str,
     /// Flags that qemu-nbd does not have.
     own: &'static [&'static str],
@@ -51,11 +53,12 @@ const KIND: Kind = Kind {
     disk_len: 12 << 20,
     made_by: &[],
     snapshot: false,
+    bitmaps: false,
     cache: "--cache=writeback",
     own: &[],
 };
 
-const KINDS: [Kind; 13] = [
+const KINDS: [Kind; 14] = [
     Kind { name: "64k", made_by: &["convert -f raw -O qcow2 source disk"], ..KIND },
     Kind {
         name: "compressing",
@@ -81,6 +84,16 @@ const KINDS: [Kind; 13] = [
     Kind {
         name: "subclusters",
         made_by: &["create -f qcow2 -o cluster_size=16k,extended_l2=on -b source -F raw disk"],
+        ..KIND
+    },
+    Kind {
+        name: "bitmaps",
+        made_by: &[
+            "create -f qcow2 -o cluster_size=4k -b source -F raw disk",
+            "bitmap --add --disable disk off",
+            "bitmap --add -g 512 disk on",
+        ],
+        bitmaps: true,
         ..KIND
     },
     Kind {
@@ -126,7 +139,7 @@ const KINDS: [Kind; 13] = [
 fn killed_servers_lose_nothing() {
     let mut rng = Rng::new("kill");
     let (mut totals, mut leaky) = (Tally::default(), 0);
-    let kills = support::count("NBD_IMG_KILLS", 20);
+    let kills = support::count("NBD_IMG_KILLS", 42);
     let mut image: Option<Image> = None;
     for round in 0..kills {
         if round % LIVES == 0 {
@@ -242,7 +255,22 @@ impl Image {
             assert_same("the snapshot", &qcow2::content(folder, "disk", Some("first")), &self.first);
         }
         assert_same("what lies below", &fs::read(folder.join("source")).unwrap(), &self.first);
+        if self.kind.bitmaps {
+            self.renew_bitmap();
+        }
         health
+    }
+
+    /// The bitmap that recorded does not pretend to tell of everything, the other one is as it was. QEMU takes the
+    /// first one away, which leaves nothing wrong behind, and the next life has a new one.
+    fn renew_bitmap(&self) {
+        let folder = self.folder.path();
+        let flags = qcow2::bitmap_flags(folder, "disk");
+        let in_use = ["auto", "in-use"].map(str::to_owned).to_vec();
+        assert_eq!(flags, [("off".to_owned(), Vec::new()), ("on".to_owned(), in_use)]);
+        qemu_img(folder, "bitmap --remove disk on");
+        qcow2::check(folder, "disk");
+        qemu_img(folder, "bitmap --add -g 512 disk on");
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::tools::{output, qemu_img, tool};
+use super::tools::{output, qemu_img, run, tool};
 
 /// What `qemu-img check` says of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +59,25 @@ pub fn content(folder: &Path, image: &str, snapshot: Option<&str>) -> Vec<u8> {
     let bytes = fs::read(&copy).unwrap();
     fs::remove_file(copy).unwrap();
     bytes
+}
+
+/// The dirty bitmaps of an image and their flags, both in the order of their names.
+pub fn bitmap_flags(folder: &Path, image: &str) -> Vec<(String, Vec<String>)> {
+    let said =
+        run(tool("qemu-img").current_dir(folder).args(["info", "-f", "qcow2", "--output=json", image]));
+    let info: serde_json::Value = serde_json::from_slice(&said).unwrap();
+    let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
+    let bitmaps = info["format-specific"]["data"]["bitmaps"].as_array().unwrap();
+    let mut flags: Vec<_> = bitmaps
+        .iter()
+        .map(|bitmap| {
+            let mut flags: Vec<_> = bitmap["flags"].as_array().unwrap().iter().map(text).collect();
+            flags.sort();
+            (text(&bitmap["name"]), flags)
+        })
+        .collect();
+    flags.sort();
+    flags
 }
 
 /// Bits 0 (dirty) and 1 (corrupt) of the incompatible features, of a version 3 header.
