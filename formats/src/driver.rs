@@ -80,6 +80,15 @@ pub struct ZeroRequest {
     pub durability: Durability,
 }
 
+/// What [`BlockDriver::warm`] may cost.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Effort {
+    /// The processor's time.
+    Compute,
+    /// Waiting for the disk, too.
+    Wait,
+}
+
 /// What [`BlockDriver::status`] is asked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum StatusQuery<'a> {
@@ -142,6 +151,24 @@ pub trait BlockDriver: Send + Sync {
 
     /// Reads `buf.len()` bytes from `offset` where a plan said `Slow`. Waits and computes as needed.
     fn read_slow(&self, offset: u64, buf: &mut [u8]) -> Result<()>;
+
+    /// As [`read_slow`](Self::read_slow), for what is in memory already: it waits for nobody, does no I/O and
+    /// computes nothing. `false`: not all of it is, and `buf` holds anything.
+    fn try_read_slow(&self, _offset: u64, _buf: &mut [u8]) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// Makes what a plan calls [`Compressed`](crate::plan::SlowReason::Compressed) in the range ready for
+    /// [`try_read_slow`](Self::try_read_slow), which may find it gone again soon. `false`: it broke off
+    /// because that takes waiting, and `effort` does not allow it.
+    fn warm(&self, _range: GuestRange, _effort: Effort) -> Result<bool> {
+        Ok(true)
+    }
+
+    /// Most bytes that are worth being [warmed](Self::warm) for one reader at a time; 0: none are.
+    fn warm_len_max(&self) -> u64 {
+        0
+    }
 
     /// Fills `plan` with where the bytes of a write to `range` go. On success the caller writes the
     /// `Data` pieces and must call [`finish_write`](Self::finish_write) afterwards; on failure there is

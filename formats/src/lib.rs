@@ -29,7 +29,7 @@ pub mod sync;
 pub mod workers;
 
 pub use address::{GuestRange, HostOffset, HostRange};
-pub use driver::{BlockDriver, Facts, Format, State, StatusQuery, ZeroRequest};
+pub use driver::{BlockDriver, Effort, Facts, Format, State, StatusQuery, ZeroRequest};
 pub use error::{Error, ErrorKind, Result};
 pub use plan::{Piece, Pin, Place, ReadPlan, SlowReason, WritePlan};
 pub use storage::{Durability, Provision, Storage};

@@ -104,7 +104,8 @@ pub struct Pieces {
 }
 
 impl Pieces {
-    /// Adds a run behind the last one, merged with it where it goes on seamlessly. Empty runs vanish.
+    /// Adds a run behind the last one, merged with it where it goes on seamlessly; compressed ones stay
+    /// apart. Empty runs vanish.
     pub fn push(&mut self, piece: Piece) {
         if piece.len == 0 {
             return;
@@ -146,6 +147,8 @@ impl Piece {
                 storage == next_storage && at.checked_add(self.len) == Some(*next_at)
             }
             (Place::Zero { allocated }, Place::Zero { allocated: next }) => allocated == next,
+            // One for each compressed cluster, so that they can be read on all cores.
+            (Place::Slow(SlowReason::Compressed), _) => false,
             (Place::Slow(reason), Place::Slow(next)) => reason == next,
             (Place::Data { .. } | Place::Zero { .. } | Place::Slow(_), _) => false,
         }

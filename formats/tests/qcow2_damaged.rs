@@ -171,7 +171,7 @@ fn memory_driver_on(bytes: &[u8], base: &Path) -> Result<Arc<Qcow2Driver>> {
     let header = Header::load(&image)?;
     let base = MemoryStorage::copy_of(&std::fs::read(base).unwrap()).unwrap();
     let backing: Option<Arc<dyn BlockDriver>> = Some(RawDriver::open(base, RawOptions::default())?);
-    let caches = Caches::new(1 << 20, [&header])?;
+    let caches = Caches::new(1 << 20, 1 << 20, [&header])?;
     let parts = Parts {
         image,
         header,

@@ -46,7 +46,7 @@ fn open_in_memory(bytes: &[u8], table_cache_len: u64) -> Opened {
 
 fn open_on(image: Arc<dyn Storage>, table_cache_len: u64) -> Result<(Arc<Qcow2Driver>, Arc<Caches>)> {
     let header = Header::load(&image)?;
-    let caches = Caches::new(table_cache_len, [&header])?;
+    let caches = Caches::new(table_cache_len, 1 << 20, [&header])?;
     let parts = Parts {
         image,
         header,

@@ -76,7 +76,7 @@ pub struct ServeArgs {
     /// One of several images: name=N,file=PATH and further keys, separated by commas (repeatable)
     ///
     /// The keys are the long names of the flags for one image: read-only, temporary[=SHARING], temporary-dir=P, format=F, description=D,
-    /// offset=S, size=S, exact-size, cache=M, aio=M, discard=M, detect-zeroes=M, compress=T, load-snapshot=S, bitmap=N and
+    /// offset=S, size=S, exact-size, cache=M, cluster-cache=S, aio=M, discard=M, detect-zeroes=M, compress=T, load-snapshot=S, bitmap=N and
     /// allow-dir=P (both several times if need be), backing=P, force-share; tls-required: only to be had and seen
     /// under TLS; and access=RULE (several times if need be): who may use it. A comma inside of a value
     /// is written twice.
@@ -142,6 +142,11 @@ pub struct ImageArgs {
     /// [default: writeback]
     #[arg(long, value_name = "MODE")]
     pub cache: Option<CacheArg>,
+
+    /// Memory for decompressed clusters of a compressed image, over its backing chain [default: 64M] (suffixes K M G
+    /// T); with less than a few clusters small reads are slow
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    pub cluster_cache: Option<u64>,
 
     /// Who does what waits for the disk: io_uring where the kernel allows it and else threads (auto), or
     /// just one of them [default: auto]

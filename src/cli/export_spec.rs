@@ -19,8 +19,8 @@ pub struct ParsedExport {
 }
 
 /// The keys, for error texts.
-const KEYS: &str = "name, file, read-only, temporary, temporary-dir, format, description, offset, size, exact-size, cache, aio, \
-                    discard, detect-zeroes, compress, load-snapshot, bitmap, backing, allow-dir, force-share, tls-required, \
+const KEYS: &str = "name, file, read-only, temporary, temporary-dir, format, description, offset, size, exact-size, cache, cluster-cache, \
+                    aio, discard, detect-zeroes, compress, load-snapshot, bitmap, backing, allow-dir, force-share, tls-required, \
                     access";
 
 /// Keys that may come more than once.
@@ -82,6 +82,7 @@ fn set(image: &mut ImageArgs, key: &[u8], value: Option<&OsStr>) -> Result<(), S
         b"tls-required" => image.tls_required = switch(key, value)?,
         b"format" => image.format = Some(one_of(key, value)?),
         b"cache" => image.cache = Some(one_of(key, value)?),
+        b"cluster-cache" => image.cluster_cache = Some(size::parse(&needed_text(key, value)?)?),
         b"aio" => image.aio = Some(one_of(key, value)?),
         b"discard" => image.discard = Some(one_of(key, value)?),
         b"detect-zeroes" => image.detect_zeroes = Some(one_of(key, value)?),
@@ -160,7 +161,7 @@ mod tests {
     fn all_keys() {
         let got = parsed(
             "name=a,file=/x/y,read-only,format=qcow2,description=two words,offset=1K,size=2M,exact-size=off,\
-             cache=directsync,aio=io_uring,discard=ignore,compress=zstd:9,detect-zeroes=unmap,load-snapshot=s,backing=none,allow-dir=/a,\
+             cache=directsync,cluster-cache=3M,aio=io_uring,discard=ignore,compress=zstd:9,detect-zeroes=unmap,load-snapshot=s,backing=none,allow-dir=/a,\
              allow-dir=/b,force-share=on,bitmap=x,bitmap=y,access=read:uid=1,access=write:tls-subject=CN=a,,O=b",
         );
         assert_eq!(got.path, PathBuf::from("/x/y"));
@@ -171,6 +172,7 @@ mod tests {
         assert_eq!(image.description.as_deref(), Some("two words"));
         assert_eq!((image.offset, image.size), (Some(1024), Some(2 << 20)));
         assert_eq!(image.cache, Some(CacheArg::Directsync));
+        assert_eq!(image.cluster_cache, Some(3 << 20));
         assert_eq!(image.aio, Some(AioArg::IoUring));
         assert_eq!(image.discard, Some(DiscardArg::Ignore));
         assert_eq!(image.load_snapshot.as_deref(), Some("s"));

@@ -178,6 +178,7 @@ fn refuse_flags(image: &ImageArgs) -> Result<(), String> {
         ("--temporary", image.temporary.is_some()),
         ("--temporary-dir", image.temporary_dir.is_some()),
         ("--cache", image.cache.is_some()),
+        ("--cluster-cache", image.cluster_cache.is_some()),
         ("--aio", image.aio.is_some()),
         ("--discard", image.discard.is_some()),
         ("--detect-zeroes", image.detect_zeroes.is_some()),
@@ -230,6 +231,7 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
     }
     let cache = image.cache.map(Into::into).unwrap_or_default();
     let format = image.format.map(Format::from);
+    let defaults = OpenOptions::default();
     let spec = ExportSpec {
         name,
         description,
@@ -258,7 +260,8 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
             discard: image.discard.is_none_or(|discard| discard == DiscardArg::Unmap),
             compress: image.compress,
             force_share: image.force_share,
-            ..OpenOptions::default()
+            cluster_cache_len: image.cluster_cache.unwrap_or(defaults.cluster_cache_len),
+            ..defaults
         },
         path: path.clone(),
     };
@@ -325,6 +328,8 @@ mod tests {
             "2M",
             "--cache",
             "none",
+            "--cluster-cache",
+            "8M",
             "--format",
             "raw",
             "--backing",
@@ -336,6 +341,7 @@ mod tests {
         assert_eq!((export.name.as_str(), export.description.as_str()), ("disk", "about"));
         assert_eq!((export.offset, export.size), (1 << 20, Some(2 << 20)));
         assert_eq!(export.cache, CacheMode::None);
+        assert_eq!(export.open.cluster_cache_len, 8 << 20);
         assert_eq!(export.open.backing, Backing::None);
         assert!(export.read_only && export.open.discard);
         assert_eq!(options.addresses, [Address::default_tcp()]);

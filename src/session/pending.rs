@@ -48,8 +48,8 @@ pub enum Work {
         /// Must be finished when the last piece has completed.
         plan: WritePlan,
     },
-    /// The last of a read's bytes are on their way into memory, from where the read is to be answered. What
-    /// comes of it does not matter: it is served anew then.
+    /// A read's bytes are on their way into memory, from where the read is to be answered. What comes of it
+    /// does not matter: it is served anew then.
     Arrival,
     /// A call of the driver on a worker, with nothing but a result.
     Call,
@@ -153,6 +153,11 @@ impl PendingSlots {
     /// Bytes of buffers that the waiting requests hold.
     pub fn held_len(&self) -> usize {
         self.slots.iter().flatten().map(|pending| pending.len).sum()
+    }
+
+    /// Bytes that the waiting requests ask for.
+    pub fn asked_len(&self) -> u64 {
+        self.slots.iter().flatten().map(|pending| pending.request.len).sum()
     }
 
     /// Puts a request into a free slot.

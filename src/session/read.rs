@@ -12,6 +12,7 @@ use smallvec::SmallVec;
 
 use super::budget::FLOOR_LEN;
 use super::buffers::{OUT_LEN_MAX, OutBuf};
+use super::decompress::{is_decompressed, join_compressed};
 use super::end::End;
 use super::engine::Session;
 use super::layout::{
@@ -65,6 +66,7 @@ impl Session {
             // What is streamed is noted slice by slice.
             self.ahead.note(range);
             self.read_ahead();
+            self.decompress_ahead();
         }
         match sending {
             Sending::Now => return self.send_read(request, framing, &runs).await,
@@ -80,7 +82,7 @@ impl Session {
             }
         }
         let mark = self.out.mark();
-        match self.read_in_place(&request, request.offset, framing, true, &runs) {
+        match self.read_in_place(&request, range, request.offset, framing, true, &runs) {
             Attempt::Done => {
                 self.read_plan.reset();
                 Ok(())
@@ -88,6 +90,9 @@ impl Session {
             Attempt::WouldWait => {
                 self.out.cut_back(mark);
                 self.read_ahead_of_miss();
+                if first && self.await_decompressed(request, range) {
+                    return Ok(());
+                }
                 self.submit_read(request, range, framing).await
             }
             Attempt::Failed(error) => {
@@ -118,10 +123,12 @@ impl Session {
         driver.map_read(range, mode, &mut self.read_plan)
     }
 
-    /// Composes the reply of the plan in the out buffer, for which there is room, unless it would wait.
+    /// Composes the reply of the plan of `range` in the out buffer, for which there is room, unless it would
+    /// wait.
     fn read_in_place(
         &mut self,
         request: &Request,
+        range: GuestRange,
         offset: u64,
         framing: Framing,
         last: bool,
@@ -129,7 +136,9 @@ impl Session {
     ) -> Attempt {
         let driver = Arc::clone(self.cell.export.driver());
         let plan = &self.read_plan;
-        if plan.pieces.iter().any(|piece| matches!(piece.place, Place::Slow(_))) {
+        let waits =
+            |piece: &Piece| matches!(piece.place, Place::Slow(SlowReason::ColdTable | SlowReason::Allocate));
+        if plan.pieces.iter().any(waits) || !is_decompressed(&driver, plan, range) {
             return Attempt::WouldWait;
         }
         if self.cell.export.in_place().reads == InPlace::Never
@@ -146,9 +155,10 @@ impl Session {
             if chunk.hole {
                 continue;
             }
+            let mut at = range.offset() + chunk.at;
             for (index, run) in runs.iter().enumerate().take(chunk.end_run).skip(chunk.first_run) {
-                match fill_run(&driver, plan, index, *run, &mut self.out) {
-                    Attempt::Done => {}
+                match fill_run(&driver, plan, index, at, *run, &mut self.out) {
+                    Attempt::Done => at += run.len as u64,
                     ended @ (Attempt::WouldWait | Attempt::Failed(_)) => return ended,
                 }
             }
@@ -168,6 +178,7 @@ impl Session {
             self.read_plan.reset();
             return self.stream_read(request, range, framing).await;
         };
+        join_compressed(&mut self.read_plan);
         if is_crumbs(&self.read_plan) {
             self.read_plan.reset();
             let place = Place::Slow(SlowReason::ColdTable);
@@ -353,11 +364,12 @@ impl Session {
             return Ok(Err(error));
         }
         self.ahead.note(slice);
+        self.decompress_ahead();
         let runs = runs_of(&self.read_plan);
         let needed = framed_len(&runs, framing);
         let mark = self.out.mark();
         if self.out.make_room_for(needed) {
-            match self.read_in_place(request, offset, framing, last, &runs) {
+            match self.read_in_place(request, slice, offset, framing, last, &runs) {
                 Attempt::Done => {
                     self.read_plan.reset();
                     return Ok(Ok(()));
@@ -415,11 +427,12 @@ fn never_came() -> Error {
     Error::new(ErrorKind::Io, "a part of the reply never came; this is a defect of the server")
 }
 
-/// Reads or zeroes one run into the room of the out buffer.
+/// Reads or zeroes one run, from `offset` of the disk, into the room of the out buffer.
 fn fill_run(
     driver: &Arc<dyn BlockDriver>,
     plan: &ReadPlan,
     index: usize,
+    offset: u64,
     run: Run,
     out: &mut OutBuf,
 ) -> Attempt {
@@ -437,7 +450,12 @@ fn fill_run(
             }
         }
         Some(Place::Zero { .. }) => room.fill(0),
-        Some(Place::Slow(_)) | None => return Attempt::WouldWait,
+        Some(Place::Slow(SlowReason::Compressed)) => match driver.try_read_slow(offset, room) {
+            Ok(true) => {}
+            // Errors show again where it is waited for.
+            Ok(false) | Err(_) => return Attempt::WouldWait,
+        },
+        Some(Place::Slow(SlowReason::ColdTable | SlowReason::Allocate)) | None => return Attempt::WouldWait,
     }
     out.push(run.len);
     Attempt::Done

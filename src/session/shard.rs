@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use nbd_img_formats::storage::{BufPool, Completed, IoBuf, Queue};
 use nbd_img_formats::workers::{Lane, Workers};
-use nbd_img_formats::{BlockDriver, Error, ErrorKind, Result};
+use nbd_img_formats::{BlockDriver, Effort, Error, ErrorKind, GuestRange, Result};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
@@ -160,7 +160,7 @@ impl Shard {
     where
         F: FnOnce(&Arc<dyn BlockDriver>, &mut IoBuf) -> Result<usize> + Send + 'static,
     {
-        let answer = Answer { queue: Arc::clone(&self.queue), token, buf: Some(buf), result: None };
+        let answer = self.answer(token, buf);
         let driver = Arc::clone(export.driver());
         let job = Box::new(move || {
             let mut answer = answer;
@@ -176,6 +176,30 @@ impl Shard {
         });
         // A job that cannot be run is dropped, and its answer says so.
         drop(self.workers.spawn(lane, job));
+    }
+
+    /// What is answered under `token` as soon as it goes: an error, unless somebody has said what.
+    pub(super) fn answer(&self, token: u64, buf: IoBuf) -> Answer {
+        Answer { queue: Arc::clone(&self.queue), token, buf: Some(buf), result: None }
+    }
+
+    /// Decompresses the clusters of a range of `export` on a thread for the processor's work, or on one that may wait where
+    /// the disk has to be waited for. `done` goes afterwards, whatever came of it.
+    pub fn warm<T: Send + 'static>(&self, export: &Export, range: GuestRange, done: T) {
+        let driver = Arc::clone(export.driver());
+        let workers = Arc::clone(&self.workers);
+        let job = Box::new(move || {
+            if !matches!(driver.warm(range, Effort::Compute), Ok(false)) {
+                drop(done);
+                return;
+            }
+            let waiting = Box::new(move || {
+                let _ = driver.warm(range, Effort::Wait);
+                drop(done);
+            });
+            drop(workers.spawn(Lane::Read, waiting));
+        });
+        drop(self.workers.spawn(Lane::Compute, job));
     }
 
     /// Asks that idle sessions be looked for.
@@ -278,7 +302,7 @@ impl Routes {
 }
 
 /// Answers exactly once, also when the job panics or never runs.
-struct Answer {
+pub(super) struct Answer {
     queue: Arc<Queue>,
     token: u64,
     buf: Option<IoBuf>,

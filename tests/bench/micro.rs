@@ -5,6 +5,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)] // A bench that cannot run fails loudly.
 
+mod decompress;
+
 use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -206,7 +206,7 @@ impl Chain<'_> {
     /// Puts the drivers on each other.
     fn assemble(self, bottom: Option<Arc<dyn BlockDriver>>) -> Result<Arc<dyn BlockDriver>> {
         let headers = self.layers.iter().map(|layer| &layer.header);
-        let caches = Caches::new(self.options.table_cache_len, headers)?;
+        let caches = Caches::new(self.options.table_cache_len, self.options.cluster_cache_len, headers)?;
         let mut backing = bottom;
         for (depth, layer) in self.layers.into_iter().enumerate().rev() {
             let number = ImageNumber(u16::try_from(depth).unwrap_or(u16::MAX));
@@ -297,7 +297,7 @@ pub fn change_bitmap(path: &Path, name: &str, change: BitmapChange<'_>) -> Resul
     chain.descend(top)?;
     let none = || Error::new(ErrorKind::InvalidInput, "the chain has no image");
     let Layer { image, header, data_file } = chain.layers.pop().ok_or_else(none)?;
-    let caches = Caches::new(0, [&header])?;
+    let caches = Caches::new(0, 0, [&header])?;
     let driver = Qcow2Driver::open(Parts {
         image,
         header,

@@ -40,7 +40,7 @@ pub fn temporary(
     qcow2::create(&image, None, &CreateOptions { virtual_size, ..CreateOptions::default() })?;
     // To the byte, where the disk below is.
     let header = Header { virtual_size, ..Header::load(&image)? };
-    let caches = Caches::new(overlay.table_cache_len, [&header])?;
+    let caches = Caches::new(overlay.table_cache_len, 0, [&header])?;
     Ok(Qcow2Driver::open(Parts {
         image,
         header,

@@ -3,7 +3,7 @@
 //! It joins tables, translation, decompression and, in an image that is written, the [writer](super::write). It opens nothing itself: files come in [`Parts`].
 
 use super::bitmaps::{self, Bitmaps};
-use super::compressed::ClusterCache;
+use super::clusters::ClusterCache;
 use super::header::{Compression, Header};
 use super::map::{self, LayerRuns};
 use super::parts::{self, Caches, Parts};
@@ -12,12 +12,12 @@ use super::tables::{ImageNumber, L1Table, TableCache, TableSlice};
 use super::types::{DataFile, Geometry, GuestCluster};
 use super::write::bitmap_change::{self, BitmapChange};
 use super::write::{Writer, begin, commit, live_size, prepare, reclaim, slow, zero};
-use crate::address::{GuestRange, HostOffset, HostRange};
-use crate::driver::{BlockDriver, Facts, State, StatusQuery, StatusVisitor, ZeroRequest};
+use crate::address::{GuestRange, HostOffset};
+use crate::driver::{BlockDriver, Effort, Facts, State, StatusQuery, StatusVisitor, ZeroRequest};
 use crate::error::{Error, ErrorKind, Result};
 use crate::info::ImageInfo;
 use crate::mover::{self, check_writable, checked_range, storage_error};
-use crate::plan::{MapMode, Place, ReadPlan, StorageId, WritePlan};
+use crate::plan::{MapMode, ReadPlan, StorageId, WritePlan};
 use crate::storage::{Durability, Storage};
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -418,19 +418,29 @@ impl BlockDriver for Qcow2Driver {
         }
     }
 
-    /// Asks for the data whose place is known; reading tables for a hint would take time.
+    fn try_read_slow(&self, offset: u64, buf: &mut [u8]) -> Result<bool> {
+        self.check_open()?;
+        let range = checked_range(self, offset, buf.len() as u64)?;
+        let _pin = self.writer.as_ref().map(Writer::pin);
+        self.try_read_layers(range, buf)
+    }
+
+    fn warm_len_max(&self) -> u64 {
+        self.warm_len()
+    }
+
+    fn warm(&self, range: GuestRange, effort: Effort) -> Result<bool> {
+        self.check_open()?;
+        let range = checked_range(self, range.offset(), range.len())?;
+        let _pin = self.writer.as_ref().map(Writer::pin);
+        self.warm_layers(range, effort)
+    }
+
     fn cache(&self, range: GuestRange) -> Result<()> {
-        let mut plan = ReadPlan::default();
-        self.map_read(range, MapMode::Try, &mut plan)?;
-        for piece in plan.pieces.iter() {
-            if let Place::Data { storage, at } = piece.place
-                && let Some(storage) = self.storages.get(usize::from(storage.0))
-                && let Some(range) = HostRange::new(at, piece.len)
-            {
-                storage.prefetch(range).map_err(|e| storage_error(storage, "cannot prefetch", at, e))?;
-            }
-        }
-        Ok(())
+        self.check_open()?;
+        let range = checked_range(self, range.offset(), range.len())?;
+        let _pin = self.writer.as_ref().map(Writer::pin);
+        self.prefetch_layers(range)
     }
 
     fn close(&self) -> Result<()> {

@@ -25,6 +25,11 @@ impl<K: Eq + Hash + Copy, V: Clone> Flights<K, V> {
         Flights { under_way: Mutex::new(HashMap::new()) }
     }
 
+    /// Whether somebody is making it now.
+    pub fn has(&self, key: K) -> bool {
+        self.under_way.lock().contains_key(&key)
+    }
+
     /// Runs `make` for `key`, or waits for the call that is doing it and returns what that one returns.
     pub fn join(&self, key: K, make: impl FnOnce() -> Result<V>) -> Result<V> {
         let flight = {

@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 
 use super::driver::Qcow2Driver;
 use super::tables::{SliceKey, TableSlice};
-use super::types::{Blob, DataFile, EntryFault, GuestCluster, HostCluster, L2Entry, Subcluster};
+use super::types::{Blob, DataFile, EntryFault, HostCluster, L2Entry, Subcluster};
 use crate::address::{GuestRange, HostOffset};
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::{MapMode, Piece, Place, ReadPlan, SlowReason, StorageId};
@@ -26,7 +26,7 @@ pub enum Layer {
     /// In the data storage of this image.
     Data(HostOffset),
     /// Compressed, one cluster.
-    Compressed(GuestCluster, Blob),
+    Compressed(Blob),
     /// Its table is not in memory.
     Cold,
 }
@@ -134,7 +134,7 @@ fn entries_to_runs(
             L2Entry::Unallocated => push_layer(runs, run, Layer::Unallocated),
             L2Entry::Zero { host } => push_layer(runs, run, Layer::Zero { allocated: host.is_some() }),
             L2Entry::Data { host, copied: _ } => push_layer(runs, run, Layer::Data(host.at(within))),
-            L2Entry::Compressed(blob) => push_layer(runs, run, Layer::Compressed(cluster, blob)),
+            L2Entry::Compressed(blob) => push_layer(runs, run, Layer::Compressed(blob)),
             L2Entry::Split { host, subclusters } => {
                 let mut split = run;
                 while !split.is_empty() {

@@ -10,7 +10,9 @@
 //! | `tables` | L1 in memory, L2 in slices under a budget |
 //! | `map` | from a guest range to a plan, through the backing chain |
 //! | `read` | the bytes of a run of one layer |
-//! | `compressed`, `compress` | compressed clusters and their cache; compressing some |
+//! | `compressed`, `compress` | from a blob to a cluster, and back |
+//! | `clusters` | decompressed clusters under a budget |
+//! | `warm` | bringing into memory what will be read |
 //! | `flight` | making a thing once for all who need it at the same time |
 //! | `write` | everything that changes an image |
 //! | `check` | checking and repairing |
@@ -24,6 +26,7 @@
 
 mod bitmaps;
 mod check;
+mod clusters;
 mod compress;
 mod compressed;
 mod create;
@@ -39,6 +42,7 @@ mod snapshots;
 mod subclusters;
 mod tables;
 mod types;
+mod warm;
 mod write;
 
 pub use check::{CheckOptions, CheckReport, Repair, check};

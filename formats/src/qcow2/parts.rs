@@ -1,6 +1,6 @@
 //! What a driver is made of: files, a header, and what the images of a chain share.
 
-use super::compressed::ClusterCache;
+use super::clusters::ClusterCache;
 use super::header::{Header, L1_LEN_MAX};
 use super::tables::{ImageNumber, TableCache};
 use super::write::options::WriteOptions;
@@ -24,10 +24,12 @@ pub struct Caches {
 
 impl Caches {
     /// Empty caches for the images with these headers. L2 tables take at most `table_cache_len` bytes,
-    /// but two parts of tables (of up to 64 KiB each) always have room. Fails with `Unsupported` when the
+    /// but two parts of tables (of up to 64 KiB each) always have room; decompressed clusters at most
+    /// `cluster_cache_len` bytes, but one is always made. Fails with `Unsupported` when the
     /// L1 tables of all of them, which are not cached but held, are too large together.
     pub fn new<'a>(
         table_cache_len: u64,
+        cluster_cache_len: u64,
         images: impl IntoIterator<Item = &'a Header, IntoIter: Clone>,
     ) -> Result<Arc<Self>> {
         let images = images.into_iter();
@@ -41,8 +43,13 @@ impl Caches {
         }
         Ok(Arc::new(Caches {
             tables: TableCache::new(table_cache_len, slice_len),
-            clusters: ClusterCache::new(),
+            clusters: ClusterCache::new(cluster_cache_len),
         }))
+    }
+
+    /// How many clusters have been decompressed so far.
+    pub fn decompressions(&self) -> usize {
+        self.clusters.made()
     }
 
     /// How many parts of L2 tables have been read from files so far.

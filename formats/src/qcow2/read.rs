@@ -1,9 +1,10 @@
 //! Reading what a run of one layer is: the bytes behind a [`LayerRun`].
 
+use super::clusters::{BlobPlace, Cluster};
 use super::compressed;
 use super::driver::Qcow2Driver;
 use super::map::{Layer, LayerRun};
-use super::types::{Blob, GuestCluster};
+use super::types::Blob;
 use crate::address::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::read_exact;
@@ -18,7 +19,7 @@ impl Qcow2Driver {
                 Ok(())
             }
             Layer::Data(at) => self.read_data(at, buf),
-            Layer::Compressed(cluster, blob) => self.read_compressed(cluster, blob, run.offset, buf),
+            Layer::Compressed(blob) => self.read_compressed(blob, run.offset, buf),
             Layer::Cold => Err(Error::new(ErrorKind::Io, "an L2 table has vanished from memory")),
         }
     }
@@ -41,13 +42,22 @@ impl Qcow2Driver {
         read_exact(self.data_storage(), at, there)
     }
 
-    fn read_compressed(&self, cluster: GuestCluster, blob: Blob, offset: u64, buf: &mut [u8]) -> Result<()> {
-        let geometry = self.geometry();
-        let len = usize::try_from(geometry.cluster_len()).unwrap_or(0);
-        let make = || compressed::read_cluster(self.image(), blob, self.compression(), len);
-        let bytes = self.clusters().get_or_make((self.number(), cluster, blob), make)?;
-        let from = usize::try_from(geometry.offset_in_cluster(offset)).unwrap_or(usize::MAX);
-        let wanted = bytes.get(from..).and_then(|rest| rest.get(..buf.len()));
+    fn read_compressed(&self, blob: Blob, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let cluster = self.decompressed(blob)?;
+        self.copy_out(&cluster, offset, buf)
+    }
+
+    /// The cluster of a blob whose entry was read under a pin that the caller still has.
+    pub(super) fn decompressed(&self, blob: Blob) -> Result<Cluster> {
+        let make =
+            |cluster: &mut [u8]| compressed::read_cluster(self.image(), blob, self.compression(), cluster);
+        self.clusters().get_or_make(BlobPlace::new(self.number(), blob), self.geometry().cluster_len(), make)
+    }
+
+    /// The guest's bytes at `offset` out of their cluster.
+    pub(super) fn copy_out(&self, cluster: &[u8], offset: u64, buf: &mut [u8]) -> Result<()> {
+        let from = usize::try_from(self.geometry().offset_in_cluster(offset)).unwrap_or(usize::MAX);
+        let wanted = cluster.get(from..).and_then(|rest| rest.get(..buf.len()));
         buf.copy_from_slice(wanted.ok_or_else(|| {
             Error::new(ErrorKind::Corrupt, "a decompressed cluster is too short").with_offset(offset)
         })?);

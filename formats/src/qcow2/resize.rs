@@ -185,7 +185,7 @@ impl Resizer<'_> {
             data_file: None,
             backing: self.backing.cloned(),
             number: ImageNumber(0),
-            caches: Caches::new(TABLE_CACHE_LEN, [header])?,
+            caches: Caches::new(TABLE_CACHE_LEN, 0, [header])?,
             snapshot: None,
             write,
         })

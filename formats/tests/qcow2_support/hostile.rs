@@ -63,7 +63,7 @@ pub fn memory_driver(bytes: &[u8], snapshot: Option<&str>) -> Result<Arc<Qcow2Dr
         None => None,
         Some(_) => Some(RawDriver::open(MemoryStorage::copy_of(&[5; 5000]).unwrap(), RawOptions::default())?),
     };
-    let caches = Caches::new(0, [&header])?;
+    let caches = Caches::new(0, 1 << 20, [&header])?;
     let snapshot = snapshot.map(str::to_owned);
     Qcow2Driver::open(Parts {
         image,

@@ -146,7 +146,7 @@ pub fn assert_reads(driver: &dyn BlockDriver, expected: &[u8], seed: u64) {
     });
 }
 
-fn assert_same(got: &[u8], expected: &[u8], offset: u64) {
+pub fn assert_same(got: &[u8], expected: &[u8], offset: u64) {
     if got != expected {
         let at = got.iter().zip(expected).position(|(a, b)| a != b);
         panic!("bytes differ, first at {offset} + {at:?}");

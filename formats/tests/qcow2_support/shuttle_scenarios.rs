@@ -12,7 +12,7 @@ use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::{Config, Runner};
 
 use crate::support::checker;
-use crate::support::scene::{self, CLUSTER, Scene};
+use crate::support::scene::{CLUSTER, Scene};
 use crate::support::units::painted;
 use crate::support::wrapped::{NeverClosed, Wrapped};
 

@@ -18,7 +18,7 @@ pub fn open_with(
     options: WriteOptions,
 ) -> Result<Arc<Qcow2Driver>> {
     let header = Header::load(&image)?;
-    let caches = Caches::new(table_cache_len, [&header])?;
+    let caches = Caches::new(table_cache_len, 1 << 20, [&header])?;
     Qcow2Driver::open(Parts {
         image,
         header,

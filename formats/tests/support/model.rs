@@ -16,6 +16,7 @@ use nbd_img_formats::{
 };
 
 use super::random::Random;
+use super::session;
 
 /// Closes a driver and opens its image again.
 pub type Reopen<'a> = &'a mut dyn FnMut(Arc<dyn BlockDriver>) -> Arc<dyn BlockDriver>;
@@ -198,7 +199,7 @@ fn check_plan(driver: &dyn BlockDriver, content: &[u8], range: GuestRange, rando
         let buf = &mut got[done..done + piece.len as usize];
         match piece.place {
             Place::Zero { .. } => buf.fill(0),
-            Place::Slow(_) => driver.read_slow(range.offset() + done as u64, buf).unwrap(),
+            Place::Slow(_) => session::read_slow(driver, range.offset() + done as u64, buf).unwrap(),
             Place::Data { storage, at } => {
                 let storage = &driver.storages()[usize::from(storage.0)];
                 let have = match storage.try_pread(buf, at).unwrap() {

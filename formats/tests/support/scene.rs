@@ -469,7 +469,7 @@ pub fn open_parts(
     table_cache_len: u64,
 ) -> Result<Arc<Qcow2Driver>> {
     let header = Header::load(&storage)?;
-    let caches = Caches::new(table_cache_len, [&header])?;
+    let caches = Caches::new(table_cache_len, 1 << 20, [&header])?;
     Qcow2Driver::open(Parts {
         image: storage,
         header,

@@ -5,7 +5,7 @@
 use nbd_img_formats::plan::MapMode;
 use nbd_img_formats::storage::TryRead;
 use nbd_img_formats::{
-    BlockDriver, Durability, Error, GuestRange, Place, ReadPlan, Result, WritePlan, ZeroRequest,
+    BlockDriver, Durability, Effort, Error, GuestRange, Place, ReadPlan, Result, WritePlan, ZeroRequest,
 };
 
 /// As `pwrite`, by a plan.
@@ -61,7 +61,7 @@ pub fn read(driver: &dyn BlockDriver, offset: u64, buf: &mut [u8]) -> Result<()>
         let part = &mut buf[done..done + piece.len as usize];
         match piece.place {
             Place::Zero { .. } => part.fill(0),
-            Place::Slow(_) => driver.read_slow(offset + done as u64, part)?,
+            Place::Slow(_) => read_slow(driver, offset + done as u64, part)?,
             Place::Data { storage, at } => {
                 let storage = &driver.storages()[usize::from(storage.0)];
                 match storage.try_pread(part, at).map_err(|e| Error::io("cannot read", e))? {
@@ -73,4 +73,16 @@ pub fn read(driver: &dyn BlockDriver, offset: u64, buf: &mut [u8]) -> Result<()>
         done += piece.len as usize;
     }
     Ok(())
+}
+
+/// A slow piece: what is decompressed already, what can be without waiting, or what has to be waited for.
+pub fn read_slow(driver: &dyn BlockDriver, offset: u64, buf: &mut [u8]) -> Result<()> {
+    if driver.try_read_slow(offset, buf)? {
+        return Ok(());
+    }
+    let range = GuestRange::new(offset, buf.len() as u64).unwrap();
+    if driver.warm(range, Effort::Compute)? && driver.try_read_slow(offset, buf)? {
+        return Ok(());
+    }
+    driver.read_slow(offset, buf)
 }

@@ -145,8 +145,8 @@ fn let_go(driver: &Qcow2Driver, writer: &Writer, run: Freed, when: When) -> Resu
         }
     };
     for (first, len) in last {
+        forget_content(driver, writer, first, len);
         let zeroed = when == When::Unpinned && punch(driver, writer, first, len);
-        forget_content(driver, first, len);
         let mut meta = writer.lock();
         let allocator = &mut meta.allocator;
         for index in first.0..first.0 + len {
@@ -163,12 +163,11 @@ fn let_go(driver: &Qcow2Driver, writer: &Writer, run: Freed, when: When) -> Resu
     Ok(())
 }
 
-/// What is in memory of the content of these clusters goes: no plan can ask for it any more, and they hold something
-/// else when they are used again. The one place where bytes of the file change their meaning.
-fn forget_content(driver: &Qcow2Driver, first: HostIndex, len: u64) {
-    let geometry = driver.geometry();
-    let at = geometry.host_at(first).start();
-    if let Some(range) = HostRange::new(at, len * geometry.cluster_len()) {
+/// What is in memory of the content of these clusters goes. No plan knows what was here, so nobody can put it into the
+/// cache any more; and nobody has the clusters again before their refcounts are 0. The one place where bytes of the
+/// file change their meaning.
+fn forget_content(driver: &Qcow2Driver, writer: &Writer, first: HostIndex, len: u64) {
+    if let Some(range) = span(writer, first, len) {
         driver.clusters().forget(driver.number(), range);
     }
 }
@@ -208,16 +207,18 @@ fn count_down(
     Ok(last)
 }
 
+fn span(writer: &Writer, first: HostIndex, len: u64) -> Option<HostRange> {
+    let geometry = writer.geometry;
+    HostRange::new(geometry.host_at(first).start(), len * geometry.cluster_len())
+}
+
 /// Gives the room back to the file system; returns whether the clusters read as zeroes now.
 fn punch(driver: &Qcow2Driver, writer: &Writer, first: HostIndex, len: u64) -> bool {
     if !writer.options.discard {
         return false;
     }
-    let geometry = writer.geometry;
     let image = driver.image();
-    let Some(range) = HostRange::new(geometry.host_at(first).start(), len * geometry.cluster_len()) else {
-        return false;
-    };
+    let Some(range) = span(writer, first, len) else { return false };
     let punched = match image.facts().new_space_is_zero {
         true => image.zero(range, Provision::Unmap, true).map(|()| true),
         false => image.discard(range).map(|()| false),

@@ -276,7 +276,7 @@ pub fn read_old(driver: &Qcow2Driver, old: L2Entry, offset: u64, buf: &mut [u8])
         L2Entry::Unallocated => Layer::Unallocated,
         L2Entry::Zero { host } => Layer::Zero { allocated: host.is_some() },
         L2Entry::Data { host, .. } => Layer::Data(host.at(geometry.offset_in_cluster(offset))),
-        L2Entry::Compressed(blob) => Layer::Compressed(geometry.cluster_of(offset), blob),
+        L2Entry::Compressed(blob) => Layer::Compressed(blob),
         L2Entry::Split { host, subclusters } => subclusters::layer(geometry, host, subclusters, offset),
     };
     driver.read_run(LayerRun { offset, len: buf.len() as u64, layer }, buf)

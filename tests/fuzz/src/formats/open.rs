@@ -47,7 +47,7 @@ pub fn open(image: &Arc<MemoryStorage>, how: &How<'_>) -> Result<Arc<Qcow2Driver
             Some(RawDriver::open(storage, RawOptions::default())?)
         }
     };
-    let caches = Caches::new(how.table_cache_len, [&header])?;
+    let caches = Caches::new(how.table_cache_len, 1 << 20, [&header])?;
     Qcow2Driver::open(Parts {
         image,
         header,
