@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use nbd_img_formats::storage::{CallClass, Fault, Faults, Storage};
 use nbd_img_formats::sync::Arc;
-use nbd_img_formats::{BlockDriver, Durability, Error, State};
+use nbd_img_formats::{BlockDriver, Durability, Error, GuestRange, State};
 use support::checker;
 use support::random::Random;
 use support::scene::{CLUSTER, SIZE, Scene, Storages};
@@ -423,12 +423,10 @@ fn survive(scene: &Scene, more: u64, seed: u64) -> bool {
     let mut refused = false;
     let name = format!("scene '{}', room for {more} more bytes", scene.name);
     for number in 0..12 {
-        let kind =
-            random.pick(&[Kind::WritePart, Kind::WriteCluster, Kind::WriteShared, Kind::Grow, Kind::Flush]);
-        let step = Step::random(kind, &mut random);
-        let writer = number + 1;
-        let change = journal.begin(step.units().start, step.units().end, writer, 1);
-        match step.carry_out(&*driver, writer) {
+        let kinds = [Kind::WritePart, Kind::WriteCluster, Kind::WriteShared, Kind::Grow, Kind::Flush];
+        let step = Step::random(random.pick(&kinds), &mut random);
+        let change = journal.begin(step.units().start, step.units().end, number + 1, 1);
+        match step.carry_out(&*driver, number + 1) {
             Ok(()) => journal.end(change, 2, true),
             Err(error) => {
                 // A flush may need room for tables that were only in memory.
@@ -486,15 +484,12 @@ fn the_end_of_a_device_is_survived() {
         assert!(content == journal.now(), "{name}");
         if full {
             // Giving something back makes room, for which whoever needs it commits by himself.
-            let free = nbd_img_formats::GuestRange::new(0, 16 * CLUSTER).unwrap();
-            driver.discard(free, Durability::Later).unwrap();
+            driver.discard(GuestRange::new(0, 16 * CLUSTER).unwrap(), Durability::Later).unwrap();
             if more % 2 == 0 {
                 driver.flush().unwrap();
             }
             let at = 66 * CLUSTER;
-            driver
-                .pwrite(at, &painted(at, CLUSTER, 999), Durability::Later)
-                .unwrap_or_else(|e| panic!("{name}: {e}"));
+            driver.pwrite(at, &painted(at, CLUSTER, 999), Durability::Later).unwrap();
         }
         driver.close().unwrap();
         let memory: Arc<dyn Storage> = memory;

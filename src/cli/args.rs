@@ -257,8 +257,7 @@ pub struct ListenArgs {
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = parse_seconds)]
     pub handshake_timeout: Duration,
 
-    /// Seconds that a TCP client may leave replies or the kernel's questions unanswered; 0 leaves it to the
-    /// kernel
+    /// Seconds that a TCP client may leave replies or the kernel's questions unanswered; 0: as the kernel has it
     #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = parse_seconds)]
     pub peer_timeout: Duration,
 

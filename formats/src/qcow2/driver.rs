@@ -5,7 +5,7 @@
 use super::bitmaps::{self, Bitmaps};
 use super::clusters::ClusterCache;
 use super::header::{Compression, Header};
-use super::map::{self, LayerRuns};
+use super::map;
 use super::parts::{self, Caches, Parts};
 use super::snapshots::{self, Snapshot};
 use super::tables::{ImageNumber, L1Table, TableCache, TableSlice};
@@ -260,13 +260,6 @@ impl BlockDriver for Qcow2Driver {
         let header = &self.header;
         let image = self.image();
         let text = |name: &Vec<u8>| String::from_utf8_lossy(name).into_owned();
-        let mut chain = Vec::new();
-        if let Some(backing) = &self.backing {
-            let mut below = backing.info()?;
-            let rest = std::mem::take(&mut below.chain);
-            chain.push(below);
-            chain.extend(rest);
-        }
         Ok(ImageInfo {
             path: image.facts().path.clone(),
             format: self.facts.format.to_string(),
@@ -283,7 +276,7 @@ impl BlockDriver for Qcow2Driver {
             backing_name: header.backing_name.as_ref().map(text),
             backing_format: header.extensions.backing_format.clone(),
             data_file_name: header.extensions.data_file_name.as_ref().map(text),
-            chain,
+            chain: parts::infos_below(self.backing.as_ref())?,
             snapshots: self.snapshots.iter().map(|snapshot| snapshot.info(header)).collect(),
             bitmaps: self.bitmaps.info(),
         })
@@ -301,21 +294,9 @@ impl BlockDriver for Qcow2Driver {
     /// layer it lies.
     fn read_slow(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         self.check_open()?;
-        let mut range = checked_range(self, offset, buf.len() as u64)?;
+        let range = checked_range(self, offset, buf.len() as u64)?;
         let _pin = self.writer.as_ref().map(Writer::pin);
-        let mut rest = buf;
-        let mut runs = LayerRuns::new();
-        while !range.is_empty() {
-            let covered = map::slice_runs(self, range, MapMode::Wait, &mut runs)?;
-            range = range.skip(covered);
-            for run in runs.drain(..) {
-                let len = usize::try_from(run.len).unwrap_or(usize::MAX).min(rest.len());
-                let (part, behind) = rest.split_at_mut(len);
-                rest = behind;
-                self.read_run(run, part)?;
-            }
-        }
-        Ok(())
+        self.read_layers(range, buf)
     }
 
     fn prepare_write(&self, range: GuestRange, mode: MapMode, plan: &mut WritePlan) -> Result<()> {

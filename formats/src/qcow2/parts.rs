@@ -6,6 +6,7 @@ use super::tables::{ImageNumber, TableCache};
 use super::write::options::WriteOptions;
 use crate::driver::{BlockDriver, Facts, Format};
 use crate::error::{Error, ErrorKind, Result};
+use crate::info::ImageInfo;
 use crate::storage::Storage;
 use crate::sync::Arc;
 
@@ -120,4 +121,12 @@ pub(super) fn flat_storages(
         return Err(Error::new(ErrorKind::Unsupported, "the chain has too many files"));
     }
     Ok(storages)
+}
+
+/// What is told of the images below, the next one first.
+pub(super) fn infos_below(backing: Option<&Arc<dyn BlockDriver>>) -> Result<Vec<ImageInfo>> {
+    let Some(backing) = backing else { return Ok(Vec::new()) };
+    let mut next = backing.info()?;
+    let rest = std::mem::take(&mut next.chain);
+    Ok([vec![next], rest].concat())
 }

@@ -3,14 +3,46 @@
 use super::clusters::{BlobPlace, Cluster};
 use super::compressed;
 use super::driver::Qcow2Driver;
-use super::map::{Layer, LayerRun};
+use super::map::{self, Layer, LayerRun, LayerRuns};
 use super::types::Blob;
-use crate::address::HostOffset;
+use crate::address::{GuestRange, HostOffset};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::read_exact;
 use crate::plan::MapMode;
 
 impl Qcow2Driver {
+    /// See [`BlockDriver::read_slow`](crate::BlockDriver::read_slow).
+    pub(super) fn read_layers(&self, range: GuestRange, buf: &mut [u8]) -> Result<()> {
+        let mut rest = buf;
+        self.each_run(range, MapMode::Wait, |run| {
+            let len = usize::try_from(run.len).unwrap_or(usize::MAX).min(rest.len());
+            let (part, behind) = std::mem::take(&mut rest).split_at_mut(len);
+            rest = behind;
+            self.read_run(run, part).map(|()| true)
+        })
+        .map(|_| ())
+    }
+
+    /// Calls `visit` for the runs of this layer until it says `false`; returns whether it never did.
+    pub(super) fn each_run(
+        &self,
+        mut range: GuestRange,
+        mode: MapMode,
+        mut visit: impl FnMut(LayerRun) -> Result<bool>,
+    ) -> Result<bool> {
+        let mut runs = LayerRuns::new();
+        while !range.is_empty() {
+            let covered = map::slice_runs(self, range, mode, &mut runs)?;
+            range = range.skip(covered);
+            for run in runs.drain(..) {
+                if !visit(run)? {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
     pub(super) fn read_run(&self, run: LayerRun, buf: &mut [u8]) -> Result<()> {
         match run.layer {
             Layer::Unallocated => self.read_backing(run.offset, buf),

@@ -6,7 +6,7 @@
 use super::clusters::BlobPlace;
 use super::compressed;
 use super::driver::Qcow2Driver;
-use super::map::{self, Layer, LayerRun, LayerRuns};
+use super::map::{Layer, LayerRun};
 use super::types::Blob;
 use crate::address::{GuestRange, HostOffset, HostRange};
 use crate::driver::{BlockDriver, Effort};
@@ -87,26 +87,6 @@ impl Qcow2Driver {
             Ok(true)
         })
         .map(|_| ())
-    }
-
-    /// Calls `visit` for the runs of this layer until it says `false`; returns whether it never did.
-    fn each_run(
-        &self,
-        mut range: GuestRange,
-        mode: MapMode,
-        mut visit: impl FnMut(LayerRun) -> Result<bool>,
-    ) -> Result<bool> {
-        let mut runs = LayerRuns::new();
-        while !range.is_empty() {
-            let covered = map::slice_runs(self, range, mode, &mut runs)?;
-            range = range.skip(covered);
-            for run in runs.drain(..) {
-                if !visit(run)? {
-                    return Ok(false);
-                }
-            }
-        }
-        Ok(true)
     }
 
     /// The part of a run that the backing file has, if there is any.
