@@ -74,15 +74,18 @@ fn all_at_once<const N: usize>(recorded: Recorded, changes: [Change; N]) {
     let content = &recorded.stage.scene.content;
     let mut got = vec![0; content.len()];
     recorded.stage.driver.pread(0, &mut got).unwrap();
-    let one_of = orders((0..N).collect()).into_iter().any(|order| {
-        let mut disk = content.clone();
-        order.into_iter().for_each(|index| changes[index].apply(&mut disk));
-        disk == got
-    });
-    assert!(one_of, "the disk is as no order of the changes makes it");
+    let is_one_of_the_orders = |seen: &[u8]| {
+        orders((0..N).collect()).into_iter().any(|order| {
+            let mut disk = content.clone();
+            order.into_iter().for_each(|index| changes[index].apply(&mut disk));
+            disk == seen
+        })
+    };
+    assert!(is_one_of_the_orders(&got), "the disk is as no order of the changes makes it");
     recorded.disk.assert_possible(&changes.map(Change::range));
     recorded.stage.driver.flush().unwrap();
-    assert!(recorded.disk.after_loss() == got, "lost after a flush");
+    // Calls that overlapped in time and place come in the order of their beginnings here, perhaps not in the file.
+    assert!(is_one_of_the_orders(&recorded.disk.after_loss()), "lost after a flush");
     recorded.stage.finish(0, &got);
 }
 

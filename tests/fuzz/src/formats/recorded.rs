@@ -89,7 +89,9 @@ impl Recorded {
 
     /// What the driver tells of them.
     pub fn check_status(&self, driver: &Qcow2Driver) {
-        for bitmap in self.bitmaps.iter().filter(|bitmap| bitmap.flags & IN_USE == 0) {
+        // A name that is no text cannot be asked for.
+        let is_text = |bitmap: &&Bitmap| !bitmap.name.contains(char::REPLACEMENT_CHARACTER);
+        for bitmap in self.bitmaps.iter().filter(is_text).filter(|bitmap| bitmap.flags & IN_USE == 0) {
             assert!(driver.offer_bitmap(&bitmap.name).unwrap(), "{} is not offered", bitmap.name);
             let mut bits = Vec::new();
             let range = GuestRange::new(0, driver.size()).unwrap();
