@@ -1,5 +1,5 @@
 //! Whole programs of others as clients: a storage migration by QEMU's mirror job while the disk is written to, libguestfs
-//! looking into the sample, and a captive server below libnbd's tools.
+//! looking into the sample, nbd-client's list, and a captive server below libnbd's tools.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[allow(dead_code)]
@@ -7,10 +7,11 @@ mod support;
 
 use std::fs::{self, File};
 
+use support::certificates::{self, Authority, SERVER};
 use support::client::{Client, Wishes};
 use support::rng::Rng;
-use support::server::Serve;
-use support::tools::{run, tool};
+use support::server::{Export, Serve, Server};
+use support::tools::{output, run, tool};
 use support::{assert_same, migration};
 
 #[test]
@@ -96,4 +97,30 @@ fn captive_below_nbdcopy() {
         .arg(support::testdata("sample.qcow2"))
         .arg(&expected));
     assert_same("the captive server", &fs::read(copy).unwrap(), &fs::read(expected).unwrap());
+}
+
+/// The program of the kernel's client lists exports; Debian's knows no TLS, so it is not told them where that is
+/// required.
+#[test]
+fn nbd_client_lists_exports() {
+    let folder = support::scratch("nbd-client");
+    let export = |name: &str| {
+        let file = folder.path().join(name);
+        File::create_new(&file).unwrap().set_len(1 << 20).unwrap();
+        Export { file, name: name.to_owned(), format: Some("raw".to_owned()), read_only: true }
+    };
+    let exports = vec![export("first"), export("second")];
+    let list = |server: &Server| {
+        let output = output(tool("nbd-client").arg("-l").arg("-unix").arg(server.socket()));
+        (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let server = Serve::exports(exports.clone()).start();
+    let (success, text) = list(&server);
+    assert!(success && text.ends_with("first\nsecond\n"), "{text}");
+    server.stop();
+    certificates::server_folder(folder.path(), &Authority::new("a CA"), SERVER);
+    let server = Serve::exports(exports).args(&["--tls-dir", folder.path().to_str().unwrap()]).start();
+    let (success, text) = list(&server);
+    assert!(!success && !text.contains("first"), "{text}");
+    server.stop();
 }

@@ -256,7 +256,8 @@ impl Model {
 }
 
 fn sequences() -> u32 {
-    std::env::var("PROPTEST_CASES").map_or(10_000, |cases| cases.parse().expect("PROPTEST_CASES is a number"))
+    std::env::var("PROPTEST_CASES")
+        .map_or(100_000, |cases| cases.parse().expect("PROPTEST_CASES is a number"))
 }
 
 proptest! {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// Program and Debian package.
-const PACKAGES: [(&str, &str); 25] = [
+const PACKAGES: [(&str, &str); 26] = [
     ("qemu-img", "qemu-utils"),
     ("qemu-io", "qemu-utils"),
     ("qemu-nbd", "qemu-utils"),
@@ -16,6 +16,7 @@ const PACKAGES: [(&str, &str); 25] = [
     ("nbdinfo", "libnbd-bin"),
     ("nbdfuse", "libnbd-bin"),
     ("nbdkit", "nbdkit"),
+    ("nbd-client", "nbd-client"),
     ("fio", "fio"),
     ("sh", "dash"),
     ("ldd", "libc-bin"),
