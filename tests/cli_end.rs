@@ -52,7 +52,7 @@ fn a_storm_of_signals_disturbs_nobody() {
         assert_eq!(client.read(512, 512), content[512..1024]);
     }
     client.disconnect();
-    logged(&server, "SIGHUP ignored");
+    server.wait_for_log("SIGHUP ignored");
     assert!(server.stderr().lines().count() < 10, "the signals filled the log: {}", server.stderr());
     let begin = Instant::now();
     server.signal(Signal::TERM);
@@ -75,24 +75,39 @@ fn a_client_that_does_not_read_cannot_hold_up_the_end() {
     assert_eq!(fs::read(&path).unwrap()[512..1024], [7; 512]);
 }
 
+/// Who starts a server for one client may ask it to end just when it does so by itself.
+#[test]
+fn a_signal_after_the_last_client_does_not_hurry_the_flush() {
+    let folder = scratch("end-asked");
+    let (path, _) = small_disk(folder.path());
+    let mut server = with_bad_syncs(&path, "delay_enter=2s", &["--exit-last", "--drain-timeout", "60"]);
+    let mut client = Client::unix(server.socket(), "", PLAIN);
+    client.write(0, &[1; 512]);
+    client.disconnect();
+    server.wait_for_log("the last client has gone");
+    server.signal(Signal::TERM);
+    server.wait_for_log("ending already");
+    assert_eq!(server.wait(PATIENCE).code(), Some(0), "{}", server.stderr());
+}
+
 /// Runs the server under strace, which makes its syncs go wrong in the way that `how` says; the server keeps its own
 /// process id.
-fn with_bad_syncs(image: &Path, how: &str) -> Server {
+fn with_bad_syncs(image: &Path, how: &str, args: &[&str]) -> Server {
     let inject = format!("inject=fdatasync,fsync:{how}");
     let wrapper =
         ["strace", "-D", "-f", "-q", "-o", "/dev/null", "-e", "trace=fdatasync,fsync", "-e", &inject];
-    Serve::image(image).format("raw").wrapper(&wrapper).args(&["--drain-timeout", "1"]).start()
+    Serve::image(image).format("raw").wrapper(&wrapper).args(args).start()
 }
 
 #[test]
 fn a_last_flush_that_fails_is_told_by_the_status() {
     let folder = scratch("flush-fails");
     let (path, _) = small_disk(folder.path());
-    let mut server = with_bad_syncs(&path, "error=EIO");
+    let mut server = with_bad_syncs(&path, "error=EIO", &["--drain-timeout", "1"]);
     Client::unix(server.socket(), "", PLAIN).write(0, &[1; 512]);
     server.signal(Signal::TERM);
     assert_eq!(server.wait(PATIENCE).code(), Some(3));
-    logged(&server, "cannot flush and close the image");
+    server.wait_for_log("cannot flush and close the image");
     assert!(!server.socket().exists());
 }
 
@@ -100,11 +115,11 @@ fn a_last_flush_that_fails_is_told_by_the_status() {
 fn a_last_flush_that_hangs_is_left_behind_after_the_drain_time() {
     let folder = scratch("flush-hangs");
     let (path, _) = small_disk(folder.path());
-    let mut server = with_bad_syncs(&path, "delay_enter=5s");
+    let mut server = with_bad_syncs(&path, "delay_enter=5s", &["--drain-timeout", "1"]);
     Client::unix(server.socket(), "", PLAIN).write(0, &[1; 512]);
     let begin = Instant::now();
     server.signal(Signal::TERM);
-    logged(&server, "was not flushed and closed in the drain time");
+    server.wait_for_log("was not flushed and closed in the drain time");
     // The kernel keeps a zombie until strace lets go of the thread that hangs, so the end is looked at, not waited for.
     let stat = format!("/proc/{}/stat", server.pid());
     while !fs::read_to_string(&stat).unwrap().contains(") Z ") {
@@ -206,14 +221,4 @@ fn exit_last_ends_after_the_last_real_client() {
     second.disconnect();
     assert_eq!(server.wait(PATIENCE).code(), Some(0));
     assert!(!server.socket().exists());
-}
-
-/// Waits until the server's log, which is read in another thread, says `text`.
-#[track_caller]
-fn logged(server: &Server, text: &str) {
-    let begin = Instant::now();
-    while !server.stderr().contains(text) {
-        assert!(begin.elapsed() < PATIENCE, "the log does not say {text:?}: {}", server.stderr());
-        thread::sleep(Duration::from_millis(5));
-    }
 }

@@ -120,10 +120,12 @@ pub async fn wait(signals: &mut Signals, clients: &Clients, ends: Ends) -> Reaso
 }
 
 /// Lets all sessions finish what they have received, then flushes and closes the images, all within
-/// `drain_timeout`; a second signal ends it at once. What is not done then is logged and left behind.
+/// `drain_timeout`. A second signal ends it at once; when `begun_for` is no signal, the first that comes asks only for
+/// what is being done. What is not done then is logged and left behind.
 pub async fn drain<'a>(
     shards: impl Iterator<Item = &'a Arc<Shards>>,
     drain_timeout: Duration,
+    begun_for: Reason,
     signals: &mut Signals,
 ) -> Outcome {
     let start = Instant::now();
@@ -135,6 +137,7 @@ pub async fn drain<'a>(
         ending.spawn(finish(Arc::clone(shards), sessions_deadline, deadline));
     }
     let mut outcome = Outcome::Clean;
+    let mut asked = begun_for != Reason::LastClient;
     // Each task keeps its own deadlines; this one is for a task that cannot.
     let overdue = deadline + drain_timeout / 4;
     loop {
@@ -149,8 +152,12 @@ pub async fn drain<'a>(
                 }
             },
             reason = signals.end() => {
-                tracing::warn!(%reason, "asked again: ending at once, images may not be flushed");
-                return Outcome::Forced;
+                if asked {
+                    tracing::warn!(%reason, "asked again: ending at once, images may not be flushed");
+                    return Outcome::Forced;
+                }
+                asked = true;
+                tracing::info!(%reason, "ending already");
             }
             () = sleep_until(overdue) => return Outcome::NotFlushed,
         }

@@ -212,7 +212,7 @@ async fn serve(
     // Closes the listening sockets and removes their files, so that a successor can start.
     accepting.shutdown().await;
     server.exports.drain();
-    let outcome = end::drain(server.exports.shards(), options.drain_timeout, &mut signals).await;
+    let outcome = end::drain(server.exports.shards(), options.drain_timeout, reason, &mut signals).await;
     server.clients.end_handshakes();
     drop(pid_file);
     Ok(outcome)
