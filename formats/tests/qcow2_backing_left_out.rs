@@ -6,7 +6,7 @@ mod qcow2_support;
 
 use std::path::PathBuf;
 
-use nbd_img_formats::open::{Backing, OpenOptions, open};
+use nbd_img_formats::open::{Backing, OpenOptions, SizeChange, open, resize};
 use nbd_img_formats::sync::Arc;
 use nbd_img_formats::{BlockDriver, Durability, ErrorKind, GuestRange, Provision, ZeroRequest};
 use qcow2_support::{Folder, qemu, qemu_bytes};
@@ -41,6 +41,11 @@ impl Rig {
     fn open(&self, backing: Backing, zeroes_as_qemu: bool) -> Arc<dyn BlockDriver> {
         let options = OpenOptions { writable: true, backing, zeroes_as_qemu, ..OpenOptions::default() };
         open(&self.image, &options).unwrap().driver
+    }
+
+    /// Shortens it, or makes it longer with zeroes where the base has something.
+    fn resize_with_qemu(&self, to: u64) {
+        qemu("qemu-img", ["resize", "-q", "--shrink", self.image.to_str().unwrap(), &to.to_string()]);
     }
 
     /// The disk as QEMU reads it over the base that the image names.
@@ -118,6 +123,44 @@ fn version_2_says_that_it_has_to_write() {
     assert!(!driver.facts().fast_zero);
     let refused = driver.write_zeroes(range(0, 64 * KIB), zeroes(Provision::Unmap, true)).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::WouldBeSlow);
+}
+
+/// A longer disk has no entries in its new part: what the base has there would come to light when it is back.
+#[test]
+fn it_does_not_become_longer_over_what_is_not_there() {
+    for options in ["cluster_size=64k", "cluster_size=64k,extended_l2=on"] {
+        let rig = Rig::new(options);
+        rig.resize_with_qemu(MIB);
+        let longer = 2 * MIB;
+        for backing in [Backing::None, Backing::Path(rig.folder.file("empty.raw"))] {
+            let driver = rig.open(backing.clone(), false);
+            let refused = driver.resize(longer).unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::InvalidInput);
+            assert!(refused.to_string().contains("without --backing"), "{refused}");
+            assert_eq!(driver.size(), MIB);
+            driver.resize(MIB / 2).unwrap();
+            assert_eq!(driver.resize(MIB).unwrap_err().kind(), ErrorKind::InvalidInput);
+            driver.close().unwrap();
+            rig.resize_with_qemu(MIB);
+            let offline = OpenOptions { backing, ..OpenOptions::default() };
+            let refused = resize(&rig.image, SizeChange::To(longer), false, &offline).unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::InvalidInput);
+        }
+        let driver = rig.open(Backing::Follow, false);
+        driver.resize(longer).unwrap();
+        driver.close().unwrap();
+        let disk = rig.read();
+        assert_eq!(disk.len() as u64, longer);
+        assert_all(options, &disk, (0, MIB / 2), BELOW);
+        assert_all(options, &disk, (MIB / 2, longer - MIB / 2), 0);
+    }
+    // Where the image names nothing there is nothing to come back.
+    let folder = Folder::new();
+    let image = folder.create("alone.qcow2", "", MIB);
+    let wanted = OpenOptions { writable: true, backing: Backing::None, ..OpenOptions::default() };
+    let driver = open(&image, &wanted).unwrap().driver;
+    driver.resize(2 * MIB).unwrap();
+    driver.close().unwrap();
 }
 
 /// On demand, zeroes are told by the allocation also in an image that names no backing file, and take no room, whatever

@@ -256,6 +256,7 @@ fn write_options(options: &OpenOptions) -> WriteOptions {
     WriteOptions {
         discard: options.discard,
         zeroes_as_qemu: options.zeroes_as_qemu,
+        foreign_backing: options.backing != Backing::Follow,
         compress: options.compress,
         ..WriteOptions::default()
     }

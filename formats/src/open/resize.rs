@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{Access, OpenOptions, chain, open_alone, probe_path};
+use super::{Access, Backing, OpenOptions, chain, open_alone, probe_path};
 use crate::address::HostOffset;
 use crate::driver::Format;
 use crate::error::{Error, ErrorKind, Result};
@@ -87,7 +87,7 @@ fn resize_qcow2(path: &Path, change: SizeChange, shrink: bool, options: &OpenOpt
     let chain::Top { image, below } = chain::open_top(path, options)?;
     let from = Header::load(&image)?.virtual_size;
     let to = change.target(from, shrink)?;
-    qcow2::resize(&image, below.as_ref(), to)?;
+    qcow2::resize(&image, below.as_ref(), options.backing != Backing::Follow, to)?;
     Ok(Resized { from, to })
 }
 

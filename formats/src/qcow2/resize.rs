@@ -32,15 +32,29 @@ const TABLE_CACHE_LEN: u64 = 4 << 20;
 
 /// Gives the disk of the image in `image` another size, a multiple of 512, and closes the storage, which must be
 /// writable and nobody else's. `backing` is what lies below. When it returns, all is durable.
-pub fn resize(image: &Arc<dyn Storage>, backing: Option<&Arc<dyn BlockDriver>>, size: u64) -> Result<()> {
-    change(image, backing, size).map_err(|e| e.with_path(&image.facts().path))
+/// `foreign`: that is not what the image names.
+pub fn resize(
+    image: &Arc<dyn Storage>,
+    backing: Option<&Arc<dyn BlockDriver>>,
+    foreign: bool,
+    size: u64,
+) -> Result<()> {
+    change(image, backing, foreign, size).map_err(|e| e.with_path(&image.facts().path))
 }
 
-fn change(image: &Arc<dyn Storage>, backing: Option<&Arc<dyn BlockDriver>>, size: u64) -> Result<()> {
+fn change(
+    image: &Arc<dyn Storage>,
+    backing: Option<&Arc<dyn BlockDriver>>,
+    foreign: bool,
+    size: u64,
+) -> Result<()> {
     let header = Header::load(image)?;
     let (snapshots, snapshots_len) = snapshots::load(image, &header)?;
     let resizer = Resizer { image, backing, snapshots: (&snapshots, snapshots_len), size };
     refuse(&header, &snapshots, size)?;
+    if size > header.virtual_size {
+        refuse_growth(&header, foreign)?;
+    }
     let header = match header.incompatible.contains(Incompatible::DIRTY) {
         true => {
             check::rebuild(image, &header, resizer.snapshots)?;
@@ -90,6 +104,17 @@ pub(super) fn refuse(header: &Header, snapshots: &[Snapshot], size: u64) -> Resu
         return Err(Error::new(ErrorKind::InvalidInput, text));
     }
     Ok(())
+}
+
+/// Fails if a longer disk would have bytes one day that it does not have now: its new part has no entries, and `foreign`
+/// says that what lies below is not what the image names.
+pub(super) fn refuse_growth(header: &Header, foreign: bool) -> Result<()> {
+    if !foreign || header.backing_name.is_none() {
+        return Ok(());
+    }
+    let text = "the image names a backing file, which may have bytes where the disk becomes longer: open it with that \
+                one (without --backing) to make it longer";
+    Err(Error::new(ErrorKind::InvalidInput, text))
 }
 
 struct Resizer<'a> {

@@ -18,7 +18,7 @@ use super::super::types::{Blob, GuestCluster, L2Entry};
 use super::allocator::Need;
 use super::meta::Meta;
 use super::{Writer, closed, commit, corrupt, satisfy, slow};
-use crate::address::{GuestRange, HostOffset};
+use crate::address::{GuestRange, HostOffset, HostRange};
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::MapMode;
 use crate::sync::Arc;
@@ -105,11 +105,12 @@ fn write_batch(
         }
     };
     let clusters: Vec<&[u8]> = buf.chunks(cluster_len).collect();
+    let end = offset + buf.len() as u64;
     let mut number = 0;
     while let Some(cluster) = clusters.get(number) {
         let at = offset + (number * cluster_len) as u64;
         let shrunk: Vec<&[u8]> = blobs.iter().skip(number).map_while(Option::as_deref).collect();
-        let stored = store(driver, writer, at, &shrunk)?;
+        let stored = store(driver, writer, at, end, &shrunk)?;
         if stored == 0 {
             slow::write_clusters(driver, writer, at, cluster)?;
         }
@@ -118,20 +119,34 @@ fn write_batch(
     Ok(())
 }
 
-/// Stores blobs of the clusters from `offset` on, and returns how many of them. 0: none can be, and the first
-/// cluster is to be written otherwise.
-fn store(driver: &Qcow2Driver, writer: &Arc<Writer>, offset: u64, blobs: &[&[u8]]) -> Result<usize> {
-    while !blobs.is_empty() {
+/// Stores blobs of the clusters from `offset` on, whose bytes end at `end`, and returns how many of them. 0: none can
+/// be, and the first cluster is to be written otherwise.
+fn store(
+    driver: &Qcow2Driver,
+    writer: &Arc<Writer>,
+    offset: u64,
+    end: u64,
+    blobs: &[&[u8]],
+) -> Result<usize> {
+    if blobs.is_empty() {
+        return Ok(0);
+    }
+    loop {
         commit::relieve(driver, writer)?;
         slow::own_table(driver, writer, offset)?;
         let Some(slice) = map::slice_at(driver, offset, MapMode::Wait)? else { continue };
         let mut run = Run { driver, writer, slice, held: false, blobs: Vec::new(), stretches: Vec::new() };
-        match run.gather(offset, blobs)? {
+        match run.gather(offset, end, blobs)? {
+            Some(Stop::Otherwise) => return Ok(0),
             // Entries that are not compressed can name more of a file.
-            Some(Need::NoSpace) => return Ok(0),
-            Some(need) => {
+            Some(Stop::Need(Need::NoSpace)) => return Ok(0),
+            Some(Stop::Need(need)) => {
                 drop(run);
                 satisfy(driver, writer, need)?;
+            }
+            Some(Stop::Fault(what)) => {
+                drop(run);
+                return Err(corrupt(driver, writer, what));
             }
             // Somebody has changed the table meanwhile.
             None if run.blobs.is_empty() => {}
@@ -141,7 +156,6 @@ fn store(driver: &Qcow2Driver, writer: &Arc<Writer>, offset: u64, blobs: &[&[u8]
             }
         }
     }
-    Ok(0)
 }
 
 /// Why a run ends.
@@ -150,6 +164,8 @@ enum Stop {
     Need(Need),
     /// The next entry makes no sense.
     Fault(&'static str),
+    /// The next one is not written as a whole: the disk has become longer since it was, with the last part of it.
+    Otherwise,
 }
 
 /// Clusters that are claimed, and blobs with places for them. What is not published is given back.
@@ -165,8 +181,8 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Claims what can be had now. What has to be done before anything can: see the result.
-    fn gather(&mut self, offset: u64, blobs: &[&[u8]]) -> Result<Option<Need>> {
+    /// Claims what can be had now. What keeps it from having anything, or makes no sense: see the result.
+    fn gather(&mut self, offset: u64, end: u64, blobs: &[&[u8]]) -> Result<Option<Stop>> {
         let (driver, writer, geometry) = (self.driver, self.writer, self.driver.geometry());
         let first = geometry.cluster_of(offset);
         let key = SliceKey { image: driver.number(), slice: geometry.slice_of(offset) };
@@ -181,21 +197,19 @@ impl Run<'_> {
             if meta.claims.contains(&cluster) {
                 break;
             }
-            stopped = self.claim(&mut meta, cluster, blob).err();
+            let start = cluster.0 * geometry.cluster_len();
+            let piece = GuestRange::new(start, geometry.cluster_len().min(end.saturating_sub(start)));
+            stopped = match piece.filter(|piece| slow::is_whole(driver, *piece, geometry.cluster_len())) {
+                Some(_) => self.claim(&mut meta, cluster, blob).err(),
+                None => Some(Stop::Otherwise),
+            };
             if stopped.is_some() {
                 break;
             }
         }
         meta.allocator.align_packing(self.unit());
-        match stopped {
-            Some(Stop::Fault(what)) => {
-                drop(meta);
-                Err(corrupt(driver, writer, what))
-            }
-            // What there is comes first.
-            Some(Stop::Need(need)) if self.blobs.is_empty() => Ok(Some(need)),
-            Some(Stop::Need(_)) | None => Ok(None),
-        }
+        // What there is comes first.
+        Ok(stopped.filter(|stop| self.blobs.is_empty() || matches!(stop, Stop::Fault(_))))
     }
 
     /// A place for the blob of one cluster, which nobody has a claim on.
@@ -240,8 +254,19 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// Where the refcounts of the file are wrong, room that counted as free may have held blobs that somebody has read:
+    /// they are not found in the place of these.
+    fn forget_content(&self) {
+        for (at, stretch) in &self.stretches {
+            if let Some(range) = HostRange::new(*at, stretch.len() as u64) {
+                self.driver.clusters().forget(self.driver.number(), range);
+            }
+        }
+    }
+
     /// Maps the clusters; returns how many.
     fn publish(mut self) -> Result<usize> {
+        self.forget_content();
         let mut meta = self.writer.lock();
         if !self.writer.accepts(&meta) {
             drop(meta);

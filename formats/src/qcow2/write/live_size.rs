@@ -7,7 +7,7 @@
 //! in memory; then nothing behind it is mapped any more.
 
 use super::super::driver::Qcow2Driver;
-use super::super::resize::{L1_POINTER_AT, SIZE_AT, refuse};
+use super::super::resize::{L1_POINTER_AT, SIZE_AT, refuse, refuse_growth};
 use super::super::types::HostCluster;
 use super::meta::Content;
 use super::metadata_map::Kind;
@@ -33,6 +33,8 @@ pub fn change(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<(
     let _resizing = writer.resizing.lock();
     let old_size = driver.size();
     if size > old_size {
+        let foreign = writer.options.foreign_backing || driver.backing().is_none();
+        refuse_growth(header, foreign)?;
         grow(driver, writer, size)
     } else if size < old_size {
         shrink(driver, writer, old_size, size)

@@ -15,6 +15,9 @@ pub struct WriteOptions {
     /// where that changes nothing that can be read, and without room also where they are to have some. Not in version 2,
     /// which has no marks.
     pub zeroes_as_qemu: bool,
+    /// Whether the image was opened over another backing file than the one that it names, or over none. Whoever opens it
+    /// next may see that one's bytes where the image has nothing.
+    pub foreign_backing: bool,
     /// So many bytes of changed metadata in memory start a commit. What is changed while one is under
     /// way comes on top.
     pub dirty_len_max: u64,
@@ -24,6 +27,12 @@ pub struct WriteOptions {
 
 impl Default for WriteOptions {
     fn default() -> Self {
-        WriteOptions { discard: true, zeroes_as_qemu: false, dirty_len_max: DIRTY_LEN_MAX, compress: None }
+        WriteOptions {
+            discard: true,
+            zeroes_as_qemu: false,
+            foreign_backing: false,
+            dirty_len_max: DIRTY_LEN_MAX,
+            compress: None,
+        }
     }
 }
