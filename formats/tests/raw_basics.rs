@@ -133,6 +133,13 @@ fn holes_of_the_file_are_holes_of_the_disk() {
     })
     .unwrap();
     assert_eq!(first, [(4096, data)]);
+    // What was data is a hole when the file was shorter in between.
+    disk.pwrite(0, &[1; 256 << 10], Durability::Later).unwrap();
+    // The second time the file need not be asked any more.
+    assert_eq!([runs()[0], runs()[0]], [(256 << 10, data); 2]);
+    disk.resize(65536).unwrap();
+    disk.resize(1 << 20).unwrap();
+    assert_eq!(runs(), [(65536, data), ((1 << 20) - 65536, hole)]);
     disk.status(StatusQuery::Depth, range(0, 4096), &mut |_, status| {
         assert_eq!(status, Status::Depth(1));
         ControlFlow::Continue(())
@@ -182,6 +189,9 @@ fn a_file_that_others_change_is_followed_and_not_cut_off() {
     disk.pread(0, &mut buf).unwrap();
     assert_eq!((&buf[..5000], &buf[5000..]), ([8; 5000].as_slice(), [0; 120].as_slice()));
     fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(512).unwrap();
+    // What was cut off does not become zeroes by a size between.
+    assert_eq!(disk.resize(1024).unwrap_err().kind(), ErrorKind::Io);
+    assert_eq!((disk.size(), fs::metadata(&path).unwrap().len()), (5120, 512));
     disk.resize(disk.stored_size().unwrap()).unwrap();
     assert_eq!(disk.size(), 512);
     disk.pread(0, &mut buf[..512]).unwrap();

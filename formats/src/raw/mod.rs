@@ -158,6 +158,8 @@ impl RawDriver {
             return Ok(());
         }
         let old_end = self.data_end();
+        // Nor would this make up for what was lost: see `extend`.
+        self.checked_len(size.min(old_end))?;
         self.size.store(size, Ordering::Release);
         self.data_end.store(size.min(old_end), Ordering::Release);
         let fail = |e| storage_error(storage, "cannot make the file shorter", HostOffset(size), e);

@@ -374,7 +374,9 @@ impl Storage for FileStorage {
         match self.facts.kind {
             StorageKind::File | StorageKind::Memory => {
                 let _guard = self.direct.as_ref().map(Direct::lock_len);
-                Ok(retry(|| rustix::fs::ftruncate(&self.file, len))?)
+                let result = retry(|| rustix::fs::ftruncate(&self.file, len));
+                self.known_data.forget(HostRange::new(HostOffset(len), u64::MAX - len).unwrap_or_default());
+                Ok(result?)
             }
             StorageKind::BlockDevice if self.len()? == len => Ok(()),
             StorageKind::BlockDevice => Err(Errno::OPNOTSUPP.into()),
