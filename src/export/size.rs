@@ -127,7 +127,13 @@ impl Export {
                 "the export is read-only, so its disk keeps its size",
             ));
         }
-        let _changing = self.size.changing.lock();
+        // Nobody waits here: the threads are also those of writes and flushes.
+        let Some(_changing) = self.size.changing.try_lock() else {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "the disk's size is being changed already; try later",
+            ));
+        };
         let from = self.driver.size();
         let to = match change {
             Some(change) => change.target(from, shrink)?,
@@ -144,7 +150,8 @@ impl Export {
         }
         let resized = if to == from { Ok(()) } else { self.driver.resize(to) };
         if let Err(error) = resized {
-            self.size.set(old_size);
+            // Of a raw file that lost its end and could not be synced, it is no longer the old one.
+            self.size.set(window(&self.spec, self.driver.size()).map_or(size, |(_, size)| size));
             return Err(error);
         }
         self.size.set(size);
