@@ -86,6 +86,7 @@ impl Export {
                 "the format was found by probing; state it with --format to be safe"
             );
         }
+        warn_of_rounding(spec);
         if spec.is_per_client() {
             Self::template(spec, opened.driver, opened.probed)
         } else {
@@ -313,22 +314,30 @@ pub fn provision(no_hole: bool) -> Provision {
     if no_hole { Provision::Allocate } else { Provision::Unmap }
 }
 
-/// Offset and size of the export within an image of `disk` bytes (design: rounded down to a sector
-/// where they were stated, and it says so; never cut off silently).
-fn window(spec: &ExportSpec, disk: u64) -> Result<(u64, u64)> {
-    let round = |what: &'static str, stated: u64| {
-        let rounded = if spec.exact_window { stated } else { stated - stated % SECTOR_LEN };
+/// An offset or a size that was stated, as it is served.
+fn rounded(spec: &ExportSpec, stated: u64) -> u64 {
+    if spec.exact_window { stated } else { stated - stated % SECTOR_LEN }
+}
+
+fn warn_of_rounding(spec: &ExportSpec) {
+    for (what, stated) in [("offset", spec.offset), ("size", spec.size.unwrap_or(0))] {
+        let rounded = rounded(spec, stated);
         if rounded != stated {
             tracing::warn!(export = %spec.name.escape_debug(), stated, rounded, "--{what} is rounded down to whole sectors");
         }
-        rounded
-    };
+    }
+}
+
+/// Offset and size of the export within an image of `disk` bytes (design: rounded down to a sector
+/// where they were stated, and it says so; never cut off silently).
+fn window(spec: &ExportSpec, disk: u64) -> Result<(u64, u64)> {
+    let round = |stated| rounded(spec, stated);
     let fail = |text: String| Err(Error::new(ErrorKind::InvalidInput, text).with_path(&spec.path));
-    let offset = round("offset", spec.offset);
+    let offset = round(spec.offset);
     let Some(rest) = disk.checked_sub(offset) else {
         return fail(format!("--offset {offset} lies beyond the end of the disk of {disk} bytes"));
     };
-    match spec.size.map(|size| round("size", size)) {
+    match spec.size.map(round) {
         None => Ok((offset, rest)),
         Some(size) if size <= rest => Ok((offset, size)),
         Some(size) => fail(format!(

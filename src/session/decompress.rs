@@ -15,8 +15,13 @@ use super::engine::Session;
 use super::pending::{Pending, Work};
 use crate::nbd::request::Request;
 
-/// The least that one thread is woken for, as long as there is more: a cluster of the usual length, 0.1 ms.
-const JOB_LEN_MIN: u64 = 64 << 10;
+/// Shorter clusters are decompressed together up to this length of them, so that a thread is woken for something: a
+/// cluster of the usual length, 0.1 ms.
+const JOB_LEN: u64 = 64 << 10;
+
+/// Parts of the cache that one client's reads may be waiting for, each as long as one may be: half of all. What is more is
+/// decompressed as it is read, rather than into a cache that has lost it when it is wanted. Our choice.
+const WAITING_MAX: u64 = 4;
 
 /// Bytes that a client has under way with which it keeps all cores busy itself. Our choice.
 const BUSY_LEN: u64 = 1 << 20;
@@ -45,7 +50,9 @@ impl Session {
     /// it.
     pub(super) fn await_decompressed(&mut self, request: Request, range: GuestRange) -> bool {
         let driver = Arc::clone(self.cell.export.driver());
-        if range.len() > driver.warm_len_max() {
+        let waiting_len = self.cell.pending.borrow().asked_len().saturating_add(range.len());
+        let warm_len = driver.warm_len_max();
+        if range.len() > warm_len || waiting_len > warm_len.saturating_mul(WAITING_MAX) {
             return false;
         }
         let jobs = jobs(&driver, &self.read_plan, range);
@@ -66,7 +73,7 @@ impl Session {
 
 /// Whether the plan has compressed pieces.
 fn has_compressed(plan: &ReadPlan) -> bool {
-    plan.pieces.iter().any(|piece| piece.place == Place::Slow(SlowReason::Compressed))
+    plan.pieces.iter().any(is_compressed)
 }
 
 /// Whether the last compressed piece of a plan for `range` is decompressed, if it has any. Clusters are
@@ -75,29 +82,41 @@ pub(super) fn is_decompressed(driver: &Arc<dyn BlockDriver>, plan: &ReadPlan, ra
     let mut end = range.end();
     for piece in plan.pieces.iter().rev() {
         end -= piece.len.min(end);
-        if piece.place == Place::Slow(SlowReason::Compressed) {
+        if is_compressed(piece) {
             return is_there(driver, end);
         }
     }
     true
 }
 
+/// How many of a plan's compressed pieces, each of a cluster, are for one thread. All of a cluster is decompressed of
+/// which a piece has some, so the longest one stands for all.
+fn clusters_per_job(plan: &ReadPlan) -> u64 {
+    let longest = plan.pieces.iter().filter(|piece| is_compressed(piece)).map(|piece| piece.len).max();
+    (JOB_LEN / longest.unwrap_or(JOB_LEN).max(1)).max(1)
+}
+
+fn is_compressed(piece: &Piece) -> bool {
+    piece.place == Place::Slow(SlowReason::Compressed)
+}
+
 /// Joins compressed pieces that touch up to what is worth a thread, and a buffer of its own.
 pub(super) fn join_compressed(plan: &mut ReadPlan) {
+    let clusters_max = clusters_per_job(plan);
     if !has_compressed(plan) {
         return;
     }
-    let is_compressed = |piece: &Piece| piece.place == Place::Slow(SlowReason::Compressed);
     let pieces = std::mem::take(&mut plan.pieces);
     let mut open: Option<Piece> = None;
+    let mut clusters = 0;
     for piece in pieces.iter() {
         match &mut open {
-            Some(last)
-                if is_compressed(last) && is_compressed(piece) && last.len + piece.len <= JOB_LEN_MIN =>
-            {
+            Some(last) if is_compressed(last) && is_compressed(piece) && clusters < clusters_max => {
                 last.len += piece.len;
+                clusters += 1;
             }
             Some(_) | None => {
+                clusters = 1;
                 if let Some(last) = open.replace(*piece) {
                     plan.pieces.push(last);
                 }
@@ -113,20 +132,23 @@ pub(super) fn join_compressed(plan: &mut ReadPlan) {
 /// what is worth a thread.
 fn jobs(driver: &Arc<dyn BlockDriver>, plan: &ReadPlan, range: GuestRange) -> SmallVec<[GuestRange; 4]> {
     let mut jobs: SmallVec<[GuestRange; 4]> = SmallVec::new();
+    let (clusters_max, mut clusters) = (clusters_per_job(plan), 0);
     let mut at = range.offset();
     for piece in plan.pieces.iter() {
         let offset = at;
         at += piece.len;
-        if piece.place != Place::Slow(SlowReason::Compressed) || is_there(driver, offset) {
+        if !is_compressed(piece) || is_there(driver, offset) {
             continue;
         }
         if let Some(last) = jobs.last_mut()
             && last.end() == offset
-            && last.len() + piece.len <= JOB_LEN_MIN
+            && clusters < clusters_max
             && let Some(joined) = GuestRange::new(last.offset(), last.len() + piece.len)
         {
             *last = joined;
+            clusters += 1;
         } else {
+            clusters = 1;
             jobs.extend(GuestRange::new(offset, piece.len));
         }
     }
@@ -141,25 +163,34 @@ fn is_there(driver: &Arc<dyn BlockDriver>, offset: u64) -> bool {
 mod tests {
     use super::*;
 
-    #[test]
-    fn compressed_pieces_are_joined_up_to_a_jobs_length_and_others_stay() {
-        let (compressed, zero) = (Place::Slow(SlowReason::Compressed), Place::Zero { allocated: false });
+    const COMPRESSED: Place = Place::Slow(SlowReason::Compressed);
+    const ZERO: Place = Place::Zero { allocated: false };
+
+    fn joined(pieces: &[(u64, Place)]) -> Vec<(u64, Place)> {
         let mut plan = ReadPlan::default();
-        let small = [(4096, compressed); 20];
-        for (len, place) in small.into_iter().chain([
-            (100, zero),
-            (4096, compressed),
-            (2 << 20, compressed),
-            (512, compressed),
-        ]) {
-            plan.pieces.push(Piece { len, place, depth: 1 });
+        for (len, place) in pieces {
+            plan.pieces.push(Piece { len: *len, place: *place, depth: 1 });
         }
         let covered_len = plan.pieces.covered_len();
         join_compressed(&mut plan);
         assert_eq!(plan.pieces.covered_len(), covered_len);
-        let got: Vec<_> = plan.pieces.iter().map(|piece| (piece.len, piece.place)).collect();
-        let joined = [(16 * 4096, compressed), (4 * 4096, compressed), (100, zero)];
-        let apart = [(4096, compressed), (2 << 20, compressed), (512, compressed)];
-        assert_eq!(got, [joined, apart].concat());
+        plan.pieces.iter().map(|piece| (piece.len, piece.place)).collect()
+    }
+
+    #[test]
+    fn small_clusters_are_joined_up_to_a_jobs_length_and_others_stay() {
+        let small = [(512, COMPRESSED)].into_iter().chain([(4096, COMPRESSED); 20]).chain([(100, ZERO)]);
+        let pieces: Vec<_> = small.chain([(4096, COMPRESSED); 2]).collect();
+        let want =
+            [(512 + 15 * 4096, COMPRESSED), (5 * 4096, COMPRESSED), (100, ZERO), (2 * 4096, COMPRESSED)];
+        assert_eq!(joined(&pieces), want);
+    }
+
+    #[test]
+    fn parts_of_large_clusters_are_for_a_thread_each() {
+        let pieces = [(4096, COMPRESSED), (60 << 10, COMPRESSED), (512, COMPRESSED), (100, ZERO)];
+        assert_eq!(joined(&pieces), pieces);
+        let pieces = [(4096, COMPRESSED), (2 << 20, COMPRESSED), (512, COMPRESSED)];
+        assert_eq!(joined(&pieces), pieces);
     }
 }

@@ -296,11 +296,21 @@ impl Session {
 
     /// Answers what is still worked on, for a client that only sends no more.
     async fn answer_the_rest(&mut self) -> Result<(), End> {
-        self.shard.submit_held();
         loop {
             self.answer_ready().await?;
+            // Served anew, which may have them wait once more.
+            for request in std::mem::take(&mut self.arrived) {
+                self.read_arrived(request).await?;
+            }
+            self.shard.submit_held();
             self.send_all().await?;
-            if self.cell.pending.borrow().is_empty() || self.socket.get_ref().has_hung_up() {
+            if self.socket.get_ref().has_hung_up() {
+                return Ok(());
+            }
+            if !self.cell.ready.borrow().is_empty() {
+                continue;
+            }
+            if self.cell.pending.borrow().is_empty() {
                 return Ok(());
             }
             self.cell.wake.notified().await;

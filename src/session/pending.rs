@@ -157,7 +157,8 @@ impl PendingSlots {
 
     /// Bytes that the waiting requests ask for.
     pub fn asked_len(&self) -> u64 {
-        self.slots.iter().flatten().map(|pending| pending.request.len).sum()
+        // Clients choose the lengths of requests that carry nothing.
+        self.slots.iter().flatten().fold(0, |all, pending| all.saturating_add(pending.request.len))
     }
 
     /// Puts a request into a free slot.

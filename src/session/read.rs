@@ -58,6 +58,7 @@ impl Session {
         };
         let framing = self.framing(&request);
         if let Err(error) = self.plan_read(range, framing) {
+            self.read_plan.reset();
             return self.reply_error(&request, &error).await;
         }
         let runs = runs_of(&self.read_plan);
@@ -361,6 +362,7 @@ impl Session {
         last: bool,
     ) -> Result<Result<(), Error>, End> {
         if let Err(error) = self.plan_read(slice, framing) {
+            self.read_plan.reset();
             return Ok(Err(error));
         }
         self.ahead.note(slice);

@@ -169,7 +169,11 @@ impl ClusterCache {
         let mut bytes = Vec::new();
         let mut state = self.state.lock();
         loop {
-            while state.len.saturating_add(len) > self.budget_len
+            // What is larger than the budget comes when nobody else makes one, and not at the cost of what is kept
+            // before that.
+            let may_come = len <= self.budget_len || state.making == 0;
+            while may_come
+                && state.len.saturating_add(len) > self.budget_len
                 && let Some((place, cluster)) = state.clusters.pop_lru()
             {
                 state.let_go(place, cluster.len());
@@ -183,6 +187,8 @@ impl ClusterCache {
             if state.len.saturating_add(len) <= self.budget_len || state.making == 0 {
                 break;
             }
+            // Not counted while it waits.
+            bytes = Vec::new();
             self.freed.wait(&mut state);
         }
         state.len += len;
