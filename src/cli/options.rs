@@ -201,8 +201,8 @@ fn refuse_flags(image: &ImageArgs) -> Result<(), String> {
 
 fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
     let about = |text: &str| format!("{}: {text}", shown(&path));
-    let name = image.export_name.unwrap_or_default();
-    let description = image.description.unwrap_or_default();
+    let name = image.export_name.clone().unwrap_or_default();
+    let description = image.description.clone().unwrap_or_default();
     for (what, text) in [("export name", &name), ("description", &description)] {
         if text.len() > PROTOCOL_STRING_MAX_LEN {
             return Err(about(&format!(
@@ -213,22 +213,7 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
             return Err(about(&format!("the {what} contains a zero byte")));
         }
     }
-    if image.temporary.is_some() && image.read_only {
-        return Err(about("--temporary takes writes; without it --read-only refuses them"));
-    }
-    if image.temporary_dir.is_some() && image.temporary.is_none() {
-        return Err(about("--temporary-dir is about --temporary, which is missing"));
-    }
-    if image.force_share && !image.read_only && image.temporary.is_none() {
-        return Err(about("--force-share only reads; add --read-only"));
-    }
-    if image.compress.is_some()
-        && (image.read_only || image.load_snapshot.is_some() || image.temporary.is_some())
-    {
-        return Err(about(
-            "--compress is about writes to the image: it goes neither with --read-only and --load-snapshot nor with --temporary",
-        ));
-    }
+    check_combination(&image).map_err(about)?;
     let cache = image.cache.map(Into::into).unwrap_or_default();
     let format = image.format.map(Format::from);
     let defaults = OpenOptions::default();
@@ -269,6 +254,26 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
         return Err(about("mmap-raw reads through the page cache; use --cache writeback or writethrough"));
     }
     Ok(spec)
+}
+
+/// Flags of one image that do not go together.
+fn check_combination(image: &ImageArgs) -> Result<(), &'static str> {
+    if image.temporary.is_some() && image.read_only {
+        return Err("--temporary takes writes; without it --read-only refuses them");
+    }
+    if image.temporary_dir.is_some() && image.temporary.is_none() {
+        return Err("--temporary-dir is about --temporary, which is missing");
+    }
+    if image.force_share && !image.read_only && image.temporary.is_none() {
+        return Err("--force-share only reads; add --read-only");
+    }
+    let kept = !image.read_only && image.load_snapshot.is_none() && image.temporary.is_none();
+    if image.compress.is_some() && !kept {
+        return Err(
+            "--compress is about writes to the image: it goes neither with --read-only and --load-snapshot nor with --temporary",
+        );
+    }
+    Ok(())
 }
 
 /// Every bitmap once; its context's name must be a string of the protocol.
