@@ -164,7 +164,7 @@ fn the_oldest_of_too_many_silent_ones_give_way() {
     raise_file_limit();
     let (_folder, mut server) = with_file_limit("evict", "-n 600");
     let mut silent: Vec<_> = (0..700).map(|_| UnixStream::connect(server.socket()).unwrap()).collect();
-    logged(&server, "the oldest is closed");
+    server.wait_for_log("the oldest is closed");
     let mut client = Client::unix(server.socket(), "", PLAIN);
     assert_eq!(client.read(0, 512), [5; 512]);
     silent[0].set_read_timeout(Some(Duration::from_secs(60))).unwrap();
@@ -200,20 +200,6 @@ fn who_does_not_negotiate_in_time_is_closed() {
     server.stop();
 }
 
-/// Waits until the server's log says `text`.
-#[track_caller]
-fn logged(server: &Server, text: &str) {
-    let begin = Instant::now();
-    while !server.stderr().contains(text) {
-        assert!(
-            begin.elapsed() < Duration::from_secs(10),
-            "the log does not say {text:?}: {}",
-            server.stderr()
-        );
-        thread::sleep(Duration::from_millis(5));
-    }
-}
-
 /// Sends GO and gives the type and data of the first answer.
 fn go(stream: &mut (impl Read + Write)) -> (u32, Vec<u8>) {
     stream.write_all(&[0, 0, 0, 3]).unwrap();
@@ -233,7 +219,7 @@ fn more_than_max_connections_are_refused_with_a_text() {
         assert!(String::from_utf8(text).unwrap().contains("--max-connections"));
     }
     assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
-    logged(&server, "clients refused");
+    server.wait_for_log("clients refused");
     assert_eq!(server.stderr().matches("clients refused").count(), 1, "{}", server.stderr());
     assert_eq!(second.read(0, 512), [5; 512]);
 
@@ -276,7 +262,7 @@ fn without_descriptors_a_good_client_still_gets_through() {
         assert_eq!(client.read(0, 512), [5; 512]);
         client.disconnect();
     }
-    logged(&server, "ulimit -Hn");
+    server.wait_for_log("ulimit -Hn");
     server.assert_alive();
     drop(silent);
     // So many sessions that descriptors run out: the server must not spin, and serve again when they are gone.

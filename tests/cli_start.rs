@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use support::client::{Client, Wishes, go_data, greet, option_bytes, read_option_reply};
 use support::images::{SMALL_DISK_LEN, small_disk};
-use support::server::{Serve, Server};
+use support::server::Serve;
 use support::tools::{output, run, tool};
 use support::wire::{option, option_reply};
 use support::{assert_same, scratch};
@@ -275,19 +275,9 @@ fn rounding_down_is_said() {
     let (path, _) = small_disk(folder.path());
     let server = Serve::image(&path).format("raw").args(&["--offset", "1000", "--size", "2000"]).start();
     assert_eq!(Client::unix(server.socket(), "", PLAIN).read_all().len(), 1536);
-    logged(&server, "stated=1000 rounded=512");
-    logged(&server, "stated=2000 rounded=1536");
+    server.wait_for_log("stated=1000 rounded=512");
+    server.wait_for_log("stated=2000 rounded=1536");
     server.stop();
-}
-
-/// Waits until the server's log, which is read in another thread, says `text`.
-#[track_caller]
-fn logged(server: &Server, text: &str) {
-    let begin = Instant::now();
-    while !server.stderr().contains(text) {
-        assert!(begin.elapsed() < PATIENCE, "the log does not say {text:?}: {}", server.stderr());
-        thread::sleep(Duration::from_millis(5));
-    }
 }
 
 #[test]

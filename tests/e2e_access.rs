@@ -11,8 +11,6 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::thread::sleep;
-use std::time::{Duration, Instant};
 
 use rcgen::{CertificateParams, DistinguishedName, DnType, DnValue, SanType};
 use support::certificates::{Authority, CLIENT, SERVER, client_folder, server_folder};
@@ -108,16 +106,6 @@ fn may(stream: &mut (impl Read + Write), name: &str) -> May {
         Err(error) => panic!("{name}: {error:#x}"),
         Ok(flags) if flags & transmission::READ_ONLY != 0 => May::Read,
         Ok(_) => May::Write,
-    }
-}
-
-/// The log comes through a pipe, a little later.
-#[track_caller]
-fn wait_for_log(server: &Server, text: &str) {
-    let begin = Instant::now();
-    while !server.stderr().contains(text) {
-        assert!(begin.elapsed() < Duration::from_secs(10), "{text} is not in {}", server.stderr());
-        sleep(Duration::from_millis(10));
     }
 }
 
@@ -284,8 +272,8 @@ fn what_one_may_not_see_is_like_what_is_not_there() {
     let mut stream = greet(server.socket());
     say_hello(&mut stream);
     assert_eq!(may(&mut stream, ""), May::Write);
-    wait_for_log(&server, "no --access rule lets them see count=1 peer=unix pid");
-    wait_for_log(&server, "export=hidden");
+    server.wait_for_log("no --access rule lets them see count=1 peer=unix pid");
+    server.wait_for_log("export=hidden");
     server.stop();
 
     // The only export, asked for as the default.
@@ -431,8 +419,8 @@ fn certificates_say_who_it_is() {
         assert_eq!(read_only.status.code(), want, "{}", String::from_utf8_lossy(&read_only.stderr));
     }
     // In the certificate's order, as QEMU would log it.
-    wait_for_log(&server, "tls-subject=C=GB,O=Example\\, Inc.,CN=\\+backup \\<\\\"1\\\"\\>\\; \\\\");
-    wait_for_log(&server, "tls-subject=C=GB,O=Example\\, Inc.,CN=backup");
+    server.wait_for_log("tls-subject=C=GB,O=Example\\, Inc.,CN=\\+backup \\<\\\"1\\\"\\>\\; \\\\");
+    server.wait_for_log("tls-subject=C=GB,O=Example\\, Inc.,CN=backup");
     server.stop();
 }
 

@@ -77,15 +77,6 @@ fn uri(server: &Server, user: &str, keys: &Path) -> String {
     format!("nbds+unix://{user}@/?socket={}&tls-psk-file={}", server.socket().display(), keys.display())
 }
 
-#[track_caller]
-fn wait_for_log(server: &Server, text: &str) {
-    let begin = Instant::now();
-    while !server.stderr().contains(text) {
-        assert!(begin.elapsed() < Duration::from_secs(30), "{text} is not in {}", server.stderr());
-        sleep(Duration::from_millis(20));
-    }
-}
-
 #[test]
 fn libnbd_reads_and_writes_under_both_versions() {
     let rig = Rig::new("psk-libnbd");
@@ -96,7 +87,7 @@ fn libnbd_reads_and_writes_under_both_versions() {
         let info = run(rig.with_version("nbdinfo", version).args(["--json", &uri]));
         let info: serde_json::Value = serde_json::from_slice(&info).unwrap();
         assert_eq!(info["TLS"], true, "{info}");
-        wait_for_log(&server, &format!("psk=alice version=\"TLSv{version}\""));
+        server.wait_for_log(&format!("psk=alice version=\"TLSv{version}\""));
         let copy = rig.path("copy");
         run(rig.with_version("nbdcopy", version).arg(&uri).arg(&copy));
         assert_same("from us", &fs::read(&copy).unwrap(), &content);
@@ -182,7 +173,7 @@ fn qemu_reads() {
 
 /// The port of TLS from the first byte.
 fn tls_port(server: &Server) -> u16 {
-    wait_for_log(server, "listener=nbds:127.0.0.1:");
+    server.wait_for_log("listener=nbds:127.0.0.1:");
     let log = server.stderr();
     let at = log.find("nbds:127.0.0.1:").unwrap() + "nbds:127.0.0.1:".len();
     log[at..].chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap()
@@ -230,7 +221,7 @@ fn openssl_and_gnutls_from_the_first_byte() {
     let keys = fs::read_to_string(rig.path("keys.psk")).unwrap();
     let colon = keys.lines().find_map(|line| line.strip_prefix("#776974683a20636f6c6f6e:")).unwrap();
     assert!(tls::talk(&mut openssl(port, "-tls1_3", "with: colon", colon)).starts_with(b"NBDMAGICIHAVEOPT"));
-    wait_for_log(&server, "psk=with: colon");
+    server.wait_for_log("psk=with: colon");
     let priorities = [
         ("NORMAL:-VERS-ALL:+VERS-TLS1.3:-KX-ALL:+ECDHE-PSK:+DHE-PSK", true),
         ("NORMAL:-VERS-ALL:+VERS-TLS1.2:-KX-ALL:+ECDHE-PSK", true),
@@ -274,12 +265,12 @@ fn wrong_identities_and_keys_are_refused_and_logged() {
                 "{version} {identity:?}"
             );
         }
-        wait_for_log(&server, "\\\"mallory\\\" is no identity of --tls-psk");
-        wait_for_log(&server, "has the client the key of \\\"alice\\\"?");
+        server.wait_for_log("\\\"mallory\\\" is no identity of --tls-psk");
+        server.wait_for_log("has the client the key of \\\"alice\\\"?");
     }
     // Nothing of a client's gets into the log as it is.
     tls::talk(&mut openssl(port, "-tls1_3", "a\nb\x1b[31m", &key));
-    wait_for_log(&server, "a\\\\nb\\\\u{1b}[31m");
+    server.wait_for_log("a\\\\nb\\\\u{1b}[31m");
     // A client that has no key, but certificates in mind.
     let out = output(tool("nbdinfo").arg(format!("nbds+unix:///?socket={}", server.socket().display())));
     assert!(!out.status.success());
@@ -319,8 +310,8 @@ fn keys_are_taken_anew() {
     assert!(is_in("alice", &before) && !is_in("bob", &before));
     // What cannot be used changes nothing.
     fs::write(&keys, "alice:nonsense\n").unwrap();
-    wait_for_log(&server, "stay in force");
-    wait_for_log(&server, "keys.psk: line 1");
+    server.wait_for_log("stay in force");
+    server.wait_for_log("keys.psk: line 1");
     assert!(is_in("alice", &before));
     // On SIGHUP.
     fs::copy(&before, &keys).unwrap();
@@ -344,7 +335,7 @@ fn a_key_says_who_may_do_what() {
     let listed = run(tool("nbdinfo").args(["--list", "--json", &uri(&server, "bob", &keys)]));
     let listed: serde_json::Value = serde_json::from_slice(&listed).unwrap();
     assert_eq!(listed["exports"], serde_json::json!([]));
-    wait_for_log(&server, "psk=Zo\u{eb}, too export=");
+    server.wait_for_log("psk=Zo\u{eb}, too export=");
     server.stop();
 }
 

@@ -11,14 +11,14 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use rustls::version::{TLS12, TLS13};
-use support::assert_same;
 use support::certificates::{Authority, CLIENT, SERVER, Says, Usage, client_folder, server_folder};
 use support::client::{Client, Request, Wishes, go_data, greet, option_bytes, read_option_reply};
 use support::rng::Rng;
 use support::server::{Serve, Server};
 use support::tls;
-use support::tls_rig::{DISK_LEN, Rig, wait_until};
+use support::tls_rig::{DISK_LEN, Rig};
 use support::wire::{command, option, option_reply};
+use support::{assert_same, wait_until};
 
 #[test]
 fn reads_and_writes_under_both_versions() {

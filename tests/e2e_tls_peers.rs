@@ -12,12 +12,12 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use support::assert_same;
 use support::certificates::{Authority, CLIENT};
 use support::server::{Serve, Server};
 use support::tls;
-use support::tls_rig::{Rig, wait_until};
+use support::tls_rig::Rig;
 use support::tools::{run, tool};
+use support::{assert_same, wait_until};
 
 fn tcp_port(server: &Server) -> u16 {
     // The listener of TLS from the first byte has no URI, but is in the log.

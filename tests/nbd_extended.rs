@@ -11,7 +11,8 @@ use nbd_img::nbd::export_info::TransmissionFlags;
 use nbd_img::nbd::negotiate::{Agreed, AgreedContext};
 use nbd_img::nbd::reply::ReplyForm;
 use nbd_img::nbd::request::*;
-use nbd_support::commands::*;
+use nbd_support::wire::command::*;
+use nbd_support::wire::command_flag::*;
 use nbd_support::{export, extended_request, request};
 use proptest::prelude::*;
 
@@ -57,7 +58,8 @@ fn errno(flags: u16, command: u16, offset: u64, len: u64) -> Option<(NbdError, D
 
 #[test]
 fn header_is_read_field_by_field() {
-    let bytes = extended_request(0x13, ZEROES, 0x0102_0304_0506_0708, 0x1112_1314, 0x2122_2324_2526_2728);
+    let bytes =
+        extended_request(0x13, WRITE_ZEROES, 0x0102_0304_0506_0708, 0x1112_1314, 0x2122_2324_2526_2728);
     assert_eq!((bytes.len(), EXTENDED_REQUEST_HEADER_LEN), (32, 32));
     let request = parsed(&bytes);
     assert_eq!((request.flags.bits(), request.command), (0x13, Command::WriteZeroes));
@@ -79,11 +81,11 @@ fn cut_headers_wait_and_wrong_magics_do_not() {
 
 #[test]
 fn lengths_without_payload_have_64_bits() {
-    for command in [TRIM, CACHE, ZEROES, STATUS] {
+    for command in [TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS] {
         for len in [1 << 32, 5 << 32, 16 * TIB] {
             assert_eq!(verdict(0, command, 0, len), Ok(()), "{command} {len}");
         }
-        let beyond = if command == ZEROES { NbdError::Enospc } else { NbdError::Einval };
+        let beyond = if command == WRITE_ZEROES { NbdError::Enospc } else { NbdError::Einval };
         for (offset, len) in [(1, 16 * TIB), (0, u64::MAX), (u64::MAX, u64::MAX), (16 * TIB, 1)] {
             assert_eq!(errno(0, command, offset, len), Some((beyond, Disposition::Nothing)));
         }
@@ -114,7 +116,7 @@ fn writes_have_a_payload_announced_or_not() {
 
 #[test]
 fn payload_beyond_the_largest_hangs_up() {
-    for command in [READ, WRITE, TRIM, FLUSH, STATUS, 99] {
+    for command in [READ, WRITE, TRIM, FLUSH, BLOCK_STATUS, 99] {
         for len in [PAYLOAD + 1, 1 << 32, u64::MAX] {
             let seen = errno(PAYLOAD_LEN, command, 0, len);
             assert_eq!(seen, Some((NbdError::Einval, Disposition::HangUp)), "{command} {len}");
@@ -124,7 +126,7 @@ fn payload_beyond_the_largest_hangs_up() {
 
 #[test]
 fn unwanted_payload_is_read_off() {
-    for command in [READ, FLUSH, TRIM, CACHE, ZEROES, 8, 99] {
+    for command in [READ, FLUSH, TRIM, CACHE, WRITE_ZEROES, 8, 99] {
         let seen = errno(PAYLOAD_LEN, command, 0, 512);
         assert_eq!(seen, Some((NbdError::Einval, Disposition::Drain { len: 512 })), "{command}");
     }
@@ -134,23 +136,24 @@ fn unwanted_payload_is_read_off() {
 #[test]
 fn block_status_payload_has_room_for_each_context_once() {
     for len in [12, 16] {
-        assert_eq!(verdict(PAYLOAD_LEN, STATUS, 0, len), Ok(()));
-        assert_eq!(verdict(PAYLOAD_LEN | REQ_ONE, STATUS, 0, len), Ok(()));
+        assert_eq!(verdict(PAYLOAD_LEN, BLOCK_STATUS, 0, len), Ok(()));
+        assert_eq!(verdict(PAYLOAD_LEN | REQ_ONE, BLOCK_STATUS, 0, len), Ok(()));
     }
     for len in [1, 4, 7, 8, 9, 11, 13, 20, 4096] {
-        let seen = errno(PAYLOAD_LEN, STATUS, 0, len);
+        let seen = errno(PAYLOAD_LEN, BLOCK_STATUS, 0, len);
         assert_eq!(seen, Some((NbdError::Einval, Disposition::Drain { len })), "{len}");
     }
-    assert_eq!(errno(PAYLOAD_LEN, STATUS, 0, 0), Some((NbdError::Einval, Disposition::Nothing)));
+    assert_eq!(errno(PAYLOAD_LEN, BLOCK_STATUS, 0, 0), Some((NbdError::Einval, Disposition::Nothing)));
     let rules = SessionRules { flags: rules().flags - TransmissionFlags::BLOCK_STATUS_PAYLOAD, ..rules() };
-    let unoffered = check(&parsed(&extended_request(PAYLOAD_LEN, STATUS, 7, 0, 12)), &rules).unwrap_err();
+    let unoffered =
+        check(&parsed(&extended_request(PAYLOAD_LEN, BLOCK_STATUS, 7, 0, 12)), &rules).unwrap_err();
     assert_eq!((unoffered.errno, unoffered.payload), (NbdError::Einval, Disposition::Drain { len: 12 }));
 }
 
 fn picked(offset: u64, len: u64, ids: &[u32]) -> Result<(u64, Vec<u32>), NbdError> {
     let mut payload = len.to_be_bytes().to_vec();
     payload.extend(ids.iter().flat_map(|id| id.to_be_bytes()));
-    let request = parsed(&extended_request(PAYLOAD_LEN, STATUS, 7, offset, payload.len() as u64));
+    let request = parsed(&extended_request(PAYLOAD_LEN, BLOCK_STATUS, 7, offset, payload.len() as u64));
     status_payload(&request, &payload, &rules(), &contexts())
         .map(|(request, ids)| (request.len, ids))
         .map_err(|reject| reject.errno)
@@ -166,7 +169,7 @@ fn block_status_payload_picks_contexts() {
     for (offset, len) in [(0, 0), (1, 16 * TIB), (u64::MAX, 1), (0, u64::MAX)] {
         assert_eq!(picked(offset, len, &[1]), Err(NbdError::Einval), "{offset}+{len}");
     }
-    let request = parsed(&extended_request(PAYLOAD_LEN, STATUS, 7, 0, 11));
+    let request = parsed(&extended_request(PAYLOAD_LEN, BLOCK_STATUS, 7, 0, 11));
     for len in [0, 7, 11] {
         assert!(status_payload(&request, &vec![0; len], &rules(), &contexts()).is_err(), "{len}");
     }
@@ -174,13 +177,13 @@ fn block_status_payload_picks_contexts() {
 
 #[test]
 fn extents_have_64_bits() {
-    let request = parsed(&extended_request(0, STATUS, 7, 512, 16 * TIB - 512));
+    let request = parsed(&extended_request(0, BLOCK_STATUS, 7, 512, 16 * TIB - 512));
     let mut builder = Builder::new(&request, &rules());
     assert_eq!(builder.push(8 * TIB, 3), Progress::More);
     assert_eq!(builder.push(u64::MAX, 0), Progress::Full);
     let extents: Vec<_> = builder.finish().iter().map(|extent| (extent.len, extent.flags)).collect();
     assert_eq!(extents, [(8 * TIB, 3), (8 * TIB - 512, 0)]);
-    let one = parsed(&extended_request(REQ_ONE, STATUS, 7, 0, 5 << 32));
+    let one = parsed(&extended_request(REQ_ONE, BLOCK_STATUS, 7, 0, 5 << 32));
     let mut builder = Builder::new(&one, &rules());
     builder.push(u64::MAX, 3);
     assert_eq!(builder.finish()[0].len, 5 << 32);

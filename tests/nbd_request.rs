@@ -13,7 +13,8 @@ use nbd_img::nbd::request::{
     Command, CommandFlags, DRAIN_MAX_LEN, Disposition, Parsed, REQUEST_HEADER_LEN, Request, SessionRules,
     check, parse,
 };
-use nbd_support::commands::*;
+use nbd_support::wire::command::*;
+use nbd_support::wire::command_flag::*;
 use nbd_support::{export, request};
 use proptest::prelude::*;
 
@@ -87,7 +88,7 @@ fn commands_have_their_numbers() {
 
 #[test]
 fn only_writes_have_a_payload() {
-    for command in [READ, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS, 8, 99] {
+    for command in [READ, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS, 8, 99] {
         assert_eq!(parsed(&request(0, command, 0, 0, 4096)).payload_len, 0);
     }
     assert_eq!(parsed(&request(0, WRITE, 0, 0, 4096)).payload_len, 4096);
@@ -123,7 +124,7 @@ fn pipelined_requests_are_read_one_behind_the_other() {
 
 #[test]
 fn ranges_within_the_export_are_served() {
-    for command in [READ, WRITE, TRIM, CACHE, ZEROES, STATUS] {
+    for command in [READ, WRITE, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS] {
         for (offset, len) in [(0, 1), (0, 512), (SIZE - 1, 1), (SIZE - 512, 512), (1, 65_537), (0, PAYLOAD)] {
             assert_eq!(verdict(&rules(), 0, command, offset, len), Ok(()), "{command} {offset}+{len}");
         }
@@ -137,8 +138,8 @@ fn ranges_beyond_the_end_have_the_error_of_their_command() {
         (WRITE, NbdError::Enospc),
         (TRIM, NbdError::Einval),
         (CACHE, NbdError::Einval),
-        (ZEROES, NbdError::Enospc),
-        (STATUS, NbdError::Einval),
+        (WRITE_ZEROES, NbdError::Enospc),
+        (BLOCK_STATUS, NbdError::Einval),
     ];
     let beyond = [
         (SIZE, 1),
@@ -153,7 +154,8 @@ fn ranges_beyond_the_end_have_the_error_of_their_command() {
             assert_eq!(verdict(&rules(), 0, command, offset, len), Err(errno), "{command} {offset}+{len}");
         }
     }
-    for (command, errno) in [(TRIM, NbdError::Einval), (ZEROES, NbdError::Enospc), (STATUS, NbdError::Einval)]
+    for (command, errno) in
+        [(TRIM, NbdError::Einval), (WRITE_ZEROES, NbdError::Enospc), (BLOCK_STATUS, NbdError::Einval)]
     {
         assert_eq!(verdict(&rules(), 0, command, u64::MAX, u32::MAX), Err(errno));
     }
@@ -161,12 +163,12 @@ fn ranges_beyond_the_end_have_the_error_of_their_command() {
 
 #[test]
 fn zero_lengths_are_in_order_but_for_block_status() {
-    for command in [READ, WRITE, TRIM, CACHE, ZEROES] {
+    for command in [READ, WRITE, TRIM, CACHE, WRITE_ZEROES] {
         assert_eq!(verdict(&rules(), 0, command, 0, 0), Ok(()));
         assert_eq!(verdict(&rules(), 0, command, SIZE, 0), Ok(()));
         assert!(verdict(&rules(), 0, command, SIZE + 1, 0).is_err());
     }
-    assert_eq!(verdict(&rules(), 0, STATUS, 0, 0), Err(NbdError::Einval));
+    assert_eq!(verdict(&rules(), 0, BLOCK_STATUS, 0, 0), Err(NbdError::Einval));
 }
 
 #[test]
@@ -182,18 +184,18 @@ fn largest_export_does_not_overflow() {
     let rules = SessionRules { size: u64::MAX, ..rules() };
     assert_eq!(verdict(&rules, 0, READ, u64::MAX - 512, 512), Ok(()));
     assert_eq!(verdict(&rules, 0, READ, u64::MAX - 511, 512), Err(NbdError::Einval));
-    assert_eq!(verdict(&rules, 0, ZEROES, u64::MAX - 1, u32::MAX), Err(NbdError::Enospc));
+    assert_eq!(verdict(&rules, 0, WRITE_ZEROES, u64::MAX - 1, u32::MAX), Err(NbdError::Enospc));
 }
 
 #[test]
 fn writes_to_a_read_only_export_are_not_permitted() {
-    for command in [WRITE, TRIM, ZEROES] {
+    for command in [WRITE, TRIM, WRITE_ZEROES] {
         for (flags, offset, len) in [(0, 0, 512), (FUA, 0, 512), (0, SIZE, 512), (0, 0, 0)] {
             assert_eq!(verdict(&read_only(), flags, command, offset, len), Err(NbdError::Eperm));
         }
     }
-    assert_eq!(verdict(&read_only(), NO_HOLE | FAST_ZERO, ZEROES, 0, 512), Err(NbdError::Eperm));
-    for command in [READ, FLUSH, CACHE, STATUS] {
+    assert_eq!(verdict(&read_only(), NO_HOLE | FAST_ZERO, WRITE_ZEROES, 0, 512), Err(NbdError::Eperm));
+    for command in [READ, FLUSH, CACHE, BLOCK_STATUS] {
         assert_eq!(verdict(&read_only(), FUA, command, 0, 512), Ok(()));
     }
 }
@@ -203,11 +205,11 @@ fn flags_are_taken_where_they_belong() {
     let allowed = |command| match command {
         READ => FUA | DF,
         WRITE | FLUSH | TRIM | CACHE => FUA,
-        ZEROES => FUA | NO_HOLE | FAST_ZERO,
-        STATUS => FUA | REQ_ONE,
+        WRITE_ZEROES => FUA | NO_HOLE | FAST_ZERO,
+        BLOCK_STATUS => FUA | REQ_ONE,
         other => panic!("{other}"),
     };
-    for command in [READ, WRITE, FLUSH, TRIM, CACHE, ZEROES, STATUS] {
+    for command in [READ, WRITE, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS] {
         for flags in 0..=u16::MAX {
             let expected = if flags & !allowed(command) == 0 { Ok(()) } else { Err(NbdError::Einval) };
             assert_eq!(verdict(&rules(), flags, command, 0, 512), expected, "{command} with {flags:#x}");
@@ -219,13 +221,13 @@ fn flags_are_taken_where_they_belong() {
 #[test]
 fn flags_that_were_not_offered_are_invalid() {
     let without = |flag| SessionRules { flags: rules().flags - flag, ..rules() };
-    for command in [READ, WRITE, FLUSH, TRIM, CACHE, ZEROES, STATUS] {
+    for command in [READ, WRITE, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS] {
         let rules = without(TransmissionFlags::SEND_FUA);
         assert_eq!(verdict(&rules, FUA, command, 0, 512), Err(NbdError::Einval));
     }
     let rules = without(TransmissionFlags::SEND_FAST_ZERO);
-    assert_eq!(verdict(&rules, FAST_ZERO, ZEROES, 0, 512), Err(NbdError::Einval));
-    assert_eq!(verdict(&rules, NO_HOLE, ZEROES, 0, 512), Ok(()));
+    assert_eq!(verdict(&rules, FAST_ZERO, WRITE_ZEROES, 0, 512), Err(NbdError::Einval));
+    assert_eq!(verdict(&rules, NO_HOLE, WRITE_ZEROES, 0, 512), Ok(()));
     let simple = SessionRules::new(&agreed(ReplyForm::Simple));
     assert_eq!(verdict(&simple, DF, READ, 0, 512), Err(NbdError::Einval));
     assert_eq!(verdict(&simple, 0, READ, 0, 512), Ok(()));
@@ -244,7 +246,7 @@ fn commands_that_were_not_offered_are_invalid_but_for_cache() {
     assert_eq!(verdict(&without(TransmissionFlags::SEND_TRIM), 0, TRIM, 0, 512), Err(NbdError::Einval));
     assert_eq!(verdict(&without(TransmissionFlags::SEND_FLUSH), 0, FLUSH, 0, 0), Err(NbdError::Einval));
     assert_eq!(
-        verdict(&without(TransmissionFlags::SEND_WRITE_ZEROES), 0, ZEROES, 0, 512),
+        verdict(&without(TransmissionFlags::SEND_WRITE_ZEROES), 0, WRITE_ZEROES, 0, 512),
         Err(NbdError::Einval)
     );
     assert_eq!(verdict(&without(TransmissionFlags::SEND_CACHE), 0, CACHE, 0, 512), Ok(()));
@@ -253,7 +255,7 @@ fn commands_that_were_not_offered_are_invalid_but_for_cache() {
 #[test]
 fn block_status_needs_a_context() {
     let rules = SessionRules { contexts: 0, ..rules() };
-    assert_eq!(verdict(&rules, 0, STATUS, 0, 512), Err(NbdError::Einval));
+    assert_eq!(verdict(&rules, 0, BLOCK_STATUS, 0, 512), Err(NbdError::Einval));
 }
 
 #[test]
@@ -290,7 +292,7 @@ fn payloads_beyond_the_largest_are_invalid() {
             assert_eq!(verdict(&rules, 0, command, 0, len), Err(NbdError::Einval), "{command} {len}");
         }
     }
-    for command in [TRIM, CACHE, ZEROES, STATUS] {
+    for command in [TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS] {
         assert_eq!(verdict(&rules, 0, command, 0, u32::MAX), Ok(()), "no payload, no limit");
     }
 }
@@ -318,7 +320,7 @@ fn alignment_is_checked_for_clients_that_asked_for_it() {
     agreed.info.block_min_len = 4096;
     agreed.info.size = 3 * 4096 + 1000;
     let strict = SessionRules::new(&agreed);
-    for command in [READ, WRITE, TRIM, CACHE, ZEROES, STATUS] {
+    for command in [READ, WRITE, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS] {
         assert_eq!(verdict(&strict, 0, command, 4096, 8192), Ok(()));
         for (offset, len) in [(1, 4096), (512, 512), (0, 512), (0, 4095), (4096, 4097)] {
             assert_eq!(verdict(&strict, 0, command, offset, len), Err(NbdError::Einval));

@@ -3,8 +3,9 @@
 
 #![allow(dead_code)] // Each test crate uses its own part of this.
 
-pub mod commands;
 pub mod replies;
+#[path = "../support/wire.rs"]
+pub mod wire;
 
 use nbd_img::nbd::export_info::{ExportDirectory, ExportInfo, ExportSummary, Refusal, TransmissionFlags};
 use nbd_img::nbd::negotiate::{Agreed, CloseReason, Negotiation, NegotiationConfig, Next, TlsMode};

@@ -22,11 +22,23 @@ pub mod wire;
 pub mod writers;
 
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 /// A new folder on the file system of the build, which is a disk (unlike /tmp on many machines): O_DIRECT and holes
 /// work there. It goes away when it is dropped.
 pub fn scratch(name: &str) -> tempfile::TempDir {
     tempfile::Builder::new().prefix(name).tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+/// Looks again and again, for half a minute.
+#[track_caller]
+pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !is_so() {
+        assert!(begin.elapsed() < Duration::from_secs(30), "{what}: not in time");
+        sleep(Duration::from_millis(10));
+    }
 }
 
 /// A file of `testdata/`.

@@ -285,6 +285,12 @@ impl Server {
         self.stderr.lock().unwrap().clone()
     }
 
+    /// Waits until the log says it: it comes by a pipe, a moment after what it tells of.
+    #[track_caller]
+    pub fn wait_for_log(&self, text: &str) {
+        super::wait_until(text, || self.stderr().contains(text));
+    }
+
     pub fn signal(&self, signal: Signal) {
         let pid = Pid::from_raw(i32::try_from(self.pid()).unwrap()).unwrap();
         kill_process(pid, signal).unwrap();

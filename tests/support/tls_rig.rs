@@ -2,8 +2,6 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::thread::sleep;
-use std::time::{Duration, Instant};
 
 use super::certificates::{Authority, CLIENT, SERVER, Says, client_folder, server_folder};
 use super::rng::Rng;
@@ -45,15 +43,5 @@ impl Rig {
         let folder = self.path(name);
         client_folder(&folder, authority, says, &self.authority.cert);
         folder
-    }
-}
-
-/// Looks again and again, for half a minute.
-#[track_caller]
-pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let begin = Instant::now();
-    while !is_so() {
-        assert!(begin.elapsed() < Duration::from_secs(30), "{what}: not in time");
-        sleep(Duration::from_millis(100));
     }
 }

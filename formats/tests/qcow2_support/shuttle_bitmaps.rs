@@ -20,6 +20,7 @@ fn bitmaps() -> Arc<Scene> {
 fn assert_recorded(recorded: &Recorded, changes: &[(u64, u64)]) {
     let file = file_of(&*recorded.stage.storage);
     let (before, now) = (Image::parse(&recorded.stage.scene.image).unwrap(), Image::parse(&file).unwrap());
+    assert_eq!(before.bitmaps.len(), now.bitmaps.len(), "bitmaps after a close");
     for (old, bitmap) in before.bitmaps.iter().zip(&now.bitmaps) {
         let mut expected = before.dirty_granules(old);
         if old.flags == 2 {

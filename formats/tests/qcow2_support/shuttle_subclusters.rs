@@ -229,12 +229,23 @@ fn zero_all(recorded: Recorded, provision: Provision) {
 fn looks_at_entries_that_change() {
     explore_on(overlay(), Recorded::new, |recorded| {
         let at = (3 * UNITS + 7) * CLUSTER;
+        let first = recorded.stage.scene.content[at as usize..(at + CLUSTER) as usize].to_vec();
         let readers = [MapMode::Wait, MapMode::Try].map(|mode| {
+            let first = first.clone();
             recorded.stage.spawn(move |driver| {
                 for _ in 0..12 {
                     let mut plan = ReadPlan::default();
                     driver.map_read(GuestRange::new(at, CLUSTER).unwrap(), mode, &mut plan).unwrap();
                     assert_eq!(plan.pieces.covered_len(), CLUSTER);
+                    let mut seen = vec![0; CLUSTER as usize];
+                    driver.pread(at, &mut seen).unwrap();
+                    let known = [
+                        first.clone(),
+                        painted(at, CLUSTER, 0),
+                        painted(at, CLUSTER, 1),
+                        painted(at, CLUSTER, 2),
+                    ];
+                    assert!(known.contains(&seen), "what was never there is read");
                 }
             })
         });
