@@ -20,8 +20,6 @@ h = nbd.NBD()
 h.connect_uri(sys.argv[1])
 def chunk(buf, offset, kind, error):
     print(offset, len(buf), kind == nbd.READ_HOLE)
-# Now the image's tables are in memory: nbd-img sends what it had to wait for as it comes.
-h.pread(h.get_size(), 0)
 h.pread_structured(h.get_size(), 0, chunk)
 ";
 
@@ -30,6 +28,33 @@ fn serves_and(program: Program, folder: &Path, line: &[&str], look: impl Fn(&str
     let seen = look(&serving.uri(""));
     assert_eq!(serving.end(Signal::TERM).code(), Some(0), "{program:?}");
     seen
+}
+
+/// In the first read of a disk no table of it is in memory, nor of what lies below; in the last it is longer than what leaves
+/// at once.
+#[test]
+fn holes_are_told_when_nothing_is_in_memory_yet() {
+    for len in [192 << 10, 24 << 20] {
+        let folder = scratch("answers-cold");
+        qemu_img(folder.path(), &format!("create -q -f qcow2 base.qcow2 {len}"));
+        qemu_io(folder.path(), "qcow2", "base.qcow2", &["write -P 1 0 64k"]);
+        qemu_img(folder.path(), "create -q -f qcow2 -F qcow2 -b base.qcow2 disk.qcow2");
+        qemu_io(folder.path(), "qcow2", "disk.qcow2", &["write -P 2 128k 4k"]);
+        let [real, ours] = BOTH.map(|program| {
+            serves_and(program, folder.path(), &["-r", "-f", "qcow2", "disk.qcow2"], |uri| {
+                text(&run(python_nbd(&format!("import nbd\n{CHUNKS}")).arg(uri)))
+            })
+        });
+        let holes = |chunks: &str| -> Vec<(u64, u64)> {
+            let hole = |line: &str| {
+                let [offset, len, "True"] = line.split(' ').collect::<Vec<_>>()[..] else { return None };
+                Some((offset.parse().unwrap(), len.parse().unwrap()))
+            };
+            chunks.lines().filter_map(hole).collect()
+        };
+        assert_eq!(holes(&ours), holes(&real), "{len}");
+        assert!(!holes(&ours).is_empty(), "{ours}");
+    }
 }
 
 /// libnbd's tests read an image of the smallest clusters, one of which is a hole.

@@ -12,7 +12,7 @@ use nbd_img_formats::{BlockDriver, GuestRange, Piece, Place, ReadPlan, SlowReaso
 use smallvec::SmallVec;
 
 use super::engine::Session;
-use super::pending::{Pending, Work};
+use super::pending::{Arrival, Pending, Work};
 use crate::nbd::request::Request;
 
 /// Shorter clusters are decompressed together up to this length of them, so that a thread is woken for something: a
@@ -61,7 +61,14 @@ impl Session {
         }
         self.read_plan.reset();
         let outstanding = jobs.len();
-        let pending = Pending { request, work: Work::Arrival, outstanding, error: None, len: 0, lease: None };
+        let pending = Pending {
+            request,
+            work: Work::Arrival(Arrival::Bytes),
+            outstanding,
+            error: None,
+            len: 0,
+            lease: None,
+        };
         let slot = self.cell.pending.borrow_mut().insert(pending);
         for job in jobs {
             let answer = self.shard.answer(self.shard.token(&self.cell, slot, 0), IoBuf::default());

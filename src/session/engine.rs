@@ -16,7 +16,7 @@ use super::ahead::Ahead;
 use super::buffers::{InBuf, OutBuf};
 use super::end::End;
 use super::linger::Linger;
-use super::pending::{PENDING_MAX, Pending, Work};
+use super::pending::{Arrival, PENDING_MAX, Pending, Work};
 use super::poll::Poller;
 use super::refuse::{Refused, shutdown};
 use super::shard::{SessionCell, Shard};
@@ -68,7 +68,7 @@ pub struct Session {
     pub(super) linger: Linger,
     pub(super) ahead: Ahead,
     /// Reads whose bytes have come into memory.
-    arrived: Vec<Request>,
+    arrived: Vec<(Request, Arrival)>,
     /// Requests since the last park.
     pub(super) batch: u32,
     /// Requests since the last time the session sent.
@@ -203,8 +203,8 @@ impl Session {
 
     /// Works on the requests that are wholly there.
     async fn work(&mut self) -> Result<Needs, End> {
-        for request in std::mem::take(&mut self.arrived) {
-            self.read_arrived(request).await?;
+        for (request, what) in std::mem::take(&mut self.arrived) {
+            self.read_arrived(request, what).await?;
             self.take_turns(request.len).await;
         }
         loop {
@@ -281,7 +281,7 @@ impl Session {
             let Some(done) = self.cell.ready.borrow_mut().pop_front() else { return Ok(()) };
             let Pending { request, work, error, lease, .. } = done;
             match (error, work) {
-                (_, Work::Arrival) => self.arrived.push(request),
+                (_, Work::Arrival(what)) => self.arrived.push((request, what)),
                 (Some(error), _) => self.reply_error(&request, &error).await?,
                 (None, Work::Read { parts, .. }) => self.reply_parts(&request, &parts).await?,
                 (None, Work::Status { answers }) => {
@@ -299,8 +299,8 @@ impl Session {
         loop {
             self.answer_ready().await?;
             // Served anew, which may have them wait once more.
-            for request in std::mem::take(&mut self.arrived) {
-                self.read_arrived(request).await?;
+            for (request, what) in std::mem::take(&mut self.arrived) {
+                self.read_arrived(request, what).await?;
             }
             self.shard.submit_held();
             self.send_all().await?;

@@ -48,9 +48,9 @@ pub enum Work {
         /// Must be finished when the last piece has completed.
         plan: WritePlan,
     },
-    /// A read's bytes are on their way into memory, from where the read is to be answered. What comes of it
+    /// What a read needs is on its way into memory, from where the read is to be answered. What comes of it
     /// does not matter: it is served anew then.
-    Arrival,
+    Arrival(Arrival),
     /// A call of the driver on a worker, with nothing but a result.
     Call,
     /// A block status query on a worker.
@@ -58,6 +58,15 @@ pub enum Work {
         /// One for each context that is asked for.
         answers: Arc<Mutex<Vec<StatusAnswer>>>,
     },
+}
+
+/// What a read waits for, to be served anew.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Arrival {
+    /// The driver's tables, which tell where the bytes are.
+    Tables,
+    /// The bytes.
+    Bytes,
 }
 
 /// What a driver told of one metadata context.
@@ -115,7 +124,7 @@ impl Pending {
                     }
                 }
             }
-            Work::Write { .. } | Work::Arrival | Work::Call | Work::Status { .. } => {}
+            Work::Write { .. } | Work::Arrival(_) | Work::Call | Work::Status { .. } => {}
         }
     }
 
@@ -127,7 +136,7 @@ impl Pending {
                     self.error.get_or_insert(error);
                 }
             }
-            Work::Arrival | Work::Call | Work::Status { .. } => {}
+            Work::Arrival(_) | Work::Call | Work::Status { .. } => {}
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use nbd_img_formats::ReadPlan;
 use nbd_img_formats::mover::{short_read, storage_error};
 use nbd_img_formats::plan::{MapMode, Piece, SlowReason};
-use nbd_img_formats::storage::{InPlace, Operation, OperationKind, TryRead};
+use nbd_img_formats::storage::{InPlace, IoBuf, Operation, OperationKind, TryRead};
 use nbd_img_formats::workers::Lane;
 use nbd_img_formats::{BlockDriver, Error, ErrorKind, GuestRange, Place};
 use smallvec::SmallVec;
@@ -19,7 +19,7 @@ use super::layout::{
     CHUNK_HEADER_LEN_MAX, Chunk, Framing, Run, Runs, chunks, framed_len, is_crumbs, no_room, put_header,
     runs_of,
 };
-use super::pending::{Part, PartBytes, Pending, Work};
+use super::pending::{Arrival, Part, PartBytes, Pending, Work};
 use super::sendfile::Sending;
 use crate::nbd::reply::{self, ReplyTo};
 use crate::nbd::request::{CommandFlags, Request};
@@ -42,16 +42,17 @@ impl Session {
         if request.len == 0 {
             return self.reply_success(&request).await;
         }
-        self.read(request, true).await
+        self.read(request, None).await
     }
 
-    /// A read whose bytes should be in memory by now.
-    pub(super) async fn read_arrived(&mut self, request: Request) -> Result<(), End> {
-        self.read(request, false).await
+    /// A read whose tables or bytes should be in memory by now.
+    pub(super) async fn read_arrived(&mut self, request: Request, what: Arrival) -> Result<(), End> {
+        self.read(request, Some(what)).await
     }
 
-    /// Serves a read, for the first time or again.
-    async fn read(&mut self, request: Request, first: bool) -> Result<(), End> {
+    /// Serves a read, for the first time or again when what it waited for has `arrived`. It waits once for each kind at
+    /// most, so that it ends also when what came is gone again.
+    async fn read(&mut self, request: Request, arrived: Option<Arrival>) -> Result<(), End> {
         let range = match self.cell.export.range(request.offset, request.len) {
             Ok(range) => range,
             Err(error) => return self.reply_error(&request, &error).await,
@@ -63,15 +64,19 @@ impl Session {
         }
         let runs = runs_of(&self.read_plan);
         let sending = self.sending(&runs, framing);
-        if first && (sending != Sending::Never || range.len() <= OUT_LEN_MAX as u64) {
+        if arrived.is_none() && (sending != Sending::Never || range.len() <= OUT_LEN_MAX as u64) {
             // What is streamed is noted slice by slice.
             self.ahead.note(range);
             self.read_ahead();
             self.decompress_ahead();
         }
+        if arrived.is_none() && framing == Framing::Chunks && self.await_tables(request, range) {
+            return Ok(());
+        }
+        let may_wait = arrived != Some(Arrival::Bytes);
         match sending {
             Sending::Now => return self.send_read(request, framing, &runs).await,
-            Sending::Later if first && self.await_bytes(request, range) => return Ok(()),
+            Sending::Later if may_wait && self.await_bytes(request, range) => return Ok(()),
             Sending::Later | Sending::Never => {}
         }
         let needed = framed_len(&runs, framing);
@@ -91,7 +96,7 @@ impl Session {
             Attempt::WouldWait => {
                 self.out.cut_back(mark);
                 self.read_ahead_of_miss();
-                if first && self.await_decompressed(request, range) {
+                if may_wait && self.await_decompressed(request, range) {
                     return Ok(());
                 }
                 self.submit_read(request, range, framing).await
@@ -102,6 +107,20 @@ impl Session {
                 self.reply_error(&request, &error).await
             }
         }
+    }
+
+    /// Has a read wait whose tables are not in memory, so that its reply can tell holes.
+    fn await_tables(&mut self, request: Request, range: GuestRange) -> bool {
+        let is_cold = |piece: &Piece| piece.place == Place::Slow(SlowReason::ColdTable);
+        if !self.read_plan.pieces.iter().any(is_cold) {
+            return false;
+        }
+        self.read_plan.reset();
+        let token = self.insert_call(request, Work::Arrival(Arrival::Tables), 0, None);
+        self.shard.call(&self.cell.export, Lane::Read, token, IoBuf::default(), move |driver, _| {
+            driver.map_read(range, MapMode::Wait, &mut ReadPlan::default()).map(|()| 0)
+        });
+        true
     }
 
     fn framing(&self, request: &Request) -> Framing {

@@ -20,7 +20,7 @@ use super::buffers::OUT_LEN_MAX;
 use super::end::End;
 use super::engine::Session;
 use super::layout::{Framing, Run, chunks};
-use super::pending::Work;
+use super::pending::{Arrival, Work};
 use crate::nbd::errno::NbdError;
 use crate::nbd::reply;
 use crate::nbd::request::Request;
@@ -83,7 +83,7 @@ impl Session {
         {
             let storage = Arc::clone(storage);
             self.read_plan.reset();
-            let token = self.insert_call(request, Work::Arrival, 0, None);
+            let token = self.insert_call(request, Work::Arrival(Arrival::Bytes), 0, None);
             let operation = Operation { kind: OperationKind::Read, at, buf: self.shard.pool.take(1), token };
             self.shard.submit(&storage, operation);
             return true;
@@ -92,7 +92,7 @@ impl Session {
             return false;
         }
         self.read_plan.reset();
-        let token = self.insert_call(request, Work::Arrival, 0, None);
+        let token = self.insert_call(request, Work::Arrival(Arrival::Bytes), 0, None);
         self.shard.call(&self.cell.export, Lane::Read, token, self.shard.pool.take(1), move |driver, buf| {
             driver.cache(range)?;
             driver.pread(range.end().saturating_sub(1), buf).map(|()| buf.len())
