@@ -46,12 +46,11 @@ def arguments():
     return p.parse_args()
 
 
-def make_image(folder, args):
-    """The image and its raw content; a tar is cut off at the size, or repeated up to it."""
-    size, raw, image = images.size_of(args.size), folder.at("disk.raw"), folder.at("disk.qcow2")
-    with open(raw, "wb") as file:
+def write_content(path, source, size):
+    """A tar of these files, cut off at the size, or repeated up to it."""
+    with open(path, "wb") as file:
         while file.tell() < size:
-            tar = subprocess.Popen(["tar", "c", "--ignore-failed-read", *args.source.split(",")], stdout=subprocess.PIPE,
+            tar = subprocess.Popen(["tar", "c", "--ignore-failed-read", *source.split(",")], stdout=subprocess.PIPE,
                                    stderr=subprocess.DEVNULL)
             begun = file.tell()
             while file.tell() < size and (chunk := tar.stdout.read(min(images.CHUNK, size - file.tell()))):
@@ -59,7 +58,13 @@ def make_image(folder, args):
             tar.stdout.close()
             tar.wait()
             if file.tell() == begun:
-                sys.exit(f"there is nothing to read in {args.source}")
+                sys.exit(f"there is nothing to read in {source}")
+
+
+def make_image(folder, args):
+    """The image and its raw content."""
+    size, raw, image = images.size_of(args.size), folder.at("disk.raw"), folder.at("disk.qcow2")
+    write_content(raw, args.source, size)
     subprocess.run(["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o",
                     f"compression_type={args.compression}", raw, image], check=True)
     print(f"{args.size} of {args.source}, {args.compression}: ratio {size / os.path.getsize(image):.2f}, "
