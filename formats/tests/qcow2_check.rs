@@ -7,7 +7,7 @@ mod support;
 
 use nbd_img_formats::Result;
 use nbd_img_formats::qcow2::{CheckOptions, CheckReport, Repair, check};
-use nbd_img_formats::storage::{Fate, FileId, Log, MemoryStorage, Storage};
+use nbd_img_formats::storage::{CallClass, Fate, Fault, Faults, FileId, Log, MemoryStorage, Storage};
 use nbd_img_formats::sync::Arc;
 use support::checker;
 use support::crash::content_of;
@@ -242,6 +242,36 @@ fn a_crash_in_a_repair_does_no_harm() {
             }
         }
     }
+}
+
+/// What could be read when the image was looked at, and cannot be when it is repaired, is in use all the same.
+#[test]
+fn a_read_that_fails_in_a_repair_frees_nothing_that_is_in_use() {
+    let mut random = Random::new(Random::seed("reads in repairs"));
+    let mut failed = 0;
+    for (options, bytes) in spoilt(&mut random) {
+        let (before, _) = check_bytes(&bytes, Repair::Nothing);
+        let before = before.unwrap();
+        for repair in [Repair::Leaks, Repair::All] {
+            for call in 0.. {
+                let memory = MemoryStorage::copy_of(&bytes).unwrap();
+                let faults = Faults::new();
+                let storage: Arc<dyn Storage> = faults.attach(memory.clone());
+                faults.arm(Fault { class: Some(CallClass::Read), ..Fault::at(call) });
+                let outcome = check(&storage, CheckOptions { repair, ..CheckOptions::default() });
+                if faults.fired() == 0 {
+                    break;
+                }
+                failed += 1;
+                let after = content_of(&nbd_img_formats::storage::SparseBytes::load(&*memory).unwrap());
+                let now = check_bytes(&after, Repair::Nothing).0.unwrap();
+                let what = format!("{options}, {repair:?}, read {call}: {outcome:?}");
+                assert!(now.corruptions <= before.corruptions, "{what}: {:#?}", now.messages);
+                same_content(&what, &bytes, &after);
+            }
+        }
+    }
+    assert!(failed > 300, "only {failed} reads failed");
 }
 
 #[test]

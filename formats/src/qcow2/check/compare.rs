@@ -26,9 +26,8 @@ pub fn compare(subject: &Subject<'_>, counts: &Counts, tally: &Tally) {
     let geometry = subject.header.geometry;
     let max = u64::MAX >> (64 - subject.header.refcount_bits);
     let file_clusters = subject.file_clusters();
-    // What could not be read has been noted by whoever read it before.
-    let unheard = Tally::default();
-    each_block(subject, counts.window(), &unheard, |from, to, count| {
+    let unread = Tally::default();
+    each_block(subject, counts.window(), &unread, |from, to, count| {
         for index in from..to {
             let used = counts.get(HostIndex(index));
             // Whatever is counted behind the end of the file is not there.
@@ -55,6 +54,10 @@ pub fn compare(subject: &Subject<'_>, counts: &Counts, tally: &Tally) {
             }
         }
     });
+    // What could not be read before, either, has been noted by whoever tried.
+    if unread.count(Fault::Unreadable) > tally.count(Fault::Unreadable) {
+        tally.fault(Fault::Unreadable, 1, || "a refcount block cannot be read any more".to_owned());
+    }
 }
 
 /// Gives the room of clusters back that are not used, as far as the file goes; they must not be counted, either.

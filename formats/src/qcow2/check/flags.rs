@@ -3,8 +3,8 @@
 use std::collections::HashSet;
 
 use super::counts::Singles;
-use super::report::Tally;
-use super::{Subject, compare, ledger, read_padded};
+use super::report::{Fault, Tally};
+use super::{Subject, compare, ledger, read_padded, unknown_use};
 use crate::address::HostOffset;
 use crate::error::Result;
 use crate::qcow2::types::{DataFile, Geometry};
@@ -18,8 +18,11 @@ const DONE_MAX: usize = 1 << 18;
 pub fn mend(subject: &Subject<'_>, set: bool, clear: bool, window_len: u64) -> Result<()> {
     for window in subject.windows(window_len) {
         let singles = Singles::new(window);
-        // What cannot be read has ended the repair before.
-        compare::mark_singles(subject, &singles, window, &Tally::default());
+        let tally = Tally::default();
+        compare::mark_singles(subject, &singles, window, &tally);
+        if tally.count(Fault::Unreadable) > 0 {
+            return Err(unknown_use());
+        }
         Flags { subject, singles, set, clear }.tables()?;
     }
     ledger::sync(subject.image)

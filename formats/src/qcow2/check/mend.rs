@@ -97,7 +97,7 @@ impl Mender<'_> {
 
     /// Sets the refcounts of a window.
     fn window(&mut self, subject: &Subject<'_>, window: Window) -> Result<()> {
-        let counts = subject.count(window);
+        let counts = subject.count(window, self.what.lower)?;
         let entries = subject.block_entries();
         let mut from = window.first;
         while from < window.end {

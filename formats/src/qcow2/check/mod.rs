@@ -125,7 +125,7 @@ pub(super) fn used_end(subject: &Subject<'_>) -> u64 {
 }
 
 /// Frees what nothing leads to any more, in an image that was sound before: refcounts, room, and the end of the
-/// file.
+/// file. Fails, and frees nothing, as long as not everything in it can be read.
 pub(super) fn free_unused(
     image: &Arc<dyn Storage>,
     header: &Header,
@@ -133,6 +133,10 @@ pub(super) fn free_unused(
 ) -> Result<()> {
     let subject = Subject::load(image, header, snapshots)?;
     let found = survey(&subject, Progress::default(), WINDOW_CLUSTERS);
+    if let Some(what) = found.beyond_refcounts() {
+        let text = format!("the image is damaged: {what}; what is not used any more was not freed");
+        return Err(Error::new(ErrorKind::Corrupt, text));
+    }
     let table = mend::mend(subject, &found, Mend::all(), WINDOW_CLUSTERS)?;
     if header.version >= 3 {
         ledger::write_features(image, header.incompatible.bits())?;
@@ -141,7 +145,7 @@ pub(super) fn free_unused(
     let subject = Subject::load(image, &header, snapshots)?;
     let mut end = 0;
     for window in subject.windows(WINDOW_CLUSTERS) {
-        let counts = subject.count(window);
+        let counts = subject.count(window, true)?;
         end = end.max(compare::punch_unused(&subject, &counts)?);
     }
     if image.facts().grows && end < subject.file_len {
@@ -242,13 +246,14 @@ impl<'a> Subject<'a> {
         self.file_len.div_ceil(self.header.geometry.cluster_len())
     }
 
-    /// How often each cluster of a window is used.
-    fn count(&self, window: Window) -> Counts {
+    /// How often each cluster of a window is used. Fails where that cannot be read although a survey could; and with
+    /// `all` also where an entry makes no sense, for who frees what is not used.
+    fn count(&self, window: Window, all: bool) -> Result<Counts> {
         let counts = Counts::new(window);
-        // Whoever made the survey has heard of all faults.
         let (tally, progress) = (Tally::default(), Progress::default());
-        Walk { subject: self, counts: &counts, tally: &tally, judge: false, singles: None, progress }.run();
-        counts
+        Walk { subject: self, counts: &counts, tally: &tally, judge: true, singles: None, progress }.run();
+        let unknown = tally.count(Fault::Unreadable) > 0 || all && tally.count(Fault::BadEntry) > 0;
+        if unknown { Err(unknown_use()) } else { Ok(counts) }
     }
 
     /// The windows for all clusters that can be in use: the file's, and one that begins at its end.
@@ -429,6 +434,12 @@ impl Survey {
             ..report
         }
     }
+}
+
+/// The error where something that was readable before, or has to be, is not.
+fn unknown_use() -> Error {
+    let text = "parts of the image's tables cannot be read, so nobody knows which clusters are in use";
+    Error::new(ErrorKind::Io, text)
 }
 
 /// Who is told how far a check is, and which part of it is under way.

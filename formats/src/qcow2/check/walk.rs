@@ -111,11 +111,9 @@ impl Walk<'_> {
         }
     }
 
-    /// What could not be read.
+    /// What could not be read. In every walk: it may have been readable in the one before.
     pub fn unreadable(&self, text: impl FnOnce() -> String) {
-        if self.judge {
-            self.tally.fault(Fault::Unreadable, 1, text);
-        }
+        self.tally.fault(Fault::Unreadable, 1, text);
     }
 
     /// Calls `visit` with each of the big-endian words from `at`.
