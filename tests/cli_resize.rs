@@ -91,6 +91,48 @@ fn disks_are_what_qemu_makes_of_them() {
     }
 }
 
+/// Images with their data in a file beside them, and how their size changes.
+const DATA_FILES: [(&str, &str, &[&str]); 5] = [
+    ("", "1M", &["1234432", "3M", "300K", "10M", "1000K"]),
+    ("data_file_raw=on,", "1M", &["1234432", "3M", "300K", "10M", "1000K"]),
+    ("cluster_size=512,", "300K", &["+100M", "5K", "1000K"]),
+    ("extended_l2=on,data_file_raw=on,cluster_size=16k,", "1000448", &["2M", "31K", "64M"]),
+    ("extended_l2=on,", "1000448", &["2M", "31K", "64M"]),
+];
+
+/// The disk is what `qemu-img resize` makes of it, and the data file as long.
+#[test]
+fn data_files_are_what_qemu_makes_of_them() {
+    for (options, size, changes) in DATA_FILES {
+        let folder = scratch("resize");
+        let [ours, theirs] = ["ours", "theirs"].map(|name| folder.path().join(name));
+        for dir in [&ours, &theirs] {
+            fs::create_dir(dir).unwrap();
+            qemu_img(dir, &format!("create -q -f qcow2 -o {options}data_file=d disk {size}"));
+            qemu_io(dir, "qcow2", "disk", &["write -P 1 0 512", "write -P 2 100k 150k"]);
+        }
+        for change in changes {
+            let what = format!("{options}{size} {change}");
+            run(&mut resize(&ours, &["-q", "--shrink", "disk", change]));
+            qemu_img(&theirs, &format!("resize -q --shrink -f qcow2 disk {change}"));
+            let now = size_of(&theirs, "disk");
+            let disks = [&ours, &theirs].map(|dir| {
+                qemu_img(dir, "check -q -f qcow2 disk");
+                qemu_img(dir, "convert -f qcow2 -O raw disk raw");
+                fs::read(dir.join("raw")).unwrap()
+            });
+            assert!(disks[0] == disks[1] && disks[0].len() as u64 == now, "{what}");
+            let data = [&ours, &theirs].map(|dir| fs::read(dir.join("d")).unwrap());
+            // QEMU makes a raw one longer by whole clusters.
+            assert!(data[0].len() as u64 == now && data[1].len() as u64 >= now, "{what}");
+            assert!(!options.contains("raw") || data[0] == disks[0], "{what}: the raw file is not the disk");
+            for dir in [&ours, &theirs] {
+                qemu_io(dir, "qcow2", "disk", &[&format!("write -P 7 {} 3k", now - 4096)]);
+            }
+        }
+    }
+}
+
 /// Data at the very end, for the next change to deal with; by nbd-img where it writes such images.
 fn write_at_the_end(dir: &Path, what: &str) {
     let size = size_of(dir, "ours");
@@ -190,7 +232,6 @@ fn what_is_not_done_is_said_and_nothing_is_touched() {
     qemu_img(dir, "create -q -f qcow2 plain 1M");
     qemu_img(dir, "create -q -f qcow2 marks 1M");
     qemu_img(dir, "bitmap --add marks m");
-    qemu_img(dir, "create -q -f qcow2 -o data_file=d data 1M");
     qemu_img(dir, "create -q -f qcow2 -o cluster_size=512 small 1M");
     qemu_img(dir, "create -q -f qcow2 broken 1M");
     qemu_io(dir, "qcow2", "broken", &["write 0 64k"]);
@@ -206,7 +247,6 @@ fn what_is_not_done_is_said_and_nothing_is_touched() {
         ("plain 9E", "by that much"),
         ("plain 1X", "size"),
         ("marks 2M", "bitmaps"),
-        ("data 2M", "data file"),
         ("small 1T", "clusters of 512"),
         ("broken --shrink 512K", "check --repair all"),
         ("missing 1M", "missing"),

@@ -396,7 +396,7 @@ fn calls_of_a_growing_refcount_table_may_fail() {
 /// there is room again writing goes on.
 #[test]
 fn a_full_file_system_is_survived() {
-    let grows = |scene: &Scene| scene.device_len.is_none() && !scene.data_on_device;
+    let grows = |scene: &Scene| scene.device_len.is_none() && scene.data_device_len.is_none();
     let scenes = [Scene::all(), Scene::with_data_file(), Scene::with_subclusters(), Scene::compressing()];
     for scene in scenes.into_iter().flatten().filter(grows) {
         let mut outcomes = [0; 2];

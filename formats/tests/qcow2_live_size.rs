@@ -16,7 +16,7 @@ use nbd_img_formats::storage::{Fate, Fault, Faults, Log, MemoryStorage};
 use nbd_img_formats::sync::Arc;
 use nbd_img_formats::{BlockDriver, Durability, ErrorKind, GuestRange, Provision, State, ZeroRequest};
 use support::checker;
-use support::crash::{self, IMAGE, content_of};
+use support::crash::{self, IMAGE, Left};
 use support::maker::Maker;
 use support::random::Random;
 use support::scene::{self, SIZE, Scene};
@@ -37,16 +37,11 @@ struct Done {
 }
 
 fn scenes() -> Vec<Scene> {
-    let all = Scene::all().into_iter().filter(|scene| !scene.name.contains("bitmaps"));
+    let all = [Scene::all(), Scene::with_data_file(), Scene::with_subclusters(), Scene::compressing()];
+    let all = all.into_iter().flatten().filter(|scene| !scene.name.contains("bitmaps"));
+    let larger = |scene: Scene| Scene { data_device_len: scene.data_device_len.map(|_| SIZE_MAX), ..scene };
     // On a device there is room for little more.
-    all.filter(|scene| scene.device_len.is_none())
-        .chain(
-            Scene::with_subclusters()
-                .into_iter()
-                .chain(Scene::compressing())
-                .filter(|scene| scene.data.is_none() && scene.device_len.is_none()),
-        )
-        .collect()
+    all.filter(|scene| scene.device_len.is_none()).map(larger).collect()
 }
 
 fn aligned(random: &mut Random, below: u64) -> u64 {
@@ -120,9 +115,10 @@ fn run(scene: &Scene, steps: u64, random: &mut Random) -> (Arc<Log>, Vec<Done>) 
     let now = read_all(&*driver).unwrap();
     driver.close().unwrap();
     done.push(Done { what: "close".to_owned(), log: (from, log.len()), content: (now.clone(), now) });
-    let left = log.replay(IMAGE, log.len());
-    let report = checker::check(&left).unwrap();
+    let left = Left::of(scene, |file| log.replay(file, log.len()));
+    let report = checker::check(&left.image).unwrap();
     assert!(report.is_clean(), "{}: after a close:\n{report}", scene.name);
+    assert!(left.read(scene, true).unwrap() == done.last().unwrap().content.1, "{}: closed", scene.name);
     (log, done)
 }
 
@@ -150,20 +146,24 @@ fn check_content(found: &[u8], done: &Done) -> Result<(), String> {
 }
 
 fn check_state(scene: &Scene, log: &Log, done: &Done, cut: usize, random: &mut Random) -> Result<(), String> {
-    let style = random.below(4);
-    let left = log.after_crash(IMAGE, cut, |_, _| match (style, random.below(4)) {
-        (0, _) | (3, 0) => Fate::Kept,
-        (1, _) | (3, 1) => Fate::Lost,
-        (_, 2) => Fate::Prefix(random.below(64)),
-        (_, _) => Fate::Scattered(random.next()),
+    // One file may lose all and the other one nothing.
+    let left = Left::of(scene, |file| {
+        let style = random.below(4);
+        log.after_crash(file, cut, |_, _| match (style, random.below(4)) {
+            (0, _) | (3, 0) => Fate::Kept,
+            (1, _) | (3, 1) => Fate::Lost,
+            (_, 2) => Fate::Prefix(random.below(64)),
+            (_, _) => Fate::Scattered(random.next()),
+        })
     });
-    let report = checker::check(&left)?;
+    let report = checker::check(&left.image)?;
     if !report.is_sound() {
         return Err(format!("the image is corrupt:\n{report}"));
     }
-    check_content(&scene.read(&left)?, done)?;
+    check_content(&left.read(scene, false)?, done)?;
     if random.below(QEMU_ONE_IN) == 0 {
-        let (code, said) = Maker::of(&content_of(&left)).check();
+        let files = left.files();
+        let (code, said) = Maker::of_files(&files.image, files.data.as_deref()).check();
         if code != report.exit_code() {
             return Err(format!("qemu-img check exits with {code}: {said}\nours:\n{report}"));
         }
@@ -244,10 +244,10 @@ fn fail_at(scene: &Scene, to: u64, call: u64, sticky: bool) -> bool {
     }
     drop(driver);
     // As a crash would find it.
-    let left = log.replay(IMAGE, log.len());
-    let report = checker::check(&left).unwrap();
+    let left = Left::of(scene, |file| log.replay(file, log.len()));
+    let report = checker::check(&left.image).unwrap();
     assert!(report.is_sound(), "{name}: the image is corrupt:\n{report}");
-    let found = scene.read(&left).unwrap();
+    let found = left.read(scene, true).unwrap();
     assert!(found == before || found == after, "{name}: {}", first_difference(&found, expected));
     fired
 }
@@ -266,6 +266,9 @@ fn writers_and_zeroes_at_the_end_go_on_while_the_disk_grows() {
         ("cluster_size=512,compat=v2", None),
         ("cluster_size=4k", compress),
         ("cluster_size=1k", compress),
+        ("cluster_size=4k,data_file_raw=off", None),
+        ("cluster_size=4k,data_file_raw=on", None),
+        ("cluster_size=16k,extended_l2=on,data_file_raw=off", None),
     ] {
         for round in 0..2 {
             grow_under_writers(options, WriteOptions { compress, ..WriteOptions::default() }, round);
@@ -274,11 +277,13 @@ fn writers_and_zeroes_at_the_end_go_on_while_the_disk_grows() {
 }
 
 fn grow_under_writers(options: &str, write: WriteOptions, round: u64) {
-    let maker = Maker::new(options, 1_234_432);
-    let storage = MemoryStorage::copy_of(&maker.bytes()).unwrap();
+    let make = if options.contains("data_file") { Maker::with_data_file } else { Maker::new };
+    let maker = make(options, 1_234_432);
     let log = Log::new();
-    let recorded = log.attach(storage).unwrap();
-    let driver = scene::open_over(recorded, None, Some(write), 1 << 20).unwrap();
+    let recorded = |bytes: Vec<u8>| log.attach(MemoryStorage::copy_of(&bytes).unwrap()).unwrap();
+    let image = recorded(maker.bytes());
+    let data = maker.data_bytes().map(|bytes| recorded(bytes) as Arc<_>);
+    let driver = scene::open_parts(image, data, None, Some(write), 1 << 20).unwrap();
     let over = AtomicBool::new(false);
     let (written, zeroed) = (AtomicU64::new(0), AtomicU64::new(0));
     let mut last = vec![0_u8; driver.size() as usize];
@@ -477,10 +482,12 @@ fn what_is_not_resized_offline_is_not_resized_live() {
     let scene = Scene::mixed("bitmaps", "refcount_bits=64", None, true).with_bitmaps();
     let driver = scene.open(scene.storage(&scene.image)).unwrap();
     refused(&*driver, 1 << 20, ErrorKind::Unsupported);
-    let scene = Scene::external("data file", "refcount_bits=64", None);
-    let storages = scene.storages(&scene.files());
-    let data = storages.data.map(|data| data as Arc<_>);
-    refused(&*scene.open_files(storages.image, data).unwrap(), 1 << 20, ErrorKind::Unsupported);
+    let on_device = |scene: &Scene| scene.data_device_len.is_some();
+    for scene in Scene::with_data_file().into_iter().filter(on_device) {
+        let storages = scene.storages(&scene.files());
+        let data = storages.data.map(|data| data as Arc<_>);
+        refused(&*scene.open_files(storages.image, data).unwrap(), 1 << 20, ErrorKind::InvalidInput);
+    }
     let scene = Scene::empty("empty", "refcount_bits=16");
     let driver = scene.open(scene.storage(&scene.image)).unwrap();
     refused(&*driver, 1 << 60, ErrorKind::InvalidInput);

@@ -64,6 +64,8 @@ pub fn open_qcow2(path: &Path, options: &OpenOptions) -> Result<Arc<dyn BlockDri
 pub struct Top {
     /// The file.
     pub image: Arc<dyn Storage>,
+    /// Its external data file, if it has one, to be written, too.
+    pub data_file: Option<Arc<dyn Storage>>,
     /// The disk below, if there is one.
     pub below: Option<Arc<dyn BlockDriver>>,
 }
@@ -71,14 +73,17 @@ pub struct Top {
 /// Opens the qcow2 image at `path` for changing it as it lies there, and drivers of what is below it.
 pub fn open_top(path: &Path, options: &OpenOptions) -> Result<Top> {
     check_qcow2_options(path, options)?;
-    let mut chain = Chain { options, layers: Vec::new(), seen: Vec::new() };
-    let file_options = FileOptions { writable: true, direct: options.direct, lock: LockMode::Writer };
+    let written = OpenOptions { writable: true, ..options.clone() };
+    let read = OpenOptions { writable: false, ..options.clone() };
+    let mut chain = Chain { options: &written, layers: Vec::new(), seen: Vec::new() };
+    let file_options = chain.top_file_options();
     let top = chain.open_named_by_operator(path, &file_options)?;
-    let image = Arc::clone(&top.storage);
     let bottom = chain.descend(top)?;
-    chain.layers.remove(0);
+    let Layer { image, data_file, .. } = chain.layers.remove(0);
+    // What lies below becomes the top of a chain of its own.
+    chain.options = &read;
     let below = if chain.layers.is_empty() { bottom } else { Some(chain.assemble(bottom)?) };
-    Ok(Top { image, below })
+    Ok(Top { image, data_file, below })
 }
 
 /// A qcow2 image of the chain, before there is a driver for it.

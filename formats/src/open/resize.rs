@@ -7,7 +7,7 @@ use crate::address::HostOffset;
 use crate::driver::Format;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::storage_error;
-use crate::qcow2::{self, Header};
+use crate::qcow2::{self, Header, ResizeParts};
 
 /// Disks are multiples of this (as with QEMU).
 const SECTOR_LEN: u64 = 512;
@@ -84,10 +84,11 @@ fn resize_raw(path: &Path, change: SizeChange, shrink: bool) -> Result<Resized> 
 }
 
 fn resize_qcow2(path: &Path, change: SizeChange, shrink: bool, options: &OpenOptions) -> Result<Resized> {
-    let chain::Top { image, below } = chain::open_top(path, options)?;
+    let chain::Top { image, data_file, below } = chain::open_top(path, options)?;
     let from = Header::load(&image)?.virtual_size;
     let to = change.target(from, shrink)?;
-    qcow2::resize(&image, below.as_ref(), options.backing != Backing::Follow, to)?;
+    let foreign = options.backing != Backing::Follow;
+    qcow2::resize(&ResizeParts { image, data_file, backing: below, foreign }, to)?;
     Ok(Resized { from, to })
 }
 

@@ -218,7 +218,7 @@ impl Qcow2Driver {
         }
     }
 
-    fn writer(&self) -> Result<&Arc<Writer>> {
+    pub(super) fn writer(&self) -> Result<&Arc<Writer>> {
         check_writable(self)?;
         self.writer.as_ref().ok_or_else(|| Error::new(ErrorKind::ReadOnly, "the image was opened read-only"))
     }

@@ -52,7 +52,7 @@ pub use driver::Qcow2Driver;
 pub use extensions::Extensions;
 pub use header::{Autoclear, Compatible, Compression, Header, Incompatible, TableLocation};
 pub use parts::{Caches, Parts};
-pub use resize::resize;
+pub use resize::{ResizeParts, resize};
 pub use tables::ImageNumber;
 pub use types::{DataFile, Geometry};
 pub use write::bitmap_change::BitmapChange;

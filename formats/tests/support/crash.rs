@@ -82,17 +82,37 @@ pub fn open_recorded(scene: &Scene, log: &Arc<Log>, between: Between<'_>) -> Arc
 }
 
 /// What a crash has left of an image's files.
-struct Left {
-    image: SparseBytes,
+pub struct Left {
+    pub image: SparseBytes,
     data: Option<SparseBytes>,
 }
 
 impl Left {
-    fn data(&self) -> &SparseBytes {
+    /// What there is of each file of the scene.
+    pub fn of(scene: &Scene, mut bytes_of: impl FnMut(FileId) -> SparseBytes) -> Left {
+        Left { image: bytes_of(IMAGE), data: scene.data.is_some().then(|| bytes_of(DATA)) }
+    }
+
+    /// Where the data is.
+    pub fn data(&self) -> &SparseBytes {
         self.data.as_ref().unwrap_or(&self.image)
     }
 
-    fn files(&self) -> Files {
+    /// What is on the disk. `at_rest`: a raw data file has to be the same.
+    pub fn read(&self, scene: &Scene, at_rest: bool) -> Result<Vec<u8>, String> {
+        let content = scene.read_files(&self.image, self.data())?;
+        if at_rest && Image::parse(&self.image)?.has_raw_data_file() {
+            let mut raw = vec![0; content.len()];
+            self.data().read(&mut raw, 0);
+            if self.data().len() < content.len() as u64 || raw != content {
+                return Err(format!("{}: the raw data file is not the disk", scene.name));
+            }
+        }
+        Ok(content)
+    }
+
+    /// All bytes.
+    pub fn files(&self) -> Files {
         Files { image: content_of(&self.image), data: self.data.as_ref().map(content_of) }
     }
 }
@@ -197,7 +217,7 @@ impl Run<'_> {
 
     /// After a close nothing is lost either.
     fn check_end(&self) {
-        let left = self.left(|file| self.log.replay(file, self.log.len()));
+        let left = Left::of(self.scene, |file| self.log.replay(file, self.log.len()));
         let report = checker::check(&left.image).unwrap();
         assert!(report.is_clean(), "{}: after a close:\n{report}", self.name());
         let content = self.scene.read_files(&left.image, left.data()).unwrap();
@@ -223,10 +243,6 @@ impl Run<'_> {
             assert_eq!(bitmap.flags, old.flags, "{}: flags of {}", self.name(), old.name);
             assert!(image.dirty_granules(bitmap) == expected, "{}: bits of {}", self.name(), old.name);
         }
-    }
-
-    fn left(&self, mut bytes_of: impl FnMut(FileId) -> SparseBytes) -> Left {
-        Left { image: bytes_of(IMAGE), data: self.scene.data.is_some().then(|| bytes_of(DATA)) }
     }
 
     /// Something of the image as it is in the end.
@@ -264,7 +280,7 @@ impl Run<'_> {
     fn crash(&self, cut: usize, random: &mut Random) -> (Left, Vec<(usize, Fate)>) {
         let mut fates = Vec::new();
         // One file may lose all and the other one nothing.
-        let left = self.left(|file| self.crash_file(file, cut, random, &mut fates));
+        let left = Left::of(self.scene, |file| self.crash_file(file, cut, random, &mut fates));
         (left, fates)
     }
 

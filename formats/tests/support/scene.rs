@@ -50,8 +50,8 @@ pub struct Scene {
     pub snapshots: Vec<Vec<u8>>,
     /// The image lies on a device of this length: it does not grow, and nothing on it is known to be zero.
     pub device_len: Option<u64>,
-    /// So does its data file.
-    pub data_on_device: bool,
+    /// Its data file lies on a device of this length.
+    pub data_device_len: Option<u64>,
     /// Which clusters are compressed.
     pub compressed: std::ops::Range<u64>,
     /// What is written of whole clusters is compressed.
@@ -89,8 +89,8 @@ impl Scene {
             Scene::external("data file", "refcount_bits=64", None),
             Scene::external("data file of an overlay", "refcount_bits=16", Some(150 * CLUSTER)),
             Scene::external("raw data file", "refcount_bits=64,data_file_raw=on", None),
-            Scene { data_on_device: true, ..device },
-            Scene { data_on_device: true, ..raw_device },
+            Scene { data_device_len: Some(SIZE), ..device },
+            Scene { data_device_len: Some(SIZE), ..raw_device },
         ]
     }
 
@@ -265,7 +265,7 @@ impl Scene {
             content,
             snapshots,
             device_len: None,
-            data_on_device: false,
+            data_device_len: None,
             compressed,
             compress: false,
         }
@@ -318,9 +318,9 @@ impl Scene {
 
     /// A storage with `data` in it, which is the content of this scene's data file, or what became of it.
     pub fn data_storage(&self, data: &[u8]) -> Arc<MemoryStorage> {
-        let options = match self.data_on_device {
-            false => MemoryOptions { len: 0, grows: true, poisoned: false },
-            true => MemoryOptions { len: SIZE, grows: false, poisoned: true },
+        let options = match self.data_device_len {
+            None => MemoryOptions { len: 0, grows: true, poisoned: false },
+            Some(len) => MemoryOptions { len, grows: false, poisoned: true },
         };
         let storage = MemoryStorage::with(options).unwrap();
         storage.pwrite(data, HostOffset(0), Durability::Later).unwrap();

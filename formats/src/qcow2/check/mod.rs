@@ -119,9 +119,10 @@ pub(super) fn ensure_sound(subject: &Subject<'_>) -> Result<()> {
     }
 }
 
-/// Behind the last cluster that is used or counted.
-pub(super) fn used_end(subject: &Subject<'_>) -> u64 {
-    survey(subject, Progress::default(), WINDOW_CLUSTERS).tally.in_use_end()
+/// Behind the last cluster that is used or counted. Fails if that cannot be told.
+pub(super) fn used_end(subject: &Subject<'_>) -> Result<u64> {
+    let tally = survey(subject, Progress::default(), WINDOW_CLUSTERS).tally;
+    if tally.count(Fault::Unreadable) > 0 { Err(unknown_use()) } else { Ok(tally.in_use_end()) }
 }
 
 /// Frees what nothing leads to any more, in an image that was sound before: refcounts, room, and the end of the

@@ -11,16 +11,18 @@ use std::collections::HashMap;
 use super::super::driver::Qcow2Driver;
 use super::super::tables::TableSlice;
 use super::super::types::{ALL_UNITS, DataFile, Geometry, GuestCluster, HostIndex};
-use super::Writer;
 use super::allocator::Handed;
 use super::meta::{Freed, Meta};
+use super::provide;
 use super::reclaim::When;
 use super::runs::RunSet;
 use super::slow::reads_zero_without_cluster;
-use crate::address::{HostOffset, HostRange};
+use super::{Writer, begin_changes};
+use crate::address::{GuestRange, HostOffset, HostRange};
 use crate::error::Result;
 use crate::mover::storage_error;
 use crate::storage::Provision;
+use crate::sync::Arc;
 
 /// Most clusters that are punched, or found to be zero, at a time. Our choice: 64 MiB of the usual size; who
 /// wants one of them does not wait for long, and a session's thread never for the lock.
@@ -206,6 +208,16 @@ fn punch(driver: &Qcow2Driver, writer: &Writer, first: HostIndex, len: u64) -> b
             false
         }
     }
+}
+
+/// Gives every cluster of the range its entry where the data file is a raw one, as new images have it: without one a
+/// reader would not look there. The range begins with a cluster, and reads as zeroes in the file.
+pub fn map_places(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) -> Result<()> {
+    if driver.geometry().data_file() != DataFile::ExternalRaw || range.is_empty() {
+        return Ok(());
+    }
+    begin_changes(driver, writer)?;
+    provide::provide(driver, writer, range, provide::Places::Found)
 }
 
 /// Makes a raw data file as long as the guest's disk: it is to be read as that.

@@ -1,14 +1,15 @@
 //! Another size for the disk of an image that is used meanwhile.
 //!
 //! The order is that of the offline change (`qcow2::resize`), and so is what a crash leaves: a disk of either size,
-//! and leaks at worst. Growing: a longer L1 table, which is whole and counted before the header leads to it; then the
-//! mapping reaches farther than the guest may go, so that what would come to light can be zeroed; when that is
-//! durable the header gets the size, and when that is, the guest. Shrinking: the size first, in the header and then
-//! in memory; then nothing behind it is mapped any more.
+//! and leaks at worst. Growing: a longer L1 table, which is whole and counted before the header leads to it, and a
+//! longer data file; then the mapping reaches farther than the guest may go, so that what would come to light can be
+//! zeroed; when that is durable the header gets the size, and when that is, the guest. Shrinking: the size first, in the
+//! header and then in memory; then nothing behind it is mapped any more, and a data file is cut off.
 
 use super::super::driver::Qcow2Driver;
-use super::super::resize::{L1_POINTER_AT, SIZE_AT, refuse, refuse_growth};
-use super::super::types::HostCluster;
+use super::super::resize::{L1_POINTER_AT, SIZE_AT, data_file, refuse, refuse_bitmaps, refuse_growth};
+use super::super::types::{DataFile, HostCluster};
+use super::data_file as places;
 use super::meta::Content;
 use super::metadata_map::Kind;
 use super::{Writer, begin_changes, check_changing, commit, satisfy, zero};
@@ -29,6 +30,10 @@ const PLANS_TRIES: u32 = 2000;
 pub fn change(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<()> {
     let (header, snapshots) = driver.opened_as();
     refuse(header, snapshots, size)?;
+    refuse_bitmaps(header)?;
+    if driver.geometry().is_external() {
+        data_file::check_room(driver.data_storage(), size)?;
+    }
     begin_changes(driver, writer)?;
     let _resizing = writer.resizing.lock();
     let old_size = driver.size();
@@ -46,6 +51,10 @@ pub fn change(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<(
 fn grow(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<()> {
     let old_size = driver.size();
     grow_l1(driver, writer, size)?;
+    if driver.geometry().is_external() {
+        // Nobody writes behind the old end of the disk before that moves.
+        data_file::lengthen(driver.data_storage(), driver.geometry().data_file(), old_size, size)?;
+    }
     move_disk_end(driver, writer, size);
     let grown = wait_for_plans(driver, writer)
         .and_then(|()| zero_behind(driver, writer, old_size, size))
@@ -101,8 +110,11 @@ fn zero_behind(driver: &Qcow2Driver, writer: &Arc<Writer>, from: u64, to: u64) -
         zero::write_zeroes(driver, writer, covered, request)?;
     }
     let end = to.checked_next_multiple_of(cluster_len).unwrap_or(to);
-    if let Some(rest) = GuestRange::new(bare, end.saturating_sub(bare)).filter(|_| bare < to) {
-        zero::drop_clusters(driver, writer, rest)?;
+    let new = GuestRange::new(bare, end.saturating_sub(bare)).filter(|_| bare < to);
+    match (driver.geometry().data_file(), new) {
+        (_, None) => {}
+        (DataFile::ExternalRaw, Some(new)) => places::map_places(driver, writer, new.prefix(to - bare))?,
+        (DataFile::Internal | DataFile::External, Some(new)) => zero::drop_clusters(driver, writer, new)?,
     }
     commit::commit(driver, writer)
 }
@@ -231,7 +243,13 @@ fn drop_behind(driver: &Qcow2Driver, writer: &Arc<Writer>, old_size: u64, size: 
             meta.free(geometry.host_index(table.start()), 1, Content::Metadata);
         }
     }
-    commit::flush(driver, writer)
+    commit::flush(driver, writer)?;
+    if driver.geometry().is_external() {
+        // Who decided before that all of the last cluster has a place may still be writing there.
+        wait_for_plans(driver, writer)?;
+        data_file::cut(driver.data_storage(), size)?;
+    }
+    Ok(())
 }
 
 /// Makes the size durable that the next one to open the image finds.

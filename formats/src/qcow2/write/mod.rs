@@ -27,7 +27,7 @@ mod bitmap_header;
 pub mod bitmaps;
 pub mod commit;
 mod compress;
-mod data_file;
+pub mod data_file;
 pub mod live_size;
 pub mod meta;
 pub mod metadata_map;

@@ -1,4 +1,5 @@
-//! Zeroes with room: clusters in the file for a range, so that later writes there need no more.
+//! Zeroes with room: clusters in the file for a range, so that later writes there need no more; and the places of a raw
+//! data file, which are there already.
 //!
 //! Many clusters at a time: claimed under one lock, given room and zeroed in as few calls as the places
 //! that they lie in allow, and mapped under one lock again. Who is in here waits for nobody while he has
@@ -23,8 +24,17 @@ use crate::sync::Arc;
 /// them do not wait for long.
 const BATCH_CLUSTERS_MAX: u64 = 1024;
 
-/// Gives every cluster of the range a host cluster with room in the file, and zeroes in it.
-pub fn provide(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) -> Result<()> {
+/// What is done about the places of clusters before they are mapped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Places {
+    /// They get room, and zeroes in it.
+    Made,
+    /// They read as zeroes already, and have what room they have.
+    Found,
+}
+
+/// Gives every cluster of the range a host cluster that reads as zeroes.
+pub fn provide(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange, places: Places) -> Result<()> {
     let geometry = driver.geometry();
     let mut rest = range;
     while !rest.is_empty() {
@@ -33,7 +43,7 @@ pub fn provide(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) ->
         let part = part.prefix(BATCH_CLUSTERS_MAX * geometry.cluster_len());
         slow::own_table(driver, writer, part.offset())?;
         let Some(slice) = map::slice_at(driver, part.offset(), MapMode::Wait)? else { continue };
-        rest = rest.skip(provide_part(driver, writer, &slice, part)?);
+        rest = rest.skip(provide_part(driver, writer, &slice, part, places)?);
     }
     Ok(())
 }
@@ -44,6 +54,7 @@ fn provide_part(
     writer: &Arc<Writer>,
     slice: &Arc<TableSlice>,
     part: GuestRange,
+    places: Places,
 ) -> Result<u64> {
     let pin = writer.pin();
     let mut batch = Batch { writer, claims: Vec::new(), runs: Vec::new(), len: 0 };
@@ -61,8 +72,9 @@ fn provide_part(
             return Ok(first.len());
         }
     }
-    for run in &batch.runs {
-        run.make_room(driver)?;
+    match places {
+        Places::Made => batch.runs.iter().try_for_each(|run| run.make_room(driver))?,
+        Places::Found => {}
     }
     let done = batch.len;
     batch.publish(driver)?;

@@ -68,7 +68,7 @@ pub fn write_zeroes(
     match request.provision {
         Provision::Unmap => change_clusters(driver, writer, whole, Goal::Unmap),
         Provision::Keep => change_clusters(driver, writer, whole, Goal::Keep),
-        Provision::Allocate => provide::provide(driver, writer, whole),
+        Provision::Allocate => provide::provide(driver, writer, whole, provide::Places::Made),
     }
 }
 

@@ -1,8 +1,11 @@
 //! Another size for the disk of an image that nobody has open.
 //!
-//! Growing makes the L1 table longer first, then zeroes what would come to light behind the old end, and
-//! changes the size last. Shrinking changes the size first, then drops the entries behind it, and frees last
-//! what nothing leads to any more. A crash in between leaves an image of either size, and leaks at worst.
+//! Growing makes the L1 table and an external data file longer first, then zeroes what would come to light behind the
+//! old end, and changes the size last. Shrinking changes the size first, then drops the entries behind it, frees what
+//! nothing leads to any more, and cuts off the data file last. A crash in between leaves an image of either size, and
+//! leaks at worst.
+
+pub(super) mod data_file;
 
 use super::check::ledger::{Ledger, clear_unknown, sync, write};
 use super::check::{self, Subject};
@@ -12,6 +15,9 @@ use super::parts::{Caches, Parts};
 use super::snapshots::{self, Snapshot};
 use super::tables::ImageNumber;
 use super::types::{DataFile, HostIndex};
+use super::write::allocator::HOST_END;
+use super::write::commit;
+use super::write::data_file as places;
 use super::write::metadata_map::Kind;
 use super::write::options::WriteOptions;
 use crate::address::{GuestRange, HostOffset};
@@ -30,30 +36,36 @@ const CLEAR_LEN: u64 = 1 << 20;
 /// Bytes of the table cache while zeroes are written. Our choice.
 const TABLE_CACHE_LEN: u64 = 4 << 20;
 
-/// Gives the disk of the image in `image` another size, a multiple of 512, and closes the storage, which must be
-/// writable and nobody else's. `backing` is what lies below. When it returns, all is durable.
-/// `foreign`: that is not what the image names.
-pub fn resize(
-    image: &Arc<dyn Storage>,
-    backing: Option<&Arc<dyn BlockDriver>>,
-    foreign: bool,
-    size: u64,
-) -> Result<()> {
-    change(image, backing, foreign, size).map_err(|e| e.with_path(&image.facts().path))
+/// The files of an image whose disk gets another size.
+pub struct ResizeParts {
+    /// The image file: writable, and nobody else's.
+    pub image: Arc<dyn Storage>,
+    /// The external data file, likewise; there exactly if the image has one.
+    pub data_file: Option<Arc<dyn Storage>>,
+    /// What lies below, if anything does.
+    pub backing: Option<Arc<dyn BlockDriver>>,
+    /// That is not what the image names.
+    pub foreign: bool,
 }
 
-fn change(
-    image: &Arc<dyn Storage>,
-    backing: Option<&Arc<dyn BlockDriver>>,
-    foreign: bool,
-    size: u64,
-) -> Result<()> {
+/// Gives the disk of an image another size, a multiple of 512, and closes its files. When it returns, all is durable.
+/// An error leaves either size.
+pub fn resize(parts: &ResizeParts, size: u64) -> Result<()> {
+    change(parts, size).map_err(|e| e.with_path(&parts.image.facts().path))
+}
+
+fn change(parts: &ResizeParts, size: u64) -> Result<()> {
+    let image = &parts.image;
     let header = Header::load(image)?;
     let (snapshots, snapshots_len) = snapshots::load(image, &header)?;
-    let resizer = Resizer { image, backing, snapshots: (&snapshots, snapshots_len), size };
+    let resizer = Resizer { parts, image, snapshots: (&snapshots, snapshots_len), size };
     refuse(&header, &snapshots, size)?;
+    refuse_bitmaps(&header)?;
+    if let Some(data) = &parts.data_file {
+        data_file::check_room(data, size)?;
+    }
     if size > header.virtual_size {
-        refuse_growth(&header, foreign)?;
+        refuse_growth(&header, parts.foreign)?;
     }
     let header = match header.incompatible.contains(Incompatible::DIRTY) {
         true => {
@@ -63,35 +75,24 @@ fn change(
         false => header,
     };
     clear_unknown(image, &header)?;
-    let driver = match size >= header.virtual_size {
-        true => resizer.grow(&header)?,
-        false => {
-            resizer.shrink(&header)?;
-            None
-        }
-    };
-    match driver {
-        // It has made the file longer ahead of use, and takes that back.
-        Some(driver) => driver.close(),
-        None => image.close().map_err(|e| Error::io("cannot close the image", e)),
+    if size >= header.virtual_size {
+        resizer.grow(&header)?;
+    } else {
+        resizer.shrink(&header)?;
     }
+    let close = |file: &Arc<dyn Storage>| file.close().map_err(|e| Error::io("cannot close the image", e));
+    parts.data_file.iter().chain([image]).try_for_each(close)
 }
 
 /// Fails if the disks of images like this one do not get this size.
 pub(super) fn refuse(header: &Header, snapshots: &[Snapshot], size: u64) -> Result<()> {
-    let unsupported = |what: &str| {
-        let text = format!("images with {what} are not resized yet (qemu-img resize)");
-        Err(Error::new(ErrorKind::Unsupported, text))
-    };
     if header.incompatible.contains(Incompatible::CORRUPT) {
         let text = "the image is marked as corrupt; repair it first (nbd-img check --repair all)";
         return Err(Error::new(ErrorKind::Corrupt, text));
     }
-    if header.extensions.bitmaps.is_some_and(|bitmaps| bitmaps.count > 0) {
-        return unsupported("persistent dirty bitmaps");
-    }
-    if header.geometry.data_file() != DataFile::Internal {
-        return unsupported("an external data file");
+    if header.geometry.is_external() && !snapshots.is_empty() {
+        let text = "an image with an external data file cannot have snapshots, and this one does";
+        return Err(Error::new(ErrorKind::Unsupported, text));
     }
     if snapshots.iter().any(|snapshot| !snapshot.has_disk_size()) {
         let text = "a snapshot does not say which size its disk has, so the image's must not change";
@@ -102,6 +103,19 @@ pub(super) fn refuse(header: &Header, snapshots: &[Snapshot], size: u64) -> Resu
         let cluster_len = header.geometry.cluster_len();
         let text = format!("a disk of {size} bytes is too large for clusters of {cluster_len} bytes");
         return Err(Error::new(ErrorKind::InvalidInput, text));
+    }
+    if header.geometry.is_external() && size > HOST_END {
+        let text = format!("a disk of {size} bytes is too large for an external data file");
+        return Err(Error::new(ErrorKind::InvalidInput, text));
+    }
+    Ok(())
+}
+
+/// Fails if the image has dirty bitmaps.
+pub(super) fn refuse_bitmaps(header: &Header) -> Result<()> {
+    if header.extensions.bitmaps.is_some_and(|bitmaps| bitmaps.count > 0) {
+        let text = "images with persistent dirty bitmaps are not resized yet (qemu-img resize)";
+        return Err(Error::new(ErrorKind::Unsupported, text));
     }
     Ok(())
 }
@@ -118,20 +132,21 @@ pub(super) fn refuse_growth(header: &Header, foreign: bool) -> Result<()> {
 }
 
 struct Resizer<'a> {
+    parts: &'a ResizeParts,
     image: &'a Arc<dyn Storage>,
-    backing: Option<&'a Arc<dyn BlockDriver>>,
     snapshots: (&'a [Snapshot], u64),
     size: u64,
 }
 
 impl Resizer<'_> {
-    /// Returns the driver that has zeroed something; it is still open.
-    fn grow(&self, header: &Header) -> Result<Option<Arc<Qcow2Driver>>> {
+    fn grow(&self, header: &Header) -> Result<()> {
         let old_size = header.virtual_size;
         let header = Header { virtual_size: self.size, ..self.grow_l1(header)? };
-        let driver = self.zero_behind(&header, old_size)?;
-        self.write_size()?;
-        Ok(driver)
+        if let Some(data) = self.parts.data_file.as_ref().filter(|_| self.size > old_size) {
+            data_file::lengthen(data, header.geometry.data_file(), old_size, self.size)?;
+        }
+        self.zero_behind(&header, old_size)?;
+        self.write_size()
     }
 
     /// Puts a longer L1 table behind everything else, if the new size needs one.
@@ -142,7 +157,7 @@ impl Resizer<'_> {
         }
         let cluster_len = header.geometry.cluster_len();
         let subject = Subject::load(self.image, header, self.snapshots)?;
-        let used_end = if self.image.facts().grows { 0 } else { check::used_end(&subject) };
+        let used_end = if self.image.facts().grows { 0 } else { check::used_end(&subject)? };
         let mut ledger = Ledger::new(&subject, used_end);
         let clusters = (entries * 8).div_ceil(cluster_len);
         let mut place = None;
@@ -175,12 +190,13 @@ impl Resizer<'_> {
     }
 
     /// Zeroes what lies behind the old end and does not read as zeroes: the rest of its cluster, what the
-    /// backing file has there, and what was left by who made the disk smaller.
-    fn zero_behind(&self, header: &Header, old_size: u64) -> Result<Option<Arc<Qcow2Driver>>> {
+    /// backing file has there, and what was left by who made the disk smaller. A raw data file, which is zeroes
+    /// there by now, gets its entries.
+    fn zero_behind(&self, header: &Header, old_size: u64) -> Result<()> {
         let reader = self.driver(header, None)?;
         let mut runs = Vec::new();
         let behind = GuestRange::new(old_size, self.size - old_size);
-        let Some(behind) = behind.filter(|range| !range.is_empty()) else { return Ok(None) };
+        let Some(behind) = behind.filter(|range| !range.is_empty()) else { return Ok(()) };
         let mut at = old_size;
         reader.status(StatusQuery::Allocation, behind, &mut |len, status| {
             if !matches!(status, Status::Allocation { zero: true, .. }) {
@@ -190,16 +206,29 @@ impl Resizer<'_> {
             std::ops::ControlFlow::Continue(())
         })?;
         drop(reader);
-        if runs.is_empty() {
-            return Ok(None);
+        let places = match header.geometry.data_file() {
+            DataFile::ExternalRaw => self.clusters_behind(header, old_size),
+            DataFile::Internal | DataFile::External => None,
+        };
+        if runs.is_empty() && places.is_none() {
+            return Ok(());
         }
         let driver = self.driver(header, Some(WriteOptions::default()))?;
         let request = ZeroRequest { provision: Provision::Unmap, fast: false, durability: Durability::Later };
         for run in runs {
             driver.write_zeroes(run, request)?;
         }
-        driver.flush()?;
-        Ok(Some(driver))
+        if let Some(places) = places {
+            places::map_places(&driver, driver.writer()?, places)?;
+        }
+        // It has made the file longer ahead of use, and takes that back.
+        commit::settle(&driver, driver.writer()?)
+    }
+
+    /// The clusters that a longer disk has more, if any.
+    fn clusters_behind(&self, header: &Header, old_size: u64) -> Option<GuestRange> {
+        let from = old_size.checked_next_multiple_of(header.geometry.cluster_len())?;
+        GuestRange::new(from, self.size.checked_sub(from)?).filter(|range| !range.is_empty())
     }
 
     /// A driver of the image with a header that the file does not have yet.
@@ -207,8 +236,8 @@ impl Resizer<'_> {
         Qcow2Driver::open(Parts {
             image: Arc::clone(self.image),
             header: header.clone(),
-            data_file: None,
-            backing: self.backing.cloned(),
+            data_file: self.parts.data_file.clone(),
+            backing: self.parts.backing.clone(),
             number: ImageNumber(0),
             caches: Caches::new(TABLE_CACHE_LEN, 0, [header])?,
             snapshot: None,
@@ -221,7 +250,8 @@ impl Resizer<'_> {
         self.write_size()?;
         self.drop_entries(header)?;
         let header = Header { virtual_size: self.size, ..header.clone() };
-        check::free_unused(self.image, &header, self.snapshots)
+        check::free_unused(self.image, &header, self.snapshots)?;
+        self.parts.data_file.as_ref().map_or(Ok(()), |data| data_file::cut(data, self.size))
     }
 
     /// Clears the L1 entries behind the new end, and those of the L2 table that it lies in. A table that a

@@ -1,0 +1,305 @@
+//! Another size for a disk that nobody uses: what it holds then, and what a crash at any moment and any failing call
+//! leave.
+#![allow(clippy::unwrap_used)] // Helpers of tests are not told apart from a program's code.
+
+mod support;
+
+use nbd_img_formats::qcow2::{ResizeParts, resize};
+use nbd_img_formats::storage::{Fate, Fault, Faults, FileId, Log, MemoryStorage, Storage};
+use nbd_img_formats::sync::Arc;
+use nbd_img_formats::{BlockDriver, Durability, ErrorKind, HostOffset, Result};
+use support::checker;
+use support::crash::{DATA, IMAGE, content_of};
+use support::image::Image;
+use support::maker::Maker;
+use support::random::Random;
+use support::scene::{CLUSTER, Files, SIZE, Scene};
+use support::steps::read_all;
+use support::wrapped::{NeverClosed, Wrapped};
+
+/// States looked at after each cut.
+const STATES_PER_CUT: u64 = 4;
+/// One state in so many is resized once more.
+const MORE_ONE_IN: u64 = 20;
+/// One in so many is also given to `qemu-img check`.
+const QEMU_ONE_IN: u64 = 150;
+/// A disk whose L1 table has more entries than that of a scene.
+const LARGE: u64 = 600 << 10;
+
+/// What a disk becomes, one size after the other: into a longer L1 table, back into a cluster, and on from there.
+const SIZES: [&[u64]; 3] = [
+    &[LARGE, 40 * CLUSTER, 70 * CLUSTER],
+    &[SIZE + 5 * CLUSTER, 3 * CLUSTER, LARGE, SIZE],
+    &[SIZE - 7 * CLUSTER, SIZE - 2 * CLUSTER, 0, SIZE],
+];
+
+fn scenes() -> Vec<Scene> {
+    let mixed = [
+        Scene::mixed("overlay", "refcount_bits=16", Some(150 * CLUSTER), true),
+        Scene::mixed("version 2 overlay", "compat=v2", Some(SIZE), true),
+        Scene::extended("subclusters of an overlay", "refcount_bits=16", Some(150 * CLUSTER), true),
+    ];
+    let with_subclusters = Scene::with_subclusters().into_iter().filter(|scene| scene.data.is_some());
+    let raw_subclusters = Scene::external(
+        "subclusters in a raw data file",
+        "cluster_size=16k,extended_l2=on,data_file_raw=on",
+        None,
+    );
+    let files = Scene::with_data_file().into_iter().chain(with_subclusters).chain([raw_subclusters]);
+    let stale: Vec<_> = files.flat_map(|scene| [with_longer_data(&scene), scene]).collect();
+    mixed.into_iter().chain(stale).collect()
+}
+
+/// The same image with bytes behind the disk's end in its data file, or on the device.
+fn with_longer_data(scene: &Scene) -> Scene {
+    let mut data = scene.data.clone().unwrap();
+    data.resize(SIZE as usize, 0);
+    data.resize(LARGE as usize - 1000, 0xdd);
+    let data_device_len = scene.data_device_len.map(|_| LARGE + 4096);
+    Scene { data: Some(data), data_device_len, ..copy(scene) }
+}
+
+fn copy(scene: &Scene) -> Scene {
+    Scene {
+        image: scene.image.clone(),
+        data: scene.data.clone(),
+        backing: scene.backing.clone(),
+        content: scene.content.clone(),
+        snapshots: scene.snapshots.clone(),
+        compressed: scene.compressed.clone(),
+        ..*scene
+    }
+}
+
+/// Changes the size of the disk in these files, and leaves them open.
+fn resize_files(
+    scene: &Scene,
+    image: Arc<dyn Storage>,
+    data_file: Option<Arc<dyn Storage>>,
+    to: u64,
+) -> Result<()> {
+    let kept = |file: Arc<dyn Storage>| -> Arc<dyn Storage> { Wrapped::new(file, NeverClosed) };
+    let (image, data_file) = (kept(image), data_file.map(kept));
+    resize(&ResizeParts { image, data_file, backing: scene.backing_driver(), foreign: false }, to)
+}
+
+/// What is to be there after a change of the size.
+fn resized(content: &[u8], to: u64) -> Vec<u8> {
+    let mut content = content.to_vec();
+    content.truncate(to as usize);
+    content.resize(to as usize, 0);
+    content
+}
+
+/// The files after somebody has opened the image for writing who trusts its refcounts only if they are not marked.
+fn repaired(scene: &Scene, files: &Files) -> std::result::Result<Files, String> {
+    if !Image::parse(&files.image)?.is_dirty() {
+        return Ok(files.clone());
+    }
+    let storages = scene.storages(files);
+    let data = storages.data.clone().map(kept);
+    let driver = scene.open_files(kept(storages.image.clone()), data).map_err(|e| e.to_string())?;
+    driver.close().map_err(|e| e.to_string())?;
+    Ok(files_of(&storages.image, storages.data.as_ref()))
+}
+
+fn kept<S: Storage + 'static>(file: Arc<S>) -> Arc<dyn Storage> {
+    Wrapped::new(file, NeverClosed)
+}
+
+/// Fails unless the files have a sound image, the disk is one of these, and a raw data file is the same.
+fn check_files(scene: &Scene, files: &Files, disks: &[&[u8]]) -> std::result::Result<Vec<u8>, String> {
+    let files = &repaired(scene, files)?;
+    let report = checker::check(&files.image)?;
+    if !report.is_sound() {
+        return Err(format!("corrupt:\n{report}"));
+    }
+    let data = files.data.as_ref().unwrap_or(&files.image);
+    let content = scene.read_files(&files.image, data)?;
+    if !disks.contains(&&*content) {
+        return Err(format!("the disk of {} bytes holds something else", content.len()));
+    }
+    if Image::parse(&files.image)?.has_raw_data_file() && data.get(..content.len()) != Some(&content) {
+        return Err("the raw data file has another content than the disk".to_owned());
+    }
+    Ok(content)
+}
+
+/// How long the data file of a disk of `to` bytes is: longer only where it was so before the disk grew.
+fn check_length(scene: &Scene, files: &Files, from: (u64, u64), to: u64) {
+    let (Some(data), None) = (&files.data, scene.data_device_len) else { return };
+    let (size, len) = from;
+    let expected = if to > size { len.max(to) } else { to.min(len) };
+    assert_eq!(data.len() as u64, expected, "{}: {size} to {to}", scene.name);
+}
+
+#[test]
+fn a_crash_leaves_one_size_or_the_other() {
+    let mut random = Random::new(Random::seed("offline sizes"));
+    let (mut states, mut resizes) = (0, 0);
+    for (number, scene) in scenes().iter().enumerate() {
+        for sizes in [SIZES[number % SIZES.len()]] {
+            let mut files = scene.files();
+            let mut before = scene.content.clone();
+            for to in sizes {
+                if scene.data_device_len.is_some_and(|len| len < *to) {
+                    refused(scene, &files, *to);
+                    continue;
+                }
+                let storages = scene.storages(&files);
+                let log = Log::new();
+                let image = log.attach(storages.image).unwrap();
+                let data = storages.data.map(|data| log.attach(data).unwrap() as Arc<dyn Storage>);
+                let said = || format!("{}: {} to {to} of {sizes:?}", scene.name, before.len());
+                resize_files(scene, image, data, *to).unwrap_or_else(|e| panic!("{}: {e}", said()));
+                let after = resized(&before, *to);
+                let old_data_len = files.data.as_ref().map_or(0, |data| data.len() as u64);
+                for cut in 0..=log.len() {
+                    for number in 0..STATES_PER_CUT {
+                        let left = crashed(scene, &log, cut, number, &mut random);
+                        let looked = look_at(scene, &left, [&before, &after], &mut random);
+                        looked.unwrap_or_else(|what| panic!("{}, cut {cut}: {what}", said()));
+                        states += 1;
+                    }
+                }
+                files = crashed(scene, &log, log.len(), 0, &mut random);
+                check_files(scene, &files, &[&after]).unwrap_or_else(|what| panic!("{}: {what}", said()));
+                check_length(scene, &files, (before.len() as u64, old_data_len), *to);
+                let report = checker::check(&files.image).unwrap();
+                assert!(report.is_clean(), "{}: {report}", said());
+                before = after;
+                resizes += 1;
+            }
+        }
+    }
+    eprintln!("{states} states of {resizes} resizes");
+}
+
+/// What a crash leaves of the files: of one of them all may be there, and of the other nothing.
+fn crashed(scene: &Scene, log: &Log, cut: usize, number: u64, random: &mut Random) -> Files {
+    let mut file = |file: FileId| {
+        let style = if number == 0 { 0 } else { random.below(4) };
+        let left = log.after_crash(file, cut, |_, _| match (style, random.below(4)) {
+            (0, _) | (3, 0) => Fate::Kept,
+            (1, _) | (3, 1) => Fate::Lost,
+            (_, 2) => Fate::Prefix(random.below(64)),
+            (_, _) => Fate::Scattered(random.next()),
+        });
+        content_of(&left)
+    };
+    Files { image: file(IMAGE), data: scene.data.is_some().then(|| file(DATA)) }
+}
+
+fn look_at(
+    scene: &Scene,
+    left: &Files,
+    disks: [&[u8]; 2],
+    random: &mut Random,
+) -> std::result::Result<(), String> {
+    let content = check_files(scene, left, &disks)?;
+    if random.below(QEMU_ONE_IN) == 0 {
+        let (code, said) = Maker::of_files(&left.image, left.data.as_deref()).check();
+        let expected = checker::check(&left.image)?.exit_code();
+        if code != expected {
+            return Err(format!("qemu-img check exits with {code} and not {expected}: {said}"));
+        }
+    }
+    if random.below(MORE_ONE_IN) > 0 {
+        return Ok(());
+    }
+    let most = scene.data_device_len.unwrap_or(LARGE);
+    let to = random.below(most / CLUSTER + 1) * CLUSTER;
+    let storages = scene.storages(left);
+    let data = storages.data.clone().map(|data| data as Arc<dyn Storage>);
+    resize_files(scene, storages.image.clone(), data, to).map_err(|e| format!("then to {to}: {e}"))?;
+    check_files(scene, &files_of(&storages.image, storages.data.as_ref()), &[&resized(&content, to)])
+        .map(drop)
+        .map_err(|what| format!("then to {to}: {what}"))
+}
+
+fn files_of(image: &Arc<MemoryStorage>, data: Option<&Arc<MemoryStorage>>) -> Files {
+    let bytes = |storage: &Arc<MemoryStorage>| {
+        let mut bytes = vec![0; storage.len().unwrap() as usize];
+        storage.pread(&mut bytes, HostOffset(0)).unwrap();
+        bytes
+    };
+    Files { image: bytes(image), data: data.map(bytes) }
+}
+
+/// A device is not made longer, and nothing is changed.
+fn refused(scene: &Scene, files: &Files, to: u64) {
+    let storages = scene.storages(files);
+    let before = files_of(&storages.image, storages.data.as_ref());
+    let data = storages.data.clone().map(|data| data as Arc<dyn Storage>);
+    let error = resize_files(scene, storages.image.clone(), data, to).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+    let after = files_of(&storages.image, storages.data.as_ref());
+    assert!((before.image, before.data) == (after.image, after.data), "{}: changed", scene.name);
+}
+
+/// Any call of either file fails, once or for good.
+#[test]
+fn a_call_that_fails_leaves_one_size_or_the_other() {
+    let mut failed = 0;
+    for scene in &scenes() {
+        for to in [LARGE, SIZE + 5 * CLUSTER, 40 * CLUSTER, 3 * CLUSTER] {
+            if scene.data_device_len.is_some_and(|len| len < to) {
+                continue;
+            }
+            for sticky in [false, true] {
+                for call in 0.. {
+                    if !fail_at(scene, to, Fault { sticky, ..Fault::at(call) }) {
+                        break;
+                    }
+                    failed += 1;
+                }
+            }
+        }
+    }
+    assert!(failed > 1000, "only {failed} calls failed");
+}
+
+/// Returns whether the call came to be.
+fn fail_at(scene: &Scene, to: u64, fault: Fault) -> bool {
+    let storages = scene.storages(&scene.files());
+    let faults = Faults::new();
+    let attach = |storage: Arc<MemoryStorage>| faults.attach(Wrapped::new(storage, NeverClosed));
+    let (image, data) = (attach(storages.image.clone()), storages.data.clone().map(attach));
+    faults.arm(fault);
+    let outcome = resize_files(scene, image, data.map(|data| data as Arc<dyn Storage>), to);
+    let fired = faults.fired() > 0;
+    let said = || format!("{}, to {to}, {fault:?}, {outcome:?}", scene.name);
+    assert!(fired || outcome.is_ok(), "{}: nothing failed", said());
+    let after = resized(&scene.content, to);
+    let files = files_of(&storages.image, storages.data.as_ref());
+    let allowed: &[&[u8]] = if outcome.is_ok() { &[&after] } else { &[&scene.content, &after] };
+    check_files(scene, &files, allowed).unwrap_or_else(|what| panic!("{}: {what}", said()));
+    fired
+}
+
+/// What a disk was cut off never comes back, however it is cut and however it grows.
+#[test]
+fn what_was_cut_off_does_not_come_back() {
+    let mut random = Random::new(Random::seed("cut off"));
+    for scene in &scenes() {
+        let most = scene.data_device_len.unwrap_or(LARGE);
+        let storages = scene.storages(&scene.files());
+        let data = || storages.data.clone().map(|data| data as Arc<dyn Storage>);
+        let mut content = scene.content.clone();
+        for number in 1..12_u8 {
+            let to = random.below(most / CLUSTER + 1) * CLUSTER;
+            resize_files(scene, storages.image.clone(), data(), to).unwrap();
+            content = resized(&content, to);
+            let data = storages.data.clone().map(kept);
+            let driver = scene.open_files(kept(storages.image.clone()), data).unwrap();
+            assert!(read_all(&*driver).unwrap() == content, "{}: number {number}, {to}", scene.name);
+            let at = random.below(to / CLUSTER + 1) * CLUSTER;
+            let part = &mut content[at as usize..];
+            part.fill(number);
+            driver.pwrite(at, part, Durability::Later).unwrap();
+            driver.close().unwrap();
+            let files = files_of(&storages.image, storages.data.as_ref());
+            check_files(scene, &files, &[&content]).unwrap_or_else(|what| panic!("{}: {what}", scene.name));
+        }
+    }
+}
