@@ -189,11 +189,56 @@ fn a_bitmap_in_use_is_only_removed() {
         assert!(!refused.status.success(), "{command}");
         assert!(String::from_utf8_lossy(&refused.stderr).contains("bitmap remove"), "{refused:?}");
     }
+    let resized = resize(path, &["disk", "128M"]);
+    let said = String::from_utf8_lossy(&resized.stderr);
+    assert!(!resized.status.success() && said.contains("'left'") && said.contains("bitmap remove"), "{said}");
     ok(path, &["add", "disk", "new"]);
     assert_eq!(seen(path, "disk")[0], entry("left", 65536, &["in-use", "auto"]));
     ok(path, &["remove", "disk", "left"]);
+    assert!(resize(path, &["disk", "128M"]).status.success());
     assert_eq!(seen(path, "disk"), json!([entry("new", 65536, &["auto"])]));
     qemu_img(path, "check disk");
+}
+
+fn resize(folder: &Path, args: &[&str]) -> Output {
+    output(Command::new(env!("CARGO_BIN_EXE_nbd-img")).current_dir(folder).args(["resize", "-q"]).args(args))
+}
+
+/// What becomes of bitmaps when the disk gets another size is what QEMU makes of them, and whoever writes the image then
+/// goes on with them.
+#[test]
+fn bitmaps_follow_the_disk_as_with_qemu() {
+    for (options, size, changes) in [
+        ("cluster_size=64k", "100M", &["1G", "40G", "12345344", "20M"][..]),
+        ("cluster_size=512", "5M", &["5000K", "7M", "1M", "3M"]),
+        ("cluster_size=4k,extended_l2=off,refcount_bits=1", "300M", &["100M", "128M", "4M", "1G"]),
+    ] {
+        let folder = support::scratch("cli-bitmap-resize");
+        let path = folder.path();
+        qemu_img(path, &format!("create -q -f qcow2 -o {options} ours {size}"));
+        qemu_img(path, "bitmap --add -g 512 ours fine");
+        qemu_img(path, "bitmap --add ours coarse");
+        qemu_io(path, "qcow2", "ours", &["write -z 0 2500k", "write 3M 70k", "write -z 4000k 1000k"]);
+        qemu_img(path, "bitmap --disable ours fine");
+        qemu_io(path, "qcow2", "ours", &["write 100k 100k", "write 4700k 1k"]);
+        for change in changes {
+            fs::copy(path.join("ours"), path.join("theirs")).unwrap();
+            let what = format!("{options}: {change}");
+            let resized = resize(path, &["--shrink", "ours", change]);
+            assert!(resized.status.success(), "{what}: {resized:?}");
+            qemu_img(path, &format!("resize -q --shrink -f qcow2 theirs {change}"));
+            assert_eq!(seen(path, "ours"), seen(path, "theirs"), "{what}");
+            for bitmap in ["fine", "coarse"] {
+                assert_eq!(dirty(path, "ours", bitmap), dirty(path, "theirs", bitmap), "{what}: {bitmap}");
+            }
+            qemu_img(path, "check -q ours");
+            let server =
+                support::server::Serve::image(path.join("ours")).peer(support::server::Peer::NbdImg).start();
+            qemu_io(path, "raw", &server.uri(""), &["write -P 5 1000k 10k"]);
+            server.stop();
+            qemu_io(path, "qcow2", "ours", &["write -P 6 900k 10k", "read -P 5 1000k 10k"]);
+        }
+    }
 }
 
 #[test]

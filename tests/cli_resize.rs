@@ -230,8 +230,6 @@ fn what_is_not_done_is_said_and_nothing_is_touched() {
     let folder = scratch("resize");
     let dir = folder.path();
     qemu_img(dir, "create -q -f qcow2 plain 1M");
-    qemu_img(dir, "create -q -f qcow2 marks 1M");
-    qemu_img(dir, "bitmap --add marks m");
     qemu_img(dir, "create -q -f qcow2 -o cluster_size=512 small 1M");
     qemu_img(dir, "create -q -f qcow2 broken 1M");
     qemu_io(dir, "qcow2", "broken", &["write 0 64k"]);
@@ -246,7 +244,6 @@ fn what_is_not_done_is_said_and_nothing_is_touched() {
         ("plain 16E", "2^64"),
         ("plain 9E", "by that much"),
         ("plain 1X", "size"),
-        ("marks 2M", "bitmaps"),
         ("small 1T", "clusters of 512"),
         ("broken --shrink 512K", "check --repair all"),
         ("missing 1M", "missing"),

@@ -4,14 +4,14 @@
 
 mod support;
 
-use nbd_img_formats::qcow2::{ResizeParts, resize};
 use nbd_img_formats::storage::{Fate, Fault, Faults, FileId, Log, MemoryStorage, Storage};
 use nbd_img_formats::sync::Arc;
-use nbd_img_formats::{BlockDriver, Durability, ErrorKind, HostOffset, Result};
+use nbd_img_formats::{BlockDriver, Durability, ErrorKind};
 use support::checker;
 use support::crash::{DATA, IMAGE, content_of};
 use support::image::Image;
 use support::maker::Maker;
+use support::offline::{files_of, kept, repaired, resize_files, resized};
 use support::random::Random;
 use support::scene::{CLUSTER, Files, SIZE, Scene};
 use support::steps::read_all;
@@ -71,44 +71,8 @@ fn copy(scene: &Scene) -> Scene {
     }
 }
 
-/// Changes the size of the disk in these files, and leaves them open.
-fn resize_files(
-    scene: &Scene,
-    image: Arc<dyn Storage>,
-    data_file: Option<Arc<dyn Storage>>,
-    to: u64,
-) -> Result<()> {
-    let kept = |file: Arc<dyn Storage>| -> Arc<dyn Storage> { Wrapped::new(file, NeverClosed) };
-    let (image, data_file) = (kept(image), data_file.map(kept));
-    resize(&ResizeParts { image, data_file, backing: scene.backing_driver(), foreign: false }, to)
-}
-
-/// What is to be there after a change of the size.
-fn resized(content: &[u8], to: u64) -> Vec<u8> {
-    let mut content = content.to_vec();
-    content.truncate(to as usize);
-    content.resize(to as usize, 0);
-    content
-}
-
-/// The files after somebody has opened the image for writing who trusts its refcounts only if they are not marked.
-fn repaired(scene: &Scene, files: &Files) -> std::result::Result<Files, String> {
-    if !Image::parse(&files.image)?.is_dirty() {
-        return Ok(files.clone());
-    }
-    let storages = scene.storages(files);
-    let data = storages.data.clone().map(kept);
-    let driver = scene.open_files(kept(storages.image.clone()), data).map_err(|e| e.to_string())?;
-    driver.close().map_err(|e| e.to_string())?;
-    Ok(files_of(&storages.image, storages.data.as_ref()))
-}
-
-fn kept<S: Storage + 'static>(file: Arc<S>) -> Arc<dyn Storage> {
-    Wrapped::new(file, NeverClosed)
-}
-
 /// Fails unless the files have a sound image, the disk is one of these, and a raw data file is the same.
-fn check_files(scene: &Scene, files: &Files, disks: &[&[u8]]) -> std::result::Result<Vec<u8>, String> {
+fn check_files(scene: &Scene, files: &Files, disks: &[&[u8]]) -> Result<Vec<u8>, String> {
     let files = &repaired(scene, files)?;
     let report = checker::check(&files.image)?;
     if !report.is_sound() {
@@ -190,12 +154,7 @@ fn crashed(scene: &Scene, log: &Log, cut: usize, number: u64, random: &mut Rando
     Files { image: file(IMAGE), data: scene.data.is_some().then(|| file(DATA)) }
 }
 
-fn look_at(
-    scene: &Scene,
-    left: &Files,
-    disks: [&[u8]; 2],
-    random: &mut Random,
-) -> std::result::Result<(), String> {
+fn look_at(scene: &Scene, left: &Files, disks: [&[u8]; 2], random: &mut Random) -> Result<(), String> {
     let content = check_files(scene, left, &disks)?;
     if random.below(QEMU_ONE_IN) == 0 {
         let (code, said) = Maker::of_files(&left.image, left.data.as_deref()).check();
@@ -215,15 +174,6 @@ fn look_at(
     check_files(scene, &files_of(&storages.image, storages.data.as_ref()), &[&resized(&content, to)])
         .map(drop)
         .map_err(|what| format!("then to {to}: {what}"))
-}
-
-fn files_of(image: &Arc<MemoryStorage>, data: Option<&Arc<MemoryStorage>>) -> Files {
-    let bytes = |storage: &Arc<MemoryStorage>| {
-        let mut bytes = vec![0; storage.len().unwrap() as usize];
-        storage.pread(&mut bytes, HostOffset(0)).unwrap();
-        bytes
-    };
-    Files { image: bytes(image), data: data.map(bytes) }
 }
 
 /// A device is not made longer, and nothing is changed.

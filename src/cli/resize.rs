@@ -13,8 +13,8 @@ use crate::server::control::protocol::Request;
 
 /// Change the size of a disk that nobody uses, or of one that is served with --control
 ///
-/// What a larger disk has more reads as zeroes. Internal snapshots keep their size. A crash in the middle
-/// leaves a disk of either size.
+/// What a larger disk has more reads as zeroes. Internal snapshots keep their size; a data file gets the disk's, and dirty
+/// bitmaps follow where nobody uses the disk. A crash in the middle leaves a disk of either size.
 #[derive(Debug, clap::Args)]
 pub struct ResizeArgs {
     /// The image file; none with --control

@@ -8,6 +8,7 @@ pub mod gallery;
 pub mod image;
 pub mod maker;
 pub mod model;
+pub mod offline;
 pub mod qemu_io;
 pub mod random;
 pub mod reader;

@@ -9,7 +9,7 @@ use crate::mover::storage_error;
 use crate::qcow2::header::{Autoclear, Header, TableLocation};
 use crate::qcow2::types::HostIndex;
 use crate::qcow2::write::allocator::{Allocator, Need, Space};
-use crate::qcow2::write::metadata_map::MetadataMap;
+use crate::qcow2::write::metadata_map::{Kind, MetadataMap};
 use crate::qcow2::write::refcounts::{BlockIndex, Refcounts};
 use crate::qcow2::write::{AUTOCLEAR_AT, INCOMPATIBLE_AT, commit};
 use crate::storage::{Durability, Storage};
@@ -64,6 +64,34 @@ impl<'a> Ledger<'a> {
                 Err(need) => return Err(self.unmet(need)),
             }
         }
+    }
+
+    /// Writes `bytes`, and zeroes up to the end of the last cluster, to new clusters in a row. They are counted in the
+    /// file once all is [written out](Self::write_out).
+    pub fn write_row(&mut self, bytes: &[u8], kind: Kind) -> Result<HostOffset> {
+        let cluster_len = self.allocator.geometry().cluster_len();
+        let clusters = (bytes.len() as u64).div_ceil(cluster_len).max(1);
+        let mut place = HostOffset(0);
+        self.with_room(|allocator| {
+            place = allocator.allocate_row(clusters, kind)?.start();
+            Ok(())
+        })?;
+        let mut padded = bytes.to_vec();
+        padded.resize(usize::try_from(clusters * cluster_len).unwrap_or(bytes.len()), 0);
+        write(self.image, place, &padded)?;
+        Ok(place)
+    }
+
+    /// What lies here has lost a pointer: its clusters are used once less.
+    pub fn leave(&mut self, at: HostOffset, len: u64) -> Result<()> {
+        let (first, count) = self.allocator.geometry().host_span(at, len);
+        for index in (first.0..first.0 + count).map(HostIndex) {
+            self.with_room(|allocator| {
+                let is = allocator.refcounts.get(index)?;
+                allocator.refcounts.set(index, is.saturating_sub(1))
+            })?;
+        }
+        Ok(())
     }
 
     fn load(&mut self, block: BlockIndex) -> Result<()> {

@@ -5,6 +5,7 @@
 //! nothing leads to any more, and cuts off the data file last. A crash in between leaves an image of either size, and
 //! leaks at worst.
 
+mod bitmaps;
 pub(super) mod data_file;
 
 use super::check::ledger::{Ledger, clear_unknown, sync, write};
@@ -14,7 +15,7 @@ use super::header::{Header, Incompatible, L1_LEN_MAX, TableLocation};
 use super::parts::{Caches, Parts};
 use super::snapshots::{self, Snapshot};
 use super::tables::ImageNumber;
-use super::types::{DataFile, HostIndex};
+use super::types::DataFile;
 use super::write::allocator::HOST_END;
 use super::write::commit;
 use super::write::data_file as places;
@@ -58,9 +59,12 @@ fn change(parts: &ResizeParts, size: u64) -> Result<()> {
     let image = &parts.image;
     let header = Header::load(image)?;
     let (snapshots, snapshots_len) = snapshots::load(image, &header)?;
+    if parts.data_file.is_some() != header.geometry.is_external() {
+        return Err(Error::new(ErrorKind::InvalidInput, "an external data file is missing or not wanted"));
+    }
     let resizer = Resizer { parts, image, snapshots: (&snapshots, snapshots_len), size };
     refuse(&header, &snapshots, size)?;
-    refuse_bitmaps(&header)?;
+    bitmaps::plan(image, &header, size)?;
     if let Some(data) = &parts.data_file {
         data_file::check_room(data, size)?;
     }
@@ -75,10 +79,11 @@ fn change(parts: &ResizeParts, size: u64) -> Result<()> {
         false => header,
     };
     clear_unknown(image, &header)?;
+    let bitmaps = bitmaps::plan(image, &header, size)?;
     if size >= header.virtual_size {
-        resizer.grow(&header)?;
+        resizer.grow(&header, bitmaps.as_ref())?;
     } else {
-        resizer.shrink(&header)?;
+        resizer.shrink(&header, bitmaps.as_ref())?;
     }
     let close = |file: &Arc<dyn Storage>| file.close().map_err(|e| Error::io("cannot close the image", e));
     parts.data_file.iter().chain([image]).try_for_each(close)
@@ -111,15 +116,6 @@ pub(super) fn refuse(header: &Header, snapshots: &[Snapshot], size: u64) -> Resu
     Ok(())
 }
 
-/// Fails if the image has dirty bitmaps.
-pub(super) fn refuse_bitmaps(header: &Header) -> Result<()> {
-    if header.extensions.bitmaps.is_some_and(|bitmaps| bitmaps.count > 0) {
-        let text = "images with persistent dirty bitmaps are not resized yet (qemu-img resize)";
-        return Err(Error::new(ErrorKind::Unsupported, text));
-    }
-    Ok(())
-}
-
 /// Fails if a longer disk would have bytes one day that it does not have now: its new part has no entries, and `foreign`
 /// says that what lies below is not what the image names.
 pub(super) fn refuse_growth(header: &Header, foreign: bool) -> Result<()> {
@@ -139,14 +135,25 @@ struct Resizer<'a> {
 }
 
 impl Resizer<'_> {
-    fn grow(&self, header: &Header) -> Result<()> {
+    fn grow(&self, header: &Header, bitmaps: Option<&bitmaps::Change>) -> Result<()> {
         let old_size = header.virtual_size;
+        if header.extensions.bitmaps.is_some() {
+            // Nobody looks at where they lie when something is zeroed.
+            check::ensure_sound(&Subject::load(self.image, header, self.snapshots)?)?;
+        }
         let header = Header { virtual_size: self.size, ..self.grow_l1(header)? };
         if let Some(data) = self.parts.data_file.as_ref().filter(|_| self.size > old_size) {
             data_file::lengthen(data, header.geometry.data_file(), old_size, self.size)?;
         }
         self.zero_behind(&header, old_size)?;
-        self.write_size()
+        let Some(bitmaps) = bitmaps else { return self.write_size() };
+        // With all that was done to refcounts.
+        let header = Header::load(self.image)?;
+        let mut ledger = self.ledger(&header)?;
+        let directory_at = bitmaps.write(&mut ledger)?;
+        bitmaps.switch(self.image, &header, self.size, directory_at)?;
+        ledger.leave_tables(true)?;
+        bitmaps.free_old(&mut ledger)
     }
 
     /// Puts a longer L1 table behind everything else, if the new size needs one.
@@ -155,38 +162,29 @@ impl Resizer<'_> {
         if entries <= u64::from(header.l1.entries) {
             return Ok(header.clone());
         }
-        let cluster_len = header.geometry.cluster_len();
-        let subject = Subject::load(self.image, header, self.snapshots)?;
-        let used_end = if self.image.facts().grows { 0 } else { check::used_end(&subject)? };
-        let mut ledger = Ledger::new(&subject, used_end);
-        let clusters = (entries * 8).div_ceil(cluster_len);
-        let mut place = None;
-        ledger.with_room(|allocator| {
-            place = Some(allocator.allocate_row(clusters, Kind::L1)?);
-            Ok(())
-        })?;
-        let at = place.map_or(HostOffset(0), |host| host.start());
-        let mut table = vec![0; usize::try_from(clusters * cluster_len).unwrap_or(0)];
+        let mut ledger = self.ledger(header)?;
+        let mut table = vec![0; usize::try_from(entries * 8).unwrap_or(0)];
         let old_len = u64::from(header.l1.entries) * 8;
         let old = table.get_mut(..usize::try_from(old_len).unwrap_or(0)).unwrap_or_default();
         read_exact(self.image, header.l1.at, old)?;
-        write(self.image, at, &table)?;
+        let at = ledger.write_row(&table, Kind::L1)?;
         // The table and that it is in use are durable before anything leads there.
         ledger.write_out()?;
         let entries = u32::try_from(entries).unwrap_or(u32::MAX);
         let pointer = [&entries.to_be_bytes()[..], &at.0.to_be_bytes()].concat();
         write(self.image, L1_POINTER_AT, &pointer)?;
         sync(self.image)?;
-        let (first, count) = header.geometry.host_span(header.l1.at, old_len);
-        for index in (first.0..first.0 + count).map(HostIndex) {
-            ledger.with_room(|allocator| {
-                let is = allocator.refcounts.get(index)?;
-                allocator.refcounts.set(index, is.saturating_sub(1))
-            })?;
-        }
+        ledger.leave(header.l1.at, old_len)?;
         ledger.leave_tables(true)?;
         let refcount_table = ledger.write_out()?;
         Ok(Header { l1: TableLocation { at, entries }, refcount_table, ..header.clone() })
+    }
+
+    /// The refcounts of the image as they are in the file.
+    fn ledger<'b>(&'b self, header: &'b Header) -> Result<Ledger<'b>> {
+        let subject = Subject::load(self.image, header, self.snapshots)?;
+        let used_end = if self.image.facts().grows { 0 } else { check::used_end(&subject)? };
+        Ok(Ledger::new(&subject, used_end))
     }
 
     /// Zeroes what lies behind the old end and does not read as zeroes: the rest of its cluster, what the
@@ -233,23 +231,33 @@ impl Resizer<'_> {
 
     /// A driver of the image with a header that the file does not have yet.
     fn driver(&self, header: &Header, write: Option<WriteOptions>) -> Result<Arc<Qcow2Driver>> {
+        let mut header = header.clone();
+        // What it does lies behind the end of the disk that they are of.
+        header.extensions.bitmaps = None;
         Qcow2Driver::open(Parts {
             image: Arc::clone(self.image),
-            header: header.clone(),
+            caches: Caches::new(TABLE_CACHE_LEN, 0, [&header])?,
+            header,
             data_file: self.parts.data_file.clone(),
             backing: self.parts.backing.clone(),
             number: ImageNumber(0),
-            caches: Caches::new(TABLE_CACHE_LEN, 0, [header])?,
             snapshot: None,
             write,
         })
     }
 
-    fn shrink(&self, header: &Header) -> Result<()> {
+    fn shrink(&self, header: &Header, bitmaps: Option<&bitmaps::Change>) -> Result<()> {
         check::ensure_sound(&Subject::load(self.image, header, self.snapshots)?)?;
-        self.write_size()?;
-        self.drop_entries(header)?;
-        let header = Header { virtual_size: self.size, ..header.clone() };
+        match bitmaps {
+            Some(bitmaps) => {
+                let directory_at = bitmaps.write(&mut self.ledger(header)?)?;
+                bitmaps.switch(self.image, header, self.size, directory_at)?;
+            }
+            None => self.write_size()?,
+        }
+        // With all that was done to refcounts.
+        let header = Header::load(self.image)?;
+        self.drop_entries(&header)?;
         check::free_unused(self.image, &header, self.snapshots)?;
         self.parts.data_file.as_ref().map_or(Ok(()), |data| data_file::cut(data, self.size))
     }

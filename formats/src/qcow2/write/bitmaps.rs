@@ -27,7 +27,7 @@ const LIVE_LEN_MAX: u64 = 256 << 20;
 /// megabytes of memory for knowing where they lie.
 const CLUSTERS_MAX: u64 = 1 << 19;
 /// Where the directory's offset stands in the data of the header extension (specification).
-const DIRECTORY_OFFSET_AT: u64 = 16;
+pub const DIRECTORY_OFFSET_AT: u64 = 16;
 
 /// The bitmaps of an image that is written.
 pub struct Recorder {

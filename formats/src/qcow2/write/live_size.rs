@@ -7,7 +7,8 @@
 //! header and then in memory; then nothing behind it is mapped any more, and a data file is cut off.
 
 use super::super::driver::Qcow2Driver;
-use super::super::resize::{L1_POINTER_AT, SIZE_AT, data_file, refuse, refuse_bitmaps, refuse_growth};
+use super::super::header::Header;
+use super::super::resize::{L1_POINTER_AT, SIZE_AT, data_file, refuse, refuse_growth};
 use super::super::types::{DataFile, HostCluster};
 use super::data_file as places;
 use super::meta::Content;
@@ -46,6 +47,16 @@ pub fn change(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<(
     } else {
         Ok(())
     }
+}
+
+/// Fails if the image has dirty bitmaps: what is recorded of them while it is used is that of a disk of one size.
+fn refuse_bitmaps(header: &Header) -> Result<()> {
+    if header.extensions.bitmaps.is_some_and(|bitmaps| bitmaps.count > 0) {
+        let text = "an image with persistent dirty bitmaps is not resized while it is served (nbd-img resize IMAGE \
+                    does it when nobody uses it)";
+        return Err(Error::new(ErrorKind::Unsupported, text));
+    }
+    Ok(())
 }
 
 fn grow(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<()> {

@@ -1,0 +1,348 @@
+//! Dirty bitmaps of a disk that gets another size while nobody uses it: what QEMU makes of them, and after a crash at any
+//! moment, or any failing call, none that lies.
+#![allow(clippy::unwrap_used)] // Helpers of tests are not told apart from a program's code.
+
+mod support;
+
+use nbd_img_formats::storage::{Fate, Fault, Faults, Log, MemoryStorage, Storage};
+use nbd_img_formats::sync::Arc;
+use nbd_img_formats::{BlockDriver, Durability, ErrorKind};
+use support::checker;
+use support::crash::{DATA, IMAGE, content_of};
+use support::image::{Bitmap, Image, OFFSET_MASK};
+use support::maker::{self, Maker};
+use support::offline::{files_of, kept, repaired, resize_files, resized};
+use support::random::Random;
+use support::scene::{CLUSTER, Files, SIZE, Scene};
+use support::wrapped::{NeverClosed, Wrapped};
+
+/// States looked at after each cut.
+const STATES_PER_CUT: u64 = 3;
+/// One state in so many is also given to `qemu-img check`, and its disk resized once more.
+const MORE_ONE_IN: u64 = 100;
+/// So many bytes of the disk have their bits in one cluster, where a bit stands for 512 of them.
+const SPAN: u64 = CLUSTER * 8 * 512;
+
+/// What a bitmap is, to compare.
+type Told = (String, u32, u32, Vec<bool>);
+
+/// Fails unless the bitmaps have as many clusters of bits as the disk needs, and zeroes behind its end.
+fn told(image: &Image<'_>) -> Result<Vec<Told>, String> {
+    let told = |bitmap: &Bitmap| {
+        let name = bitmap.name.clone();
+        check_shape(image, bitmap).map_err(|what| format!("bitmap {name}: {what}"))?;
+        Ok((name, bitmap.flags, bitmap.granularity_bits, image.dirty_granules(bitmap)))
+    };
+    image.bitmaps.iter().map(told).collect()
+}
+
+fn check_shape(image: &Image<'_>, bitmap: &Bitmap) -> Result<(), String> {
+    let cluster_len = image.cluster_len();
+    let bits = image.size.div_ceil(1 << bitmap.granularity_bits);
+    if bitmap.table_entries != bits.div_ceil(8).div_ceil(cluster_len) {
+        return Err(format!("{} clusters for {bits} bits", bitmap.table_entries));
+    }
+    let last = image.bytes.be64(bitmap.table_at + (bitmap.table_entries - 1) * 8);
+    let rest = bits - (bitmap.table_entries - 1) * cluster_len * 8;
+    let mut bytes = vec![if last & 1 == 1 { 0xff } else { 0_u8 }; cluster_len as usize];
+    if last & OFFSET_MASK != 0 {
+        image.bytes.fill(&mut bytes, last & OFFSET_MASK);
+    }
+    let set = |bit: u64| bytes[(bit / 8) as usize] >> (bit % 8) & 1 == 1;
+    match (rest..cluster_len * 8).find(|bit| set(*bit)) {
+        Some(bit) => Err(format!("bit {bit} of the last cluster is set, of which {rest} are the disk's")),
+        None => Ok(()),
+    }
+}
+
+/// The same bitmaps of a disk of another size: what is new is clean.
+fn of_size(told: &[Told], size: u64) -> Vec<Told> {
+    let resized = |(name, flags, granularity_bits, bits): &Told| {
+        let mut bits = bits.clone();
+        bits.resize(size.div_ceil(1 << granularity_bits) as usize, false);
+        (name.clone(), *flags, *granularity_bits, bits)
+    };
+    told.iter().map(resized).collect()
+}
+
+/// Bits in one and in two clusters, some of them all ones, of enabled bitmaps and one that is not.
+fn marked(name: &'static str, options: &str, data_file: bool) -> Scene {
+    let size = SPAN + SIZE;
+    let make = if data_file { Maker::with_data_file } else { Maker::new };
+    let maker = make(&format!("cluster_size=512,{options}"), size);
+    let path = maker.path();
+    let bitmap = |args: &[&str], name: &str| {
+        maker::run("qemu-img", &[&["bitmap"], args, &[maker::text(&path), name]].concat());
+    };
+    let write = |at: u64, len: u64| _ = maker.write(at, &vec![7; len as usize], false);
+    // Bits, and hardly any clusters.
+    let zero = |at: u64, len: u64| _ = maker.io(&[format!("write -q -z -u {at} {len}")]);
+    bitmap(&["--add", "-g", "512"], "fine");
+    bitmap(&["--add", "-g", "512"], "off");
+    bitmap(&["--add", "-g", "65536"], "coarse");
+    zero(0, SPAN);
+    write(SPAN - 70 * CLUSTER, 90 * CLUSTER);
+    write(3 * CLUSTER, 40 * CLUSTER);
+    write(size - 3 * CLUSTER, 3 * CLUSTER);
+    bitmap(&["--disable"], "off");
+    write(SPAN + 7 * CLUSTER, CLUSTER);
+    bitmap(&["--add", "-g", "1024"], "empty");
+    assert_eq!(maker.check().0, 0);
+    let (image, data) = (maker.bytes(), maker.data_bytes());
+    let mut scene = Scene::empty(name, "refcount_bits=16");
+    scene.content = support::reader::read_files(
+        &image,
+        data.as_ref().unwrap_or(&image),
+        support::reader::Disk::Active,
+        &[],
+    )
+    .unwrap();
+    (scene.image, scene.data) = (image, data);
+    scene
+}
+
+fn scenes() -> Vec<Scene> {
+    vec![
+        marked("bitmaps", "refcount_bits=64", false),
+        marked("bitmaps beside a data file", "refcount_bits=1", true),
+        marked("bitmaps beside a raw data file", "data_file_raw=on", true),
+        marked("bitmaps on a device", "refcount_bits=16", false).on_device(),
+        unused(Scene::mixed("bitmaps and a snapshot", "refcount_bits=64", None, true)),
+    ]
+}
+
+/// With its bitmaps, but for the one that is in use.
+fn unused(scene: Scene) -> Scene {
+    let mut scene = scene.with_bitmaps();
+    let maker = Maker::of(&scene.image);
+    maker::run("qemu-img", &["bitmap", "--remove", maker::text(&maker.path()), "stale"]);
+    scene.image = maker.bytes();
+    scene
+}
+
+/// What a disk of a scene becomes: other clusters of bits and the same ones, to the end of a byte of them and not.
+fn sizes(scene: &Scene) -> Vec<u64> {
+    let size = scene.content.len() as u64;
+    let tables = [SPAN - 5 * CLUSTER, SPAN + 300 * CLUSTER, SPAN, 24 * CLUSTER, 2 * SPAN + CLUSTER];
+    let within = [size - 2 * CLUSTER, size + 13 * CLUSTER, size - 60 * CLUSTER];
+    if size > SPAN { within.into_iter().chain(tables).collect() } else { within.to_vec() }
+}
+
+fn load(storage: &Arc<MemoryStorage>) -> Arc<dyn Storage> {
+    Arc::clone(storage) as Arc<dyn Storage>
+}
+
+/// The disk and its bitmaps.
+struct State {
+    disk: Vec<u8>,
+    bitmaps: Vec<Told>,
+    directory: Option<(u64, u64)>,
+}
+
+impl State {
+    /// Fails unless the image is sound, and its bitmaps have the shape that they must have.
+    fn of(scene: &Scene, files: &Files) -> Result<State, String> {
+        let files = repaired(scene, files)?;
+        let report = checker::check(&files.image)?;
+        if !report.is_sound() {
+            return Err(format!("corrupt:\n{report}"));
+        }
+        let disk = scene.read_files(&files.image, files.data.as_ref().unwrap_or(&files.image))?;
+        let image = Image::parse(&files.image)?;
+        Ok(State { disk, bitmaps: told(&image)?, directory: image.bitmap_directory })
+    }
+
+    fn resized(&self, to: u64) -> State {
+        State { disk: resized(&self.disk, to), bitmaps: of_size(&self.bitmaps, to), directory: None }
+    }
+
+    /// Whether it is one of these, or has lost its bitmaps where that may be.
+    fn check(&self, allowed: [&State; 2], none_allowed: bool) -> Result<(), String> {
+        let disk = |state: &&State| state.disk == self.disk;
+        let Some(same) = allowed.into_iter().find(disk) else {
+            return Err(format!("the disk of {} bytes holds something else", self.disk.len()));
+        };
+        let lost = none_allowed && self.bitmaps.is_empty();
+        let kept = same.bitmaps == self.bitmaps;
+        if lost || kept { Ok(()) } else { Err("its bitmaps are not those of such a disk".to_owned()) }
+    }
+}
+
+#[test]
+fn a_crash_leaves_bitmaps_of_the_disk_that_is_there_or_none() {
+    let mut random = Random::new(Random::seed("sizes of bitmaps"));
+    let (mut states, mut lost, mut kept_directory) = (0, 0, 0);
+    for scene in &scenes() {
+        let mut files = scene.files();
+        let mut before = State::of(scene, &files).unwrap();
+        for to in sizes(scene) {
+            let storages = scene.storages(&files);
+            let log = Log::new();
+            let image = log.attach(storages.image).unwrap();
+            let data = storages.data.map(|data| log.attach(data).unwrap() as Arc<dyn Storage>);
+            let said = || format!("{}, {} to {to}", scene.name, before.disk.len());
+            resize_files(scene, image, data, to).unwrap_or_else(|e| panic!("{}: {e}", said()));
+            files = crashed(scene, &log, log.len(), 0, &mut random);
+            let after = State::of(scene, &files).unwrap_or_else(|what| panic!("{}: {what}", said()));
+            after.check([&before.resized(to); 2], false).unwrap_or_else(|what| panic!("{}: {what}", said()));
+            let report = checker::check(&files.image).unwrap();
+            assert!(report.is_clean(), "{}: {report}", said());
+            // Where the directory stays, nothing is ever lost.
+            let none_allowed = after.directory != before.directory;
+            kept_directory += u64::from(!none_allowed);
+            for cut in 0..=log.len() {
+                for number in 0..STATES_PER_CUT {
+                    let left = crashed(scene, &log, cut, number, &mut random);
+                    let state = State::of(scene, &left);
+                    let seen = state.and_then(|state| {
+                        lost += u64::from(state.bitmaps.is_empty());
+                        state.check([&before, &after], none_allowed)?;
+                        if random.below(MORE_ONE_IN) == 0 {
+                            go_on(scene, &left, &state, &mut random)
+                        } else {
+                            Ok(())
+                        }
+                    });
+                    seen.unwrap_or_else(|what| panic!("{}, cut {cut}: {what}", said()));
+                    states += 1;
+                }
+            }
+            before = after;
+        }
+    }
+    eprintln!("{states} states, {lost} without bitmaps, {kept_directory} changes that keep the directory");
+    assert!(lost > 0 && kept_directory > 0);
+}
+
+/// QEMU finds nothing wrong, and the disk gets another size and is written.
+fn go_on(scene: &Scene, left: &Files, state: &State, random: &mut Random) -> Result<(), String> {
+    let (code, said) = Maker::of_files(&left.image, left.data.as_deref()).check();
+    let expected = checker::check(&left.image)?.exit_code();
+    if code != expected {
+        return Err(format!("qemu-img check exits with {code} and not {expected}: {said}"));
+    }
+    let to = (1 + random.below(2 * SPAN / CLUSTER)) * CLUSTER;
+    let storages = scene.storages(left);
+    resize_files(scene, load(&storages.image), storages.data.as_ref().map(load), to)
+        .map_err(|e| e.to_string())?;
+    let now = State::of(scene, &files_of(&storages.image, storages.data.as_ref()))?;
+    now.check([&state.resized(to); 2], false).map_err(|what| format!("then to {to}: {what}"))?;
+    let data = storages.data.clone().map(kept);
+    let driver = scene.open_files(kept(storages.image.clone()), data).map_err(|e| e.to_string())?;
+    driver.pwrite(to - CLUSTER, &[9; 512], Durability::Later).map_err(|e| e.to_string())?;
+    driver.close().map_err(|e| e.to_string())?;
+    let written = State::of(scene, &files_of(&storages.image, storages.data.as_ref()))?;
+    for (name, flags, granularity_bits, bits) in &written.bitmaps {
+        let granule = ((to - CLUSTER) >> granularity_bits) as usize;
+        if *flags == 2 && !bits[granule] {
+            return Err(format!("after {to} the bitmap {name} does not tell of a write at the end"));
+        }
+    }
+    Ok(())
+}
+
+/// What a crash leaves of the files.
+fn crashed(scene: &Scene, log: &Log, cut: usize, number: u64, random: &mut Random) -> Files {
+    let mut file = |file| {
+        let style = if number == 0 { 0 } else { random.below(4) };
+        let left = log.after_crash(file, cut, |_, _| match (style, random.below(4)) {
+            (0, _) | (3, 0) => Fate::Kept,
+            (1, _) | (3, 1) => Fate::Lost,
+            (_, 2) => Fate::Prefix(random.below(64)),
+            (_, _) => Fate::Scattered(random.next()),
+        });
+        content_of(&left)
+    };
+    Files { image: file(IMAGE), data: scene.data.is_some().then(|| file(DATA)) }
+}
+
+#[test]
+fn a_call_that_fails_leaves_bitmaps_of_the_disk_that_is_there_or_none() {
+    let mut failed = 0;
+    for (number, scene) in scenes().iter().enumerate() {
+        // Within the same clusters of bits, into fewer and into more.
+        let chosen = sizes(scene).into_iter().enumerate().filter(|(number, _)| [1, 3, 7].contains(number));
+        for (_, to) in chosen {
+            for call in 0.. {
+                // Once, or for good.
+                if !fail_at(scene, to, Fault { sticky: number % 2 == 1, ..Fault::at(call) }) {
+                    break;
+                }
+                failed += 1;
+            }
+        }
+    }
+    assert!(failed > 500, "only {failed} calls failed");
+}
+
+/// Returns whether the call came to be.
+fn fail_at(scene: &Scene, to: u64, fault: Fault) -> bool {
+    let storages = scene.storages(&scene.files());
+    let faults = Faults::new();
+    let attach = |storage: Arc<MemoryStorage>| faults.attach(Wrapped::new(storage, NeverClosed));
+    let (image, data) = (attach(storages.image.clone()), storages.data.clone().map(attach));
+    faults.arm(fault);
+    let outcome = resize_files(scene, image, data.map(|data| data as Arc<dyn Storage>), to);
+    let fired = faults.fired() > 0;
+    let said = |what: String| format!("{}, to {to}, {fault:?}, {outcome:?}: {what}", scene.name);
+    assert!(fired || outcome.is_ok(), "{}", said("nothing failed".to_owned()));
+    let before = State::of(scene, &scene.files()).unwrap();
+    let after = before.resized(to);
+    let state = State::of(scene, &files_of(&storages.image, storages.data.as_ref()));
+    let allowed = if outcome.is_ok() { [&after; 2] } else { [&before, &after] };
+    let seen = state.and_then(|state| state.check(allowed, outcome.is_err()));
+    seen.unwrap_or_else(|what| panic!("{}", said(what)));
+    fired
+}
+
+/// Also what it says of bits behind a shorter end.
+#[test]
+fn bitmaps_are_what_qemu_makes_of_them() {
+    for scene in scenes().iter().filter(|scene| scene.backing.is_none() && scene.device_len.is_none()) {
+        let mut files = scene.files();
+        for to in sizes(scene) {
+            let maker = Maker::of_files(&files.image, files.data.as_deref());
+            let options = match maker.data_bytes() {
+                None => format!("driver=qcow2,file.filename={}", maker::text(&maker.path())),
+                Some(_) => format!(
+                    "driver=qcow2,file.filename={},data-file.driver=file,data-file.filename={}",
+                    maker::text(&maker.path()),
+                    maker::text(&maker.data_path())
+                ),
+            };
+            maker::run("qemu-img", &["resize", "-q", "--shrink", "--image-opts", &options, &to.to_string()]);
+            let theirs = maker.bytes();
+            let storages = scene.storages(&files);
+            resize_files(scene, load(&storages.image), storages.data.as_ref().map(load), to).unwrap();
+            files = files_of(&storages.image, storages.data.as_ref());
+            let (ours, theirs) = (Image::parse(&files.image).unwrap(), Image::parse(&theirs).unwrap());
+            assert!(told(&ours).unwrap() == told(&theirs).unwrap(), "{}: to {to}", scene.name);
+            let (code, said) = Maker::of_files(&files.image, files.data.as_deref()).check();
+            assert_eq!(code, 0, "{}: to {to}: {said}", scene.name);
+        }
+    }
+}
+
+/// One that is in use, or that nobody here may touch, keeps the disk as it is; one that others have made stale does not.
+#[test]
+fn a_bitmap_that_cannot_be_kept_is_named() {
+    let refused = |scene: &Scene, to: u64, kind: ErrorKind, hints: &[&str]| {
+        let storage = scene.storage(&scene.image);
+        let before = files_of(&storage, None).image;
+        let error = resize_files(scene, load(&storage), None, to).unwrap_err();
+        let text = error.to_string();
+        assert!(error.kind() == kind && hints.iter().all(|hint| text.contains(hint)), "{text}");
+        assert!(files_of(&storage, None).image == before, "{text}: it was written");
+    };
+    let scene = Scene::mixed("in use", "refcount_bits=64", None, false).with_bitmaps();
+    refused(&scene, 1 << 20, ErrorKind::Corrupt, &["'stale'", "nbd-img bitmap remove"]);
+    refused(&scene, 512, ErrorKind::Corrupt, &["'stale'", "nbd-img bitmap remove"]);
+    let mut scene = marked("bitmaps", "refcount_bits=64", false);
+    refused(&scene, 0, ErrorKind::Unsupported, &["'fine'", "nbd-img bitmap remove"]);
+    // The bit that they are known to whoever wrote last.
+    scene.image[95] &= !1;
+    let storage = scene.storage(&scene.image);
+    resize_files(&scene, load(&storage), None, 1 << 20).unwrap();
+    let image = files_of(&storage, None).image;
+    assert_eq!(Image::parse(&image).unwrap().size, 1 << 20);
+}
