@@ -4,6 +4,9 @@
 
 mod support;
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
 use nbd_img_formats::storage::{Fate, Fault, Faults, FileId, Log, MemoryStorage, Storage};
 use nbd_img_formats::sync::Arc;
 use nbd_img_formats::{BlockDriver, Durability, ErrorKind};
@@ -13,7 +16,7 @@ use support::image::Image;
 use support::maker::Maker;
 use support::offline::{files_of, kept, repaired, resize_files, resized};
 use support::random::Random;
-use support::scene::{CLUSTER, Files, SIZE, Scene};
+use support::scene::{CLUSTER, Files, SIZE, Scene, open_parts};
 use support::steps::read_all;
 use support::wrapped::{NeverClosed, Wrapped};
 
@@ -251,5 +254,72 @@ fn what_was_cut_off_does_not_come_back() {
             let files = files_of(&storages.image, storages.data.as_ref());
             check_files(scene, &files, &[&content]).unwrap_or_else(|what| panic!("{}: {what}", scene.name));
         }
+    }
+}
+
+/// While it is served, too: a data file is cut and made longer under those who write to the part that stays.
+#[test]
+fn a_data_file_is_cut_and_grows_under_writers() {
+    const STAYS: u64 = 40 * CLUSTER;
+    for options in ["data_file_raw=off", "data_file_raw=on", "extended_l2=on,cluster_size=16k"] {
+        let maker = Maker::with_data_file(&format!("cluster_size=4k,{options}"), LARGE);
+        maker.write(0, &vec![5; LARGE as usize], false);
+        let storages = [maker.bytes(), maker.data_bytes().unwrap()];
+        let [image, data] = storages.map(|bytes| MemoryStorage::copy_of(&bytes).unwrap());
+        let driver = open_parts(
+            kept(image.clone()),
+            Some(kept(data.clone())),
+            None,
+            Some(Default::default()),
+            1 << 20,
+        )
+        .unwrap();
+        let over = AtomicBool::new(false);
+        let mut expected = vec![5; STAYS as usize];
+        thread::scope(|scope| {
+            let writers = [0, 1].map(|writer| {
+                let (driver, over) = (&driver, &over);
+                scope.spawn(move || {
+                    let mut random = Random::new(Random::seed("writers of a data file") + writer);
+                    let mut written = vec![0; STAYS as usize];
+                    while !over.load(Ordering::Relaxed) {
+                        let at = (random.below(STAYS / CLUSTER / 2) * 2 + writer) * CLUSTER;
+                        let byte = 1 + random.below(255) as u8;
+                        written[at as usize..][..512].fill(byte);
+                        driver.pwrite(at, &[byte; 512], Durability::Later).unwrap();
+                    }
+                    written
+                })
+            });
+            let mut random = Random::new(Random::seed("cuts of a data file"));
+            for _ in 0..60 {
+                let to = STAYS + random.below((LARGE - STAYS) / CLUSTER) * CLUSTER;
+                let before = driver.size();
+                driver.resize(to).unwrap();
+                if to > before {
+                    let mut new = vec![1; (to - before) as usize];
+                    driver.pread(before, &mut new).unwrap();
+                    assert!(new.iter().all(|byte| *byte == 0), "{options}: what was cut off is back");
+                    driver.pwrite(before, &vec![6; new.len()], Durability::Later).unwrap();
+                }
+                driver.flush().unwrap();
+            }
+            over.store(true, Ordering::Relaxed);
+            for written in writers.map(|writer| writer.join().unwrap()) {
+                expected
+                    .iter_mut()
+                    .zip(written)
+                    .filter(|(_, new)| *new != 0)
+                    .for_each(|(old, new)| *old = new);
+            }
+        });
+        driver.resize(STAYS).unwrap();
+        assert!(read_all(&*driver).unwrap() == expected, "{options}: something was lost");
+        driver.close().unwrap();
+        let files = files_of(&image, Some(&data));
+        let bytes = files.data.unwrap();
+        assert_eq!(bytes.len() as u64, STAYS, "{options}");
+        assert!(!options.ends_with("raw=on") || bytes == expected, "{options}: the raw file is not the disk");
+        assert!(checker::check(&files.image).unwrap().is_clean(), "{options}");
     }
 }
