@@ -132,6 +132,7 @@ struct Rig {
     folder: Folder,
     granularities: &'static [u64],
     discard: bool,
+    bitmap_len_max: u64,
 }
 
 impl Rig {
@@ -147,7 +148,8 @@ impl Rig {
             let name = format!("on-{granularity}");
             qemu("qemu-img", ["bitmap", "--add", "-g", &granularity.to_string(), image, &name]);
         }
-        Rig { name, path, folder, granularities, discard: true }
+        let OpenOptions { discard, bitmap_len_max, .. } = OpenOptions::default();
+        Rig { name, path, folder, granularities, discard, bitmap_len_max }
     }
 
     fn open(&self, dirty: &Arc<Mutex<Vec<bool>>>) -> Arc<dyn BlockDriver> {
@@ -155,6 +157,7 @@ impl Rig {
             format: Some(Format::Qcow2),
             writable: true,
             discard: self.discard,
+            bitmap_len_max: self.bitmap_len_max,
             table_cache_len: 1 << 20,
             ..OpenOptions::default()
         };
@@ -276,6 +279,21 @@ fn external_data_files() {
     Rig::new("data file", "data_file=FOLDER/data", 4 * MIB, &[512, 65536]).run();
     let options = "cluster_size=4k,data_file=FOLDER/data,data_file_raw=on";
     Rig::new("raw data file", options, 4 * MIB, &[512, 65536]).run();
+}
+
+/// Bits that go into the file before the next write, or now and then, into all sorts of clusters.
+#[test]
+fn spilled_bits() {
+    let small = "cluster_size=512";
+    for (name, options, size, granularities, bitmap_len_max) in [
+        ("spilled at once", small, 8 * MIB, &[512, 4096][..], 0),
+        ("spilled", small, 8 * MIB, &[512, 4096], 1000),
+        ("spilled, usual clusters", "", 24 * MIB, &[512, 65536], 0),
+        ("spilled, large clusters", "cluster_size=2M,refcount_bits=1", 5 * MIB + 512, &[512, 2 * MIB], 0),
+        ("spilled, data file", "cluster_size=4k,data_file=FOLDER/data", 4 * MIB, &[512, 65536], 0),
+    ] {
+        Rig { bitmap_len_max, ..Rig::new(name, options, size, granularities) }.run();
+    }
 }
 
 #[test]

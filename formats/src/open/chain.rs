@@ -263,6 +263,7 @@ fn write_options(options: &OpenOptions) -> WriteOptions {
         zeroes_as_qemu: options.zeroes_as_qemu,
         foreign_backing: options.backing != Backing::Follow,
         compress: options.compress,
+        bitmap_len_max: options.bitmap_len_max,
         ..WriteOptions::default()
     }
 }

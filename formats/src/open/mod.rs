@@ -28,7 +28,7 @@ pub use temporary::{Overlay, temporary};
 
 use crate::driver::{BlockDriver, Format};
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::Compress;
+use crate::qcow2::{Compress, WriteOptions};
 use crate::storage::{FileOptions, FileStorage, LockMode, Storage, WindowStorage};
 use crate::sync::Arc;
 
@@ -64,7 +64,7 @@ pub struct OpenOptions {
     /// Whether a discard gives room back (`unmap`) or does nothing (`ignore`).
     pub discard: bool,
     /// Whether zeroes are written as QEMU does it; see
-    /// [`WriteOptions::zeroes_as_qemu`](crate::qcow2::WriteOptions::zeroes_as_qemu).
+    /// [`WriteOptions::zeroes_as_qemu`].
     pub zeroes_as_qemu: bool,
     /// Whether whole clusters that are written are compressed, and how: qcow2 only.
     pub compress: Option<Compress>,
@@ -74,6 +74,9 @@ pub struct OpenOptions {
     pub table_cache_len: u64,
     /// Most bytes of decompressed clusters held in memory, over the chain; one is always made.
     pub cluster_cache_len: u64,
+    /// Most bytes of bits that were set in enabled dirty bitmaps held in memory, over all of a qcow2 image's; see
+    /// [`WriteOptions::bitmap_len_max`].
+    pub bitmap_len_max: u64,
 }
 
 impl Default for OpenOptions {
@@ -97,6 +100,7 @@ impl Default for OpenOptions {
             // As QEMU's default for L2 tables: covers 256 GiB at 64 KiB clusters.
             table_cache_len: 32 << 20,
             cluster_cache_len: CLUSTER_CACHE_LEN,
+            bitmap_len_max: WriteOptions::default().bitmap_len_max,
         }
     }
 }

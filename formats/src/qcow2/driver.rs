@@ -11,7 +11,7 @@ use super::snapshots::{self, Snapshot};
 use super::tables::{ImageNumber, L1Table, TableCache, TableSlice};
 use super::types::{DataFile, Geometry, GuestCluster};
 use super::write::bitmap_change::{self, BitmapChange};
-use super::write::{Writer, begin, commit, live_size, prepare, reclaim, slow, zero};
+use super::write::{Writer, begin, bitmaps as recorded, commit, live_size, prepare, reclaim, slow, zero};
 use crate::address::{GuestRange, HostOffset};
 use crate::driver::{BlockDriver, Effort, Facts, State, StatusQuery, StatusVisitor, ZeroRequest};
 use crate::error::{Error, ErrorKind, Result};
@@ -72,6 +72,11 @@ impl Qcow2Driver {
     /// it has to be closed then. A failure changes nothing, unless it is one of the file's.
     pub fn change_bitmap(&self, name: &str, change: BitmapChange<'_>) -> Result<()> {
         bitmap_change::change(self, self.writer()?, &self.header, name, change)
+    }
+
+    /// Bytes of bits that were set in dirty bitmaps and that the image file need not have yet.
+    pub fn held_bits_len(&self) -> u64 {
+        self.writer.as_ref().map_or(0, |writer| writer.bitmaps.held_len())
     }
 
     pub(super) fn geometry(&self) -> Geometry {
@@ -388,10 +393,9 @@ impl BlockDriver for Qcow2Driver {
             StatusQuery::Allocation | StatusQuery::Depth => mover::status(self, query, range, visitor),
             StatusQuery::Bitmap(name) => {
                 let range = checked_range(self, range.offset(), range.len())?;
-                if let Some(live) = self.writer.as_ref().and_then(|writer| writer.bitmaps.live(name)) {
-                    return bitmaps::visit(range, live.granularity(), |page| Ok(live.page(page)), visitor);
-                }
-                if self.bitmaps.visit(self.image(), name, range, visitor)? {
+                if recorded::visit(self, self.writer.as_ref(), name, range, visitor)?
+                    || self.bitmaps.visit(self.image(), name, range, visitor)?
+                {
                     return Ok(());
                 }
                 bitmaps::visit_below(self.backing.as_ref(), name, range, visitor)

@@ -1,5 +1,6 @@
 //! Writes that record into dirty bitmaps, against each other, against commits and against the close.
 
+use nbd_img_formats::storage::{CallClass, Fault};
 use nbd_img_formats::sync::{Arc, thread};
 use nbd_img_formats::{BlockDriver, GuestRange, Provision, Result, ZeroRequest};
 
@@ -15,7 +16,18 @@ fn bitmaps() -> Arc<Scene> {
     Arc::new(Scene::mixed("bitmaps", "refcount_bits=16", None, false).with_bitmaps())
 }
 
-/// The bits of the enabled bitmap are those that it had and those of `changes`, and it may be used. The others
+/// The same, and one that is empty; new bits are stored before the next write.
+fn spilled() -> Arc<Scene> {
+    Arc::new(Scene::mixed("spilled bitmaps", "refcount_bits=16", None, false).with_bitmaps().spilled())
+}
+
+/// The scenario with bits that stay in memory until the close, and with bits that do not.
+fn explore_both(scenario: fn(Recorded)) {
+    explore_on(bitmaps(), Recorded::new, scenario);
+    explore_on(spilled(), Recorded::new, scenario);
+}
+
+/// The bits of enabled bitmaps are those that they had and those of `changes`, and they may be used. The others
 /// are as they were.
 fn assert_recorded(recorded: &Recorded, changes: &[(u64, u64)]) {
     let file = file_of(&*recorded.stage.storage);
@@ -38,8 +50,9 @@ fn assert_recorded(recorded: &Recorded, changes: &[(u64, u64)]) {
 fn assert_told(recorded: &Recorded) {
     let file = file_of(&*recorded.stage.storage);
     let image = Image::parse(&file).unwrap();
-    let flags: Vec<_> = image.bitmaps.iter().map(|bitmap| bitmap.flags).collect();
+    let flags: Vec<_> = image.bitmaps.iter().map(|bitmap| bitmap.flags).take(3).collect();
     assert_eq!(flags, [0, 2, 3], "flags after a close");
+    assert!(image.bitmaps.iter().skip(3).all(|bitmap| bitmap.flags == 2), "flags of new ones after a close");
     recorded.stage.scene.check_bitmaps(&file, &recorded.stage.closed()).unwrap();
 }
 
@@ -52,7 +65,7 @@ fn zero(driver: &dyn BlockDriver, at: u64, len: u64) -> Result<()> {
 /// before it, the file says that the bitmap is in use or tells of what has changed.
 #[test]
 fn marks_against_marks_in_one_page() {
-    explore_on(bitmaps(), Recorded::new, |recorded| {
+    explore_both(|recorded| {
         let places = [(10u64, 2), (11, 1), (12, 3), (130, 2)];
         let threads = places.map(|(cluster, count)| {
             recorded.stage.spawn(move |driver| {
@@ -70,7 +83,7 @@ fn marks_against_marks_in_one_page() {
 /// A write, a zeroing and a discard against flushes: what a flush answers for is there, and told of.
 #[test]
 fn marks_against_commits() {
-    explore_on(bitmaps(), Recorded::new, |recorded| {
+    explore_both(|recorded| {
         let disk = recorded.disk.clone();
         let writer = recorded.stage.spawn(move |driver| {
             write(driver, 12 * CLUSTER, CLUSTER, 1);
@@ -130,12 +143,12 @@ fn against_close(recorded: Recorded, before: &[(u64, u64, Writer)]) {
 
 #[test]
 fn first_marks_against_close() {
-    explore_on(bitmaps(), Recorded::new, |recorded| against_close(recorded, &[]));
+    explore_both(|recorded| against_close(recorded, &[]));
 }
 
 #[test]
 fn later_marks_against_close() {
-    explore_on(bitmaps(), Recorded::new, |recorded| {
+    explore_both(|recorded| {
         against_close(recorded, &[(130 * CLUSTER, CLUSTER, 9)]);
     });
 }
@@ -143,7 +156,7 @@ fn later_marks_against_close() {
 /// What a status says while others write: a bit of what was written before it is never missing.
 #[test]
 fn a_status_against_marks() {
-    explore_on(bitmaps(), Recorded::new, |recorded| {
+    explore_both(|recorded| {
         let threads = [20u64, 22].map(|cluster| {
             recorded.stage.spawn(move |driver| {
                 write(driver, cluster * CLUSTER, CLUSTER, 4);
@@ -157,7 +170,63 @@ fn a_status_against_marks() {
     });
 }
 
+/// Storing bits fails while others mark some, and asks for room; in the end all are there.
+#[test]
+fn marks_against_spills_that_fail() {
+    explore_on(spilled(), Recorded::new, |recorded| {
+        // Where nothing is, so that only marks, and storing them, write anything.
+        let places = [140u64, 142, 144].map(|cluster| GuestRange::new(cluster * CLUSTER, CLUSTER).unwrap());
+        session::discard(&*recorded.stage.driver, places[0], LATER).unwrap();
+        let fault = Fault { class: Some(CallClass::Write), sticky: true, ..Fault::at(0) };
+        recorded.stage.faults.arm(fault);
+        let threads = [1, 2].map(|place| {
+            recorded.stage.spawn(move |driver| {
+                session::discard(driver, places[place], LATER).unwrap();
+                assert!(places[..1].iter().all(|place| is_dirty(driver, place.offset())), "a bit is lost");
+                session::discard(driver, places[0], LATER).unwrap();
+            })
+        });
+        let faults = Arc::clone(&recorded.stage.faults);
+        let healer = thread::spawn(move || faults.disarm());
+        join(threads);
+        healer.join().unwrap();
+        recorded.stage.driver.close().unwrap();
+        assert_recorded(&recorded, &places.map(|place| (place.offset(), place.len())));
+    });
+}
+
+/// Statuses while bits go into the file, to a cluster of their own and into the one that is there.
+#[test]
+fn a_status_against_spills() {
+    explore_on(spilled(), Recorded::new, |recorded| {
+        let spiller = recorded.stage.spawn(|driver| {
+            for cluster in [140u64, 150, 160] {
+                write(driver, cluster * CLUSTER, CLUSTER, 4);
+                assert!(is_dirty(driver, cluster * CLUSTER), "{cluster} was written and is not dirty");
+            }
+        });
+        let asker = recorded.stage.spawn(|driver| {
+            let mut seen = [false; 3];
+            for _ in 0..3 {
+                for (number, cluster) in [140u64, 150, 160].into_iter().enumerate() {
+                    let dirty = is_dirty(driver, cluster * CLUSTER);
+                    assert!(dirty || !seen[number], "{cluster} was dirty");
+                    seen[number] = dirty;
+                }
+            }
+        });
+        join([spiller, asker]);
+        recorded.stage.driver.close().unwrap();
+        assert_recorded(&recorded, &[140u64, 150, 160].map(|cluster| (cluster * CLUSTER, CLUSTER)));
+    });
+}
+
+/// In `on`, and in `new` if there is that: it is finer, and has no other marks.
 fn is_dirty(driver: &dyn BlockDriver, at: u64) -> bool {
+    is_dirty_in(driver, "on", at) && (!driver.offer_bitmap("new").unwrap() || is_dirty_in(driver, "new", at))
+}
+
+fn is_dirty_in(driver: &dyn BlockDriver, name: &str, at: u64) -> bool {
     use nbd_img_formats::StatusQuery;
     use nbd_img_formats::driver::Status;
     use std::ops::ControlFlow;
@@ -167,6 +236,6 @@ fn is_dirty(driver: &dyn BlockDriver, at: u64) -> bool {
         dirty |= status == Status::Bitmap { dirty: true };
         ControlFlow::Continue(())
     };
-    driver.status(StatusQuery::Bitmap("on"), range, visit).unwrap();
+    driver.status(StatusQuery::Bitmap(name), range, visit).unwrap();
     dirty
 }

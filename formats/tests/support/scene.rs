@@ -56,6 +56,8 @@ pub struct Scene {
     pub compressed: std::ops::Range<u64>,
     /// What is written of whole clusters is compressed.
     pub compress: bool,
+    /// Bytes of new bits of dirty bitmaps that stay in memory.
+    pub bitmap_len_max: u64,
 }
 
 impl Scene {
@@ -78,6 +80,8 @@ impl Scene {
             Scene::empty("empty", "refcount_bits=16"),
             Scene::mixed("bitmaps", "refcount_bits=64", None, true).with_bitmaps(),
             Scene::mixed("bitmaps on a device", "refcount_bits=16", None, false).with_bitmaps().on_device(),
+            Scene::mixed("spilled bitmaps", "refcount_bits=64", None, true).with_bitmaps().spilled(),
+            Scene::empty("spilled, on a device", "refcount_bits=16").with_bitmaps().spilled().on_device(),
         ]
     }
 
@@ -158,7 +162,8 @@ impl Scene {
 
     /// How it is written.
     pub fn write_options(&self) -> WriteOptions {
-        WriteOptions { compress: self.compress.then(Compress::default), ..WriteOptions::default() }
+        let (compress, bitmap_len_max) = (self.compress.then(Compress::default), self.bitmap_len_max);
+        WriteOptions { compress, bitmap_len_max, ..WriteOptions::default() }
     }
 
     /// The first 32 units are one cluster with data, zeroes and nothing; the next 32 are compressed; of the
@@ -268,6 +273,7 @@ impl Scene {
             data_device_len: None,
             compressed,
             compress: false,
+            bitmap_len_max: WriteOptions::default().bitmap_len_max,
         }
     }
 
@@ -298,6 +304,16 @@ impl Scene {
         self.image[flags_end - 1] |= 1;
         assert_eq!(maker::qemu_check(&self.image).0, 0);
         self
+    }
+
+    /// The same, with one more enabled bitmap, `new`, in which nothing is marked. New bits go into the file before
+    /// the next write.
+    pub fn spilled(mut self) -> Scene {
+        let maker = Maker::of(&self.image);
+        let path = maker.path();
+        maker::run("qemu-img", &["bitmap", "--add", "-g", "512", maker::text(&path), "new"]);
+        self.image = maker.bytes();
+        Scene { bitmap_len_max: 0, ..self }
     }
 
     /// The same image on a device that has room for everything to be written once more.

@@ -1,284 +1,236 @@
-//! [`LiveBitmap`]: the bits of an enabled bitmap in memory, in which changes of the disk are recorded.
+//! [`LiveBitmap`]: an enabled bitmap of an image that is written, in which changes of the disk are recorded.
 //!
-//! All of them stay in memory until they are stored, in pages that are made when their first bit is set;
-//! how many bytes that can be at most is limited when an image is opened. Recording takes no lock.
+//! Its bits are those of the file and those of an [`Overlay`] over it, whose pages go into the file when they
+//! are too many, and at the end. Nothing in here writes: who stores bits takes a look at the new ones of a cluster,
+//! writes them, and then says that the file has them; whatever is marked meanwhile stays new.
 
 use super::super::types::Geometry;
-use super::page::{PAGE_BITS, PAGE_LEN, Page};
-use super::table::StoredBitmap;
+use super::overlay::{NewBits, Overlay};
+use super::page::Page;
+use super::table::{Stored, StoredBitmap};
 use crate::address::GuestRange;
 use crate::error::Result;
 use crate::storage::Storage;
-use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use crate::sync::{Arc, OnceLock};
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{Arc, Mutex};
 
-/// Bits of a word.
-const WORD_BITS: u64 = 64;
+/// Most bytes of a page of new bits; where clusters are shorter it is one of them, so that no page lies in two.
+/// Our choice: what a device writes at once. At the usual 64 KiB of disk for a bit a page stands for 2 GiB.
+const PAGE_LEN_MAX: u64 = 4 << 10;
+/// Most words of what is known to be recorded, over all bitmaps of an image: 1 MiB. Our choice: at 64 KiB of disk
+/// for a bit they cover 256 GiB at a time, as the table cache does.
+const KNOWN_WORDS_MAX: usize = 1 << 17;
+/// Bits that such a word has; above them is the number of the group of bits, counted from 1.
+const GROUP_BITS: u64 = 32;
 
 /// An enabled bitmap.
 pub struct LiveBitmap {
     /// The index of its entry in the directory.
     pub entry: usize,
-    geometry: Geometry,
-    granularity_bits: u8,
-    bits: u64,
-    pages: Box<[LivePage]>,
+    stored: Arc<StoredBitmap>,
+    page_bits: u64,
+    /// Bits that are known to be recorded, each group in the one word that its number leads to. What is recorded
+    /// stays so, in memory or in the file, so what a word says never becomes wrong.
+    known: Box<[AtomicU64]>,
+    /// Held for work in memory only.
+    overlay: Mutex<Overlay>,
 }
 
-/// A page of it. What is in the file of it holds until `changed`.
-struct LivePage {
-    /// All bits are set, and there are no words.
-    ones: bool,
-    words: OnceLock<Box<[AtomicU64]>>,
-    changed: AtomicBool,
-}
-
-/// The bits of one cluster as they are to be stored.
-#[derive(PartialEq, Eq, Debug)]
-pub enum ClusterBits {
-    /// None is set.
-    Zeroes,
-    /// All are set, and the disk has all of them.
-    Ones,
-    /// A cluster's bytes.
-    Bytes(Vec<u8>),
+/// What is to become of a cluster of bits.
+pub struct ClusterBits {
+    /// Where the others of its bits are.
+    pub stored: Stored,
+    /// Whether that is a place that nothing in the file leads to.
+    pub is_moved: bool,
+    /// The new ones, by the offset in the cluster of the first byte of their page.
+    pub new: Vec<(u64, NewBits)>,
 }
 
 impl LiveBitmap {
-    /// The bitmap with entry number `entry`, with the bits that it has in the file.
-    pub fn load(storage: &Arc<dyn Storage>, entry: usize, stored: &StoredBitmap) -> Result<Self> {
-        let pages = (0..stored.bits().div_ceil(PAGE_BITS))
-            .map(|page| Ok(LivePage::of(stored.page(storage, page)?)))
-            .collect::<Result<_>>()?;
-        Ok(LiveBitmap {
-            entry,
-            geometry: stored.geometry(),
-            granularity_bits: stored.granularity_bits(),
-            bits: stored.bits(),
-            pages,
-        })
+    /// The bitmap with entry number `entry`, one of `count` that are recorded. Reads nothing. The bytes of new bits
+    /// that are in memory are counted in `held_len`.
+    pub fn new(entry: usize, stored: Arc<StoredBitmap>, count: usize, held_len: Arc<AtomicU64>) -> Self {
+        let page_bits = stored.geometry().cluster_len().min(PAGE_LEN_MAX) * 8;
+        let groups = usize::try_from(stored.bits().div_ceil(GROUP_BITS)).unwrap_or(usize::MAX);
+        let share = (KNOWN_WORDS_MAX / count.next_power_of_two()).max(1);
+        let words = groups.clamp(1, share).next_power_of_two();
+        let known = (0..words).map(|_| AtomicU64::new(0)).collect();
+        LiveBitmap { entry, stored, page_bits, known, overlay: Mutex::new(Overlay::new(page_bits, held_len)) }
     }
 
     /// Bytes of the disk that one bit stands for.
     pub fn granularity(&self) -> u64 {
-        1 << self.granularity_bits
+        self.stored.granularity()
     }
 
-    /// Marks what `range`, which is not empty, touches. What is marked already costs a look.
+    /// Marks what `range`, which is not empty, touches. What is known to be marked costs a look, and no lock; the
+    /// lock that it takes otherwise is held for memory work only.
     ///
     /// All accesses are in one order for all threads: whoever has seen a bit set, by himself or by another,
     /// and then sees that the image is not being closed, can be sure that the bit will be stored.
     pub fn set(&self, range: GuestRange) {
-        let first = range.offset() >> self.granularity_bits;
-        let last = (range.end() - 1) >> self.granularity_bits;
+        let first = range.offset() >> self.stored.granularity_bits();
+        let last = (range.end() - 1) >> self.stored.granularity_bits();
         let mut bit = first;
         while bit <= last {
-            let in_page = bit % PAGE_BITS;
-            let count = (last - bit + 1).min(PAGE_BITS - in_page);
-            let page = usize::try_from(bit / PAGE_BITS).unwrap_or(usize::MAX);
-            if let Some(page) = self.pages.get(page) {
-                page.set(in_page, count);
+            let count = (last - bit + 1).min(self.page_bits - bit % self.page_bits);
+            if count == self.page_bits || !self.is_known(bit, count) {
+                self.record(bit, count);
             }
             bit += count;
         }
     }
 
-    /// Page number `page` as it is now.
-    pub fn page(&self, page: u64) -> Page {
-        let page = usize::try_from(page).unwrap_or(usize::MAX);
-        self.pages.get(page).map_or(Page::Zeroes, LivePage::now)
+    /// Page number `page`, as pages of the file are numbered, as it is now. Whoever calls this has a pin, taken before:
+    /// it is read from where it was, and not from what came there since.
+    pub fn page(&self, storage: &Arc<dyn Storage>, page: u64) -> Result<Page> {
+        let bytes = self.stored.bytes_of_page(page);
+        let clusters = self.stored.clusters_of(&bytes);
+        // Both of one moment. A bit that goes into the file from here on is in `new`; one that went there before is
+        // found where `places` say.
+        let (places, new) = {
+            let overlay = self.overlay.lock();
+            let places: Vec<_> = clusters.map(|cluster| self.place_in(&overlay, cluster)).collect();
+            let page_len = self.page_bits / 8;
+            let pages = bytes.start / page_len..bytes.end.div_ceil(page_len);
+            let new = overlay.pages(pages).map(|(page, bits)| (page * page_len - bytes.start, bits.clone()));
+            (places, new.collect::<Vec<_>>())
+        };
+        let page = self.stored.page_in(storage, page, &places)?;
+        if new.is_empty() {
+            return Ok(page);
+        }
+        let mut all = page.to_bytes();
+        for (at, bits) in new {
+            bits.add_to(part_of(&mut all, at, self.page_bits / 8));
+        }
+        Ok(Page::of_bytes(&all))
     }
 
-    /// Whether bits of cluster number `cluster` differ from those in the file.
-    pub fn is_changed(&self, cluster: usize) -> bool {
-        let cluster_len = self.geometry.cluster_len();
-        let start = cluster as u64 * cluster_len;
-        let (first, last) = (start / PAGE_LEN, (start + cluster_len - 1) / PAGE_LEN);
-        let pages =
-            usize::try_from(first).unwrap_or(usize::MAX)..=usize::try_from(last).unwrap_or(usize::MAX);
-        pages
-            .into_iter()
-            .map_while(|page| self.pages.get(page))
-            .any(|page| page.changed.load(Ordering::SeqCst))
+    /// The first cluster with new bits from this one on.
+    pub fn next_changed(&self, cluster: usize) -> Option<usize> {
+        let next = self.overlay.lock().next_from(cluster as u64 * self.pages_of_cluster());
+        next.and_then(|page| usize::try_from(page / self.pages_of_cluster()).ok())
     }
 
     /// The bits of cluster number `cluster`.
     pub fn cluster_bits(&self, cluster: usize) -> ClusterBits {
-        let cluster_len = self.geometry.cluster_len();
-        let start = cluster as u64 * cluster_len;
-        let mut bytes = vec![0; usize::try_from(cluster_len).unwrap_or(0)];
-        let data_end = self.bits.div_ceil(8).min(start + cluster_len);
-        let mut at = start;
-        while at < data_end {
-            let within = at % PAGE_LEN;
-            let len = (PAGE_LEN - within).min(data_end - at);
-            let to = usize::try_from(at - start).unwrap_or(usize::MAX);
-            let part = bytes.get_mut(to..to.saturating_add(usize::try_from(len).unwrap_or(0)));
-            self.page(at / PAGE_LEN).copy_to(within, part.unwrap_or_default());
-            at += len;
+        let overlay = self.overlay.lock();
+        let first = cluster as u64 * self.pages_of_cluster();
+        let new = overlay.pages(first..first + self.pages_of_cluster());
+        ClusterBits {
+            stored: self.place_in(&overlay, cluster),
+            is_moved: overlay.moved(cluster).is_some(),
+            new: new.map(|(page, bits)| ((page - first) * self.page_bits / 8, bits.clone())).collect(),
         }
-        let whole = (start + cluster_len) * 8 <= self.bits;
-        // What is behind the end of the disk must be zeroes (specification), also where all ones were read.
-        if !self.bits.is_multiple_of(8)
-            && data_end == self.bits.div_ceil(8)
-            && let Some(last) =
-                usize::try_from(data_end - start).ok().and_then(|len| bytes.get_mut(..len)?.last_mut())
+    }
+
+    /// From now on the new ones of these bits are in the file, and all bits of the cluster are at `place`.
+    pub fn note_stored(&self, cluster: usize, bits: &ClusterBits, place: Stored) {
+        let mut overlay = self.overlay.lock();
+        if place != bits.stored {
+            overlay.moves(cluster, place);
+        }
+        let first = cluster as u64 * self.pages_of_cluster();
+        for (at, stored) in &bits.new {
+            overlay.take_away(first + at * 8 / self.page_bits, stored);
+        }
+    }
+
+    /// All clusters of bits that have moved since the image was opened, with where they were and where they are.
+    pub fn moved(&self) -> Vec<(usize, Stored, Stored)> {
+        let overlay = self.overlay.lock();
+        overlay.all_moved().map(|(cluster, now)| (cluster, self.stored.place_of(cluster), now)).collect()
+    }
+
+    /// The table as it is now.
+    pub fn table(&self) -> Vec<u64> {
+        let overlay = self.overlay.lock();
+        let all = self.stored.clusters().enumerate();
+        all.map(|(cluster, stored)| overlay.moved(cluster).unwrap_or(stored).encode()).collect()
+    }
+
+    /// Bytes of a page of new bits.
+    pub fn page_len(&self) -> u64 {
+        self.page_bits / 8
+    }
+
+    /// The bytes of a cluster from `at` on that hold bits, of `len`.
+    pub fn used_len(&self, cluster: usize, at: u64, len: u64) -> u64 {
+        let start = (cluster as u64).saturating_mul(self.geometry().cluster_len()).saturating_add(at);
+        self.stored.bits().div_ceil(8).saturating_sub(start).min(len)
+    }
+
+    /// Clears what is behind the end of the disk, as the specification wants it, in bytes of a cluster from `at` on.
+    pub fn clear_tail(&self, cluster: usize, at: u64, bytes: &mut [u8]) {
+        let start = (cluster as u64).saturating_mul(self.geometry().cluster_len()).saturating_add(at);
+        let (whole, rest) = (self.stored.bits() / 8, self.stored.bits() % 8);
+        if let Some(last) = whole.checked_sub(start).and_then(|last| usize::try_from(last).ok())
+            && let Some(byte) = bytes.get_mut(last)
         {
-            *last &= u8::MAX >> (8 - self.bits % 8);
-        }
-        if bytes.iter().all(|byte| *byte == 0) {
-            ClusterBits::Zeroes
-        } else if whole && bytes.iter().all(|byte| *byte == u8::MAX) {
-            ClusterBits::Ones
-        } else {
-            ClusterBits::Bytes(bytes)
-        }
-    }
-}
-
-impl LivePage {
-    fn of(page: Page) -> Self {
-        let words = OnceLock::new();
-        let ones = page == Page::Ones;
-        if let Page::Bits(bits) = page {
-            words.get_or_init(|| bits.into_iter().map(AtomicU64::new).collect());
-        }
-        LivePage { ones, words, changed: AtomicBool::new(false) }
-    }
-
-    fn set(&self, from: u64, count: u64) {
-        if self.ones {
-            return;
-        }
-        let empty = || (0..PAGE_BITS / WORD_BITS).map(|_| AtomicU64::new(0)).collect();
-        let words = self.words.get_or_init(empty);
-        let end = from + count;
-        let mut bit = from;
-        while bit < end {
-            let within = bit % WORD_BITS;
-            let here = (end - bit).min(WORD_BITS - within);
-            let mask = u64::MAX >> (WORD_BITS - here) << within;
-            let index = usize::try_from(bit / WORD_BITS).unwrap_or(usize::MAX);
-            if let Some(word) = words.get(index)
-                && word.load(Ordering::SeqCst) & mask != mask
-            {
-                // Before the bit: whoever finds it set relies on this, too.
-                self.changed.store(true, Ordering::SeqCst);
-                word.fetch_or(mask, Ordering::SeqCst);
-            }
-            bit += here;
+            *byte &= (1 << rest) - 1;
         }
     }
 
-    fn now(&self) -> Page {
-        match self.words.get() {
-            Some(words) => Page::Bits(words.iter().map(|word| word.load(Ordering::SeqCst)).collect()),
-            None if self.ones => Page::Ones,
-            None => Page::Zeroes,
+    fn geometry(&self) -> Geometry {
+        self.stored.geometry()
+    }
+
+    fn pages_of_cluster(&self) -> u64 {
+        self.geometry().cluster_len() * 8 / self.page_bits
+    }
+
+    fn place_in(&self, overlay: &Overlay, cluster: usize) -> Stored {
+        overlay.moved(cluster).unwrap_or_else(|| self.stored.place_of(cluster))
+    }
+
+    fn is_known(&self, bit: u64, count: u64) -> bool {
+        groups(bit, count).all(|(group, mask)| {
+            let known = self.known_word(group).map_or(0, |word| word.load(Ordering::SeqCst));
+            known >> GROUP_BITS == group + 1 && known & mask == mask
+        })
+    }
+
+    fn known_word(&self, group: u64) -> Option<&AtomicU64> {
+        self.known.get(usize::try_from(group).unwrap_or(0) & (self.known.len() - 1))
+    }
+
+    /// Marks bits of one page.
+    fn record(&self, bit: u64, count: u64) {
+        let page = bit / self.page_bits;
+        let cluster = usize::try_from(page / self.pages_of_cluster()).unwrap_or(usize::MAX);
+        let mut overlay = self.overlay.lock();
+        if self.place_in(&overlay, cluster) != Stored::Ones {
+            overlay.set(page, bit % self.page_bits, count);
+        }
+        // A page that is marked as a whole would push out all else.
+        for (group, mask) in groups(bit, if count == self.page_bits { 0 } else { count }) {
+            let Some(word) = self.known_word(group) else { continue };
+            let before = word.load(Ordering::SeqCst);
+            let same = if before >> GROUP_BITS == group + 1 { before } else { (group + 1) << GROUP_BITS };
+            // After the bits, and with the lock that they are changed under.
+            word.store(same | mask, Ordering::SeqCst);
         }
     }
 }
 
-#[cfg(all(test, not(shuttle)))]
-mod tests {
-    use super::super::super::types::DataFile;
-    use super::*;
-
-    fn empty(bits: u64, cluster_bits: u32) -> LiveBitmap {
-        let geometry = Geometry::new(cluster_bits, false, 3, DataFile::Internal);
-        LiveBitmap {
-            entry: 0,
-            geometry,
-            granularity_bits: 9,
-            bits,
-            pages: (0..bits.div_ceil(PAGE_BITS)).map(|_| LivePage::of(Page::Zeroes)).collect(),
-        }
-    }
-
-    /// From the last byte of a granule to the first one of another.
-    fn range(first: u64, count: u64) -> GuestRange {
-        let Some(range) = GuestRange::new(first * 512 + 511, (count - 1) * 512 + 1) else {
-            panic!("too far")
-        };
-        range
-    }
-
-    #[test]
-    fn bits_that_were_set_are_stored_and_no_others() {
-        for (bits, cluster_bits) in [(PAGE_BITS * 3 + 77, 9), (PAGE_BITS * 9 - 3, 16), (100, 21)] {
-            let bitmap = empty(bits, cluster_bits);
-            let runs = [(0, 1), (63, 3), (PAGE_BITS - 5, PAGE_BITS + 9), (bits - 1, 1)];
-            let mut expected = vec![false; usize::try_from(bits).unwrap()];
-            for (first, count) in runs {
-                let count = count.min(bits.saturating_sub(first));
-                if count > 0 {
-                    bitmap.set(range(first, count));
-                    let first = usize::try_from(first).unwrap();
-                    expected[first..first + usize::try_from(count).unwrap()].fill(true);
-                }
-            }
-            let cluster_len = 1usize << cluster_bits;
-            for (cluster, part) in expected.chunks(cluster_len * 8).enumerate() {
-                let mut bytes = vec![0u8; cluster_len];
-                for (bit, _) in part.iter().enumerate().filter(|(_, set)| **set) {
-                    bytes[bit / 8] |= 1 << (bit % 8);
-                }
-                let expected = match part {
-                    _ if bytes.iter().all(|byte| *byte == 0) => ClusterBits::Zeroes,
-                    _ if part.len() == cluster_len * 8 && part.iter().all(|set| *set) => ClusterBits::Ones,
-                    _ => ClusterBits::Bytes(bytes),
-                };
-                assert!(expected == ClusterBits::Zeroes || bitmap.is_changed(cluster));
-                assert_eq!(bitmap.cluster_bits(cluster), expected, "{bits} {cluster_bits} {cluster}");
-            }
-        }
-    }
-
-    #[test]
-    fn marking_again_changes_nothing() {
-        let bitmap = empty(PAGE_BITS, 16);
-        bitmap.pages[0].words.get_or_init(|| (0..PAGE_BITS / 64).map(|_| AtomicU64::new(u64::MAX)).collect());
-        bitmap.set(range(0, PAGE_BITS));
-        assert!(!bitmap.is_changed(0));
-        assert_eq!(bitmap.cluster_bits(0), ClusterBits::Bytes([vec![255; 16384], vec![0; 49152]].concat()));
-    }
+/// The groups that `count` bits from `bit` on lie in, and which of their bits these are.
+fn groups(bit: u64, count: u64) -> impl Iterator<Item = (u64, u64)> {
+    let end = bit + count;
+    (bit / GROUP_BITS..end.div_ceil(GROUP_BITS)).filter(move |_| count > 0).map(move |group| {
+        let first = bit.max(group * GROUP_BITS) % GROUP_BITS;
+        let here = (end - group * GROUP_BITS).min(GROUP_BITS) - first;
+        (group, (u64::MAX >> (64 - here)) << first)
+    })
 }
 
-#[cfg(all(test, shuttle))]
-mod interleavings {
-    use super::super::super::types::DataFile;
-    use super::*;
-    use crate::sync::thread;
-
-    /// Two set the same bit while a close begins: it is stored if either of them has seen no close after it.
-    ///
-    /// Run with `RUSTFLAGS="--cfg shuttle" cargo test -p nbd-img-formats --lib interleavings`.
-    #[test]
-    fn a_bit_that_somebody_relies_on_is_stored() {
-        shuttle::check_pct(
-            || {
-                let bitmap = Arc::new(LiveBitmap {
-                    entry: 0,
-                    geometry: Geometry::new(9, false, 3, DataFile::Internal),
-                    granularity_bits: 9,
-                    bits: 100,
-                    pages: Box::new([LivePage::of(Page::Zeroes)]),
-                });
-                let closing = Arc::new(AtomicBool::new(false));
-                let setters = [0, 1].map(|_| {
-                    let (bitmap, closing) = (Arc::clone(&bitmap), Arc::clone(&closing));
-                    thread::spawn(move || {
-                        bitmap.set(GuestRange::new(0, 512).unwrap());
-                        !closing.load(Ordering::SeqCst)
-                    })
-                });
-                closing.store(true, Ordering::SeqCst);
-                let stored = bitmap.is_changed(0);
-                let relied = setters.map(|setter| setter.join().unwrap());
-                assert!(stored || relied == [false, false], "a bit is not stored that was relied on");
-            },
-            400,
-            3,
-        );
-    }
+/// At most `len` of the bytes from `at` on.
+pub fn part_of(bytes: &mut [u8], at: u64, len: u64) -> &mut [u8] {
+    let rest = usize::try_from(at).ok().and_then(|at| bytes.get_mut(at..)).unwrap_or_default();
+    let len = rest.len().min(usize::try_from(len).unwrap_or(usize::MAX));
+    rest.get_mut(..len).unwrap_or_default()
 }
+
+#[cfg(test)]
+#[path = "live_tests.rs"]
+mod tests;

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `directory` | the list of an image's bitmaps |
 //! | `table` | the bits of one in the file |
-//! | `live` | the bits of one in memory, while they are recorded |
+//! | `live`, `overlay` | one that is recorded: the bits that the file does not have yet |
 //! | `page` | pages of bits and their runs |
 //!
 //! A reader of the disk does not depend on bitmaps: a directory that makes no sense yields an empty list
@@ -12,6 +12,7 @@
 
 pub mod directory;
 mod live;
+mod overlay;
 mod page;
 pub mod table;
 
@@ -26,7 +27,7 @@ use crate::info::BitmapInfo;
 use crate::storage::Storage;
 use crate::sync::{Arc, Mutex};
 pub use directory::{Directory, Entry, Flags};
-pub use live::{ClusterBits, LiveBitmap};
+pub use live::{ClusterBits, LiveBitmap, part_of};
 use page::Runs;
 pub use page::visit;
 pub use table::{Stored, StoredBitmap};
@@ -36,7 +37,7 @@ pub struct Tables {
     /// The directory.
     pub directory: Directory,
     /// The tables.
-    pub stored: Vec<StoredBitmap>,
+    pub stored: Vec<Arc<StoredBitmap>>,
 }
 
 /// The bitmaps of an image.
@@ -101,7 +102,7 @@ impl Bitmaps {
             if entry.flags.contains(Flags::AUTO) && !entry.flags.contains(Flags::IN_USE) {
                 check_known(storage, entry)?;
             }
-            StoredBitmap::load(storage, header, entry)
+            StoredBitmap::load(storage, header, entry).map(Arc::new)
         };
         let stored = self.directory.entries.iter().map(load).collect::<Result<_>>()?;
         Ok(Tables { directory: self.directory.clone(), stored })

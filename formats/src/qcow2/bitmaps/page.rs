@@ -31,16 +31,13 @@ impl Page {
         Page::Bits(bytes.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect())
     }
 
-    /// Copies the bytes from `at` on.
-    pub fn copy_to(&self, at: u64, buf: &mut [u8]) {
+    /// Its bytes.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let filled = |with| vec![with; usize::try_from(PAGE_LEN).unwrap_or(0)];
         match self {
-            Page::Zeroes => buf.fill(0),
-            Page::Ones => buf.fill(u8::MAX),
-            Page::Bits(words) => {
-                let skipped = usize::try_from(at).unwrap_or(usize::MAX);
-                let bytes = words.iter().flat_map(|word| word.to_le_bytes()).skip(skipped);
-                buf.iter_mut().zip(bytes).for_each(|(to, byte)| *to = byte);
-            }
+            Page::Zeroes => filled(0),
+            Page::Ones => filled(u8::MAX),
+            Page::Bits(words) => words.iter().flat_map(|word| word.to_le_bytes()).collect(),
         }
     }
 

@@ -2,6 +2,8 @@
 //!
 //! The table is in memory, the bits are read when they are asked for. Nothing in here writes.
 
+use std::ops::Range;
+
 use super::super::header::{Header, check_place};
 use super::super::types::Geometry;
 use super::directory::{Entry, Flags};
@@ -88,6 +90,13 @@ impl StoredBitmap {
         }
     }
 
+    /// One without any bit in the file.
+    #[cfg(test)]
+    pub fn empty(geometry: Geometry, granularity_bits: u8, bits: u64) -> Self {
+        let entries = usize::try_from(bits.div_ceil(8).div_ceil(geometry.cluster_len())).unwrap_or(0);
+        StoredBitmap { geometry, granularity_bits, bits, table: vec![0; entries].into() }
+    }
+
     /// What is wrong with the table, if anything is.
     fn fault(&self, header: &Header, entry: &Entry, file_len: u64) -> Option<String> {
         let cluster_len = self.geometry.cluster_len();
@@ -145,23 +154,44 @@ impl StoredBitmap {
         self.table.iter().map(|raw| Stored::decode(*raw))
     }
 
+    /// Where cluster number `cluster` of bits is.
+    pub fn place_of(&self, cluster: usize) -> Stored {
+        self.table.get(cluster).map_or(Stored::Zeroes, |raw| Stored::decode(*raw))
+    }
+
+    /// The bytes of bits that page number `page` has.
+    pub fn bytes_of_page(&self, page: u64) -> Range<u64> {
+        let start = page * PAGE_LEN;
+        start..(start + PAGE_LEN).min(self.bits.div_ceil(8))
+    }
+
+    /// The clusters that these bytes of bits lie in.
+    pub fn clusters_of(&self, bytes: &Range<u64>) -> Range<usize> {
+        let cluster_len = self.geometry.cluster_len();
+        let first = usize::try_from(bytes.start / cluster_len).unwrap_or(usize::MAX);
+        first..usize::try_from(bytes.end.div_ceil(cluster_len)).unwrap_or(0).max(first)
+    }
+
     /// Page number `page` of the bits.
     pub fn page(&self, storage: &Arc<dyn Storage>, page: u64) -> Result<Page> {
-        let cluster_len = self.geometry.cluster_len();
-        let start = page * PAGE_LEN;
-        let end = (start + PAGE_LEN).min(self.bits.div_ceil(8));
-        let first = usize::try_from(start / cluster_len).unwrap_or(usize::MAX);
-        let count = usize::try_from(end.div_ceil(cluster_len)).unwrap_or(0).saturating_sub(first);
-        let here = || self.clusters().skip(first).take(count);
-        if here().all(|stored| stored == Stored::Zeroes) {
+        let clusters = self.clusters_of(&self.bytes_of_page(page));
+        let places: Vec<_> = clusters.map(|cluster| self.place_of(cluster)).collect();
+        self.page_in(storage, page, &places)
+    }
+
+    /// The same, if the clusters that it lies in are at `places`.
+    pub fn page_in(&self, storage: &Arc<dyn Storage>, page: u64, places: &[Stored]) -> Result<Page> {
+        if places.iter().all(|stored| *stored == Stored::Zeroes) {
             return Ok(Page::Zeroes);
         }
-        if here().all(|stored| stored == Stored::Ones) {
+        if places.iter().all(|stored| *stored == Stored::Ones) {
             return Ok(Page::Ones);
         }
+        let cluster_len = self.geometry.cluster_len();
+        let Range { start, end } = self.bytes_of_page(page);
         let mut bytes = vec![0; usize::try_from(PAGE_LEN).unwrap_or(0)];
         let mut at = start;
-        for stored in here() {
+        for stored in places {
             let within = at % cluster_len;
             let len = (cluster_len - within).min(end - at);
             let from = usize::try_from(at - start).unwrap_or(usize::MAX);

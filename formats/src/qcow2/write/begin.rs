@@ -90,7 +90,7 @@ pub fn begin(
     }
     let refcounts = load_table(driver, header, table)?;
     let map = map_metadata(driver, header, &refcounts, snapshots, &placed)?;
-    let recorder = Recorder::load(driver, tables)?;
+    let recorder = Recorder::new(tables, options.bitmap_len_max);
     let space = find_space(driver, &refcounts)?;
     let allocator = Allocator::new(header.geometry, refcounts, map, space);
     let writer = Writer::new(header, (options, compressing), Meta::new(allocator), recorder, dirty);

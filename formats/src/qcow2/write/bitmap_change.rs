@@ -9,6 +9,7 @@ use std::ops::ControlFlow;
 use super::super::bitmaps::{Directory, Entry, Flags, LiveBitmap};
 use super::super::driver::Qcow2Driver;
 use super::super::header::Header;
+use super::bitmap_bits::{self, OldClusters};
 use super::bitmap_header::{HeaderEdit, Place};
 use super::bitmaps::Storing;
 use super::metadata_map::Kind;
@@ -17,6 +18,8 @@ use crate::address::GuestRange;
 use crate::driver::{BlockDriver, Status, StatusQuery};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::check_writable;
+use crate::sync::Arc;
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// Least and most bytes of the disk that a bit of a new bitmap stands for, if nobody says; between them it
 /// is the cluster's length (QEMU's choice).
@@ -178,20 +181,40 @@ impl Changing<'_, '_> {
             return self.refuse(format!("there is no bitmap '{}' to merge", source.escape_debug()));
         }
         let Some(stored) = self.writer.bitmaps.stored(index) else { return Ok(None) };
-        let target = LiveBitmap::load(self.driver.image(), index, stored)?;
-        let Some(all) = GuestRange::new(0, from.size()) else { return Ok(None) };
-        let mut at = 0;
+        let held_len = Arc::new(AtomicU64::new(0));
+        let target = LiveBitmap::new(index, Arc::clone(stored), 1, Arc::clone(&held_len));
+        let merged = self.add_marks(from, source, (&target, &held_len));
+        let table = merged.and_then(|()| self.storing.write_table_of(&target));
+        if table.is_err() {
+            bitmap_bits::give_back(self.writer, &target);
+        } else {
+            self.storing.adopt_bits_of(&target);
+        }
+        table.map(|table| table.map(|table| table.start().0))
+    }
+
+    /// Marks it in `target`, whose new bits are stored whenever the budget for them is used up.
+    fn add_marks(
+        &self,
+        from: &dyn BlockDriver,
+        source: &str,
+        (target, held_len): (&LiveBitmap, &AtomicU64),
+    ) -> Result<()> {
+        let Some(all) = GuestRange::new(0, from.size()) else { return Ok(()) };
+        let store = || bitmap_bits::store_all(self.driver, self.writer, target, OldClusters::Kept);
+        let (mut at, mut stored) = (0, Ok(()));
         from.status(StatusQuery::Bitmap(source), all, &mut |len, status| {
             let range = GuestRange::new(at, len).filter(|range| !range.is_empty());
             if let (Status::Bitmap { dirty: true }, Some(range)) = (status, range) {
                 target.set(range);
             }
             at += len;
-            ControlFlow::Continue(())
+            if held_len.load(Ordering::SeqCst) > self.writer.options.bitmap_len_max {
+                stored = store();
+            }
+            if stored.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         })?;
-        let Some(table) = self.storing.write_bits(&target)? else { return Ok(None) };
-        self.storing.replace_table_of(index);
-        self.storing.write_table(&table).map(|table| Some(table.start().0))
+        stored.and_then(|()| store())
     }
 
     fn write_empty_table(&mut self, entries: u32) -> Result<u64> {

@@ -2,27 +2,28 @@
 //! image is closed.
 //!
 //! Before the first change they are durably marked as in use: whatever happens from there on, an old state
-//! of them is not taken for the present one. At the close, when everything else is durable, their bits, their
-//! tables and a directory without the marks go to clusters of their own; sync; then one word of the header
+//! of them is not taken for the present one, and their bits in the file belong to whoever writes the image
+//! (`bitmap_bits`). At the close, when everything else is durable, new bits are stored; tables that have changed and a
+//! directory without the marks go to clusters of their own; sync; then one word of the header
 //! is turned to the new directory; sync. Only then the old clusters are let go. A close that does not get
 //! there leaves the marks.
 
-use super::super::bitmaps::{ClusterBits, Directory, Flags, LiveBitmap, Stored, StoredBitmap, Tables};
+use super::super::bitmaps::{self, Directory, Flags, LiveBitmap, Stored, StoredBitmap, Tables};
 use super::super::driver::Qcow2Driver;
 use super::super::header::Header;
 use super::super::types::{Geometry, HostCluster};
+use super::bitmap_bits::{self, OldClusters};
 use super::meta::Content;
 use super::metadata_map::Kind;
 use super::{Writer, commit, satisfy};
 use crate::address::{GuestRange, HostOffset};
+use crate::driver::StatusVisitor;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{check_writable, storage_error};
 use crate::storage::Durability;
-use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::{Arc, Mutex};
 
-/// Most bytes of bits of all enabled bitmaps together. Our choice: two bitmaps of a disk of 64 TiB at the
-/// usual granularity, and half of what QEMU allows for one.
-const LIVE_LEN_MAX: u64 = 256 << 20;
 /// Most clusters of the bitmaps of an image. Our choice, as for the L1 tables of snapshots: a few dozen
 /// megabytes of memory for knowing where they lie.
 const CLUSTERS_MAX: u64 = 1 << 19;
@@ -35,14 +36,30 @@ pub struct Recorder {
     tables: Tables,
     /// Some may be marked as in use because of us.
     marked: AtomicBool,
+    /// Bytes of new bits in memory.
+    held_len: Arc<AtomicU64>,
+    /// So many may be before some are stored: the budget, or more after a failure.
+    limit: AtomicU64,
+    /// One at a time stores bits: held with I/O, taken before all other locks.
+    pub(super) storing: Mutex<Cursor>,
+    /// The close has failed to store them: what is where is not known any more.
+    lost: AtomicBool,
+    warned: AtomicBool,
+}
+
+/// Where the search for bits to be stored goes on.
+#[derive(Default)]
+pub struct Cursor {
+    bitmap: usize,
+    cluster: usize,
 }
 
 /// What lies where because of bitmaps: first byte, length, kind.
 pub type Places = Vec<(HostOffset, u64, Kind)>;
 
 impl Recorder {
-    /// Brings the enabled bitmaps of `tables` into memory.
-    pub fn load(driver: &Qcow2Driver, tables: Tables) -> Result<Self> {
+    /// Records in the enabled bitmaps of `tables`. `budget`: bytes of new bits that may stay in memory.
+    pub fn new(tables: Tables, budget: u64) -> Self {
         let enabled = |index: usize| {
             let entry = tables.directory.entries.get(index);
             entry.is_some_and(|entry| {
@@ -50,18 +67,58 @@ impl Recorder {
             })
         };
         let chosen: Vec<_> = tables.stored.iter().enumerate().filter(|(index, _)| enabled(*index)).collect();
-        let len: u64 = chosen.iter().map(|(_, stored)| stored.bits().div_ceil(8)).sum();
-        if len > LIVE_LEN_MAX {
-            let text = format!(
-                "its enabled dirty bitmaps have {len} bytes of bits, and all of them stay in memory while the \
-                 image is written ({LIVE_LEN_MAX} bytes are the most); use --read-only, or disable or remove \
-                 some (nbd-img bitmap disable)"
-            );
-            return Err(Error::new(ErrorKind::Unsupported, text).with_path(&driver.image().facts().path));
+        let held_len = Arc::new(AtomicU64::new(0));
+        let count = chosen.len();
+        let live = chosen
+            .into_iter()
+            .map(|(index, stored)| LiveBitmap::new(index, Arc::clone(stored), count, Arc::clone(&held_len)));
+        let live = live.collect();
+        Recorder {
+            live,
+            tables,
+            marked: AtomicBool::new(false),
+            held_len,
+            limit: AtomicU64::new(budget),
+            storing: Mutex::new(Cursor::default()),
+            lost: AtomicBool::new(false),
+            warned: AtomicBool::new(false),
         }
-        let load = |(index, stored)| LiveBitmap::load(driver.image(), index, stored);
-        let live = chosen.into_iter().map(load).collect::<Result<_>>()?;
-        Ok(Recorder { live, tables, marked: AtomicBool::new(false) })
+    }
+
+    /// Bytes of new bits in memory.
+    pub fn held_len(&self) -> u64 {
+        self.held_len.load(Ordering::SeqCst)
+    }
+
+    /// Whether bits are to be stored before more are marked.
+    pub fn is_full(&self) -> bool {
+        self.held_len() > self.limit.load(Ordering::SeqCst)
+    }
+
+    /// Lets so many bytes be in memory before it is full.
+    pub fn limit_to(&self, len: u64) {
+        self.limit.store(len, Ordering::SeqCst);
+    }
+
+    /// The next cluster with new bits in its turn.
+    pub fn next_changed(&self, cursor: &mut Cursor) -> Option<(&LiveBitmap, usize)> {
+        // Where it began is looked at again, from its start.
+        for _ in 0..=self.live.len() {
+            let bitmap = self.live.get(cursor.bitmap)?;
+            if let Some(cluster) = bitmap.next_changed(cursor.cluster) {
+                cursor.cluster = cluster + 1;
+                return Some((bitmap, cluster));
+            }
+            *cursor = Cursor { bitmap: (cursor.bitmap + 1) % self.live.len(), cluster: 0 };
+        }
+        None
+    }
+
+    /// Says, the first time, that bits could not be stored.
+    pub fn warn_once(&self, error: &Error) {
+        if !self.warned.swap(true, Ordering::Relaxed) {
+            tracing::warn!(%error, "bits of dirty bitmaps could not be stored yet; they stay in memory");
+        }
     }
 
     /// Whether no bitmap records anything.
@@ -77,7 +134,7 @@ impl Recorder {
     }
 
     /// The enabled bitmap of this name.
-    pub fn live(&self, name: &str) -> Option<&LiveBitmap> {
+    fn live(&self, name: &str) -> Option<&LiveBitmap> {
         let named = |bitmap: &&LiveBitmap| {
             let entry = self.tables.directory.entries.get(bitmap.entry);
             entry.is_some_and(|entry| *entry.name == *name.as_bytes())
@@ -91,7 +148,7 @@ impl Recorder {
     }
 
     /// What the file has of the bitmap with this number in the directory.
-    pub fn stored(&self, index: usize) -> Option<&StoredBitmap> {
+    pub fn stored(&self, index: usize) -> Option<&Arc<StoredBitmap>> {
         self.tables.stored.get(index)
     }
 
@@ -105,6 +162,28 @@ impl Recorder {
         }
         Ok(())
     }
+}
+
+/// Visits the runs of `range` in the enabled bitmap of this name as it is now. `false`: there is none.
+pub fn visit(
+    driver: &Qcow2Driver,
+    writer: Option<&Arc<Writer>>,
+    name: &str,
+    range: GuestRange,
+    visitor: StatusVisitor<'_>,
+) -> Result<bool> {
+    let Some((writer, live)) = writer.and_then(|writer| Some((writer, writer.bitmaps.live(name)?))) else {
+        return Ok(false);
+    };
+    // Before any look at where bits are.
+    let _pin = writer.pin();
+    let page_at = |page| {
+        let read = live.page(driver.image(), page)?;
+        // After the look: what it may have missed was given up before.
+        if writer.bitmaps.lost.load(Ordering::SeqCst) { Err(lost()) } else { Ok(read) }
+    };
+    bitmaps::visit(range, live.granularity(), page_at, visitor)?;
+    Ok(true)
 }
 
 /// Loads the tables of all bitmaps, in use or not: their clusters are in use in any case. Refuses, by name,
@@ -147,6 +226,8 @@ pub fn store(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
         return Ok(());
     }
     check_writable(driver)?;
+    // Who gets it after this finds the image closed.
+    let _storing = recorder.storing.lock();
     let mut storing = Storing::new(driver, writer);
     let stored = storing.prepare(recorder).and_then(|directory_at| {
         // The new clusters are counted, and what was written to them above is durable.
@@ -156,6 +237,8 @@ pub fn store(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     match stored {
         Ok(directory_at) => storing.switch(directory_at).map_err(not_stored),
         Err(error) => {
+            recorder.lost.store(true, Ordering::SeqCst);
+            recorder.live.iter().for_each(|bitmap| bitmap_bits::give_back(writer, bitmap));
             storing.give_back();
             Err(not_stored(error))
         }
@@ -211,34 +294,34 @@ impl<'a> Storing<'a> {
         for bitmap in &recorder.live {
             let Some(entry) = directory.entries.get_mut(bitmap.entry) else { continue };
             entry.flags.remove(Flags::IN_USE);
-            if let Some(table) = self.write_bits(bitmap)? {
-                self.replace_table_of(bitmap.entry);
-                entry.table_at = self.write_table(&table)?.start().0;
+            bitmap_bits::store_all(self.driver, self.writer, bitmap, OldClusters::Overwritten)?;
+            if let Some(table) = self.write_table_of(bitmap)? {
+                entry.table_at = table.start().0;
             }
         }
         self.write_new(&directory.bytes(), Kind::BitmapDirectory)
     }
 
-    /// Writes the clusters of bits that have changed, and returns the table; `None` if none has.
-    pub fn write_bits(&mut self, bitmap: &LiveBitmap) -> Result<Option<Vec<u64>>> {
-        let mut changed = false;
-        let mut table = Vec::new();
-        let Some(stored) = self.writer.bitmaps.stored(bitmap.entry) else { return Ok(None) };
-        for (cluster, stored) in stored.clusters().enumerate() {
-            if !bitmap.is_changed(cluster) {
-                table.push(stored.encode());
-                continue;
-            }
-            changed = true;
-            self.replace_cluster(stored);
-            let now = match bitmap.cluster_bits(cluster) {
-                ClusterBits::Zeroes => Stored::Zeroes,
-                ClusterBits::Ones => Stored::Ones,
-                ClusterBits::Bytes(bytes) => Stored::At(self.write_new(&bytes, Kind::BitmapData)?.start()),
-            };
-            table.push(now.encode());
+    /// Writes the table of a bitmap, if clusters of its bits have moved; the old ones are to be let go.
+    pub fn write_table_of(&mut self, bitmap: &LiveBitmap) -> Result<Option<HostCluster>> {
+        let moved = bitmap.moved();
+        if moved.is_empty() {
+            return Ok(None);
         }
-        Ok(changed.then_some(table))
+        for (_, before, _) in moved {
+            self.replace_cluster(before);
+        }
+        self.replace_table_of(bitmap.entry);
+        self.write_table(&bitmap.table()).map(Some)
+    }
+
+    /// Clusters that bits of a bitmap have moved to are among the new ones.
+    pub fn adopt_bits_of(&mut self, bitmap: &LiveBitmap) {
+        for (_, _, now) in bitmap.moved() {
+            if let Stored::At(at) = now {
+                self.new.push((self.writer.geometry.host_at(self.writer.geometry.host_index(at)), 1));
+            }
+        }
     }
 
     /// Writes a table.
@@ -302,6 +385,10 @@ fn write(driver: &Qcow2Driver, at: HostOffset, bytes: &[u8]) -> Result<()> {
     let image = driver.image();
     let written = image.pwrite(bytes, at, Durability::Later);
     written.map_err(|e| storage_error(image, "cannot write the image's dirty bitmaps", at, e))
+}
+
+fn lost() -> Error {
+    Error::new(ErrorKind::Failed, "the image is being closed, and its dirty bitmaps could not be stored")
 }
 
 fn not_stored(error: Error) -> Error {

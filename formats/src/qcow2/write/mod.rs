@@ -13,7 +13,7 @@
 //! | `data_file` | places in an external data file, and giving their room back |
 //! | `commit`, `reclaim` | making changes durable in an order that a crash cannot hurt; letting clusters go |
 //! | `live_size` | another size for the disk while it is used |
-//! | `bitmaps` | recording changes in dirty bitmaps, and storing these |
+//! | `bitmaps`, `bitmap_bits` | recording changes in dirty bitmaps, and storing these; their bits |
 //! | `bitmap_change`, `bitmap_header` | adding, removing, ... bitmaps; the header's way to them |
 //! | `options` | what is chosen at open |
 //! | `begin`, `repair` | what happens to an image that is opened for writing |
@@ -22,6 +22,7 @@
 
 pub mod allocator;
 pub mod begin;
+mod bitmap_bits;
 pub mod bitmap_change;
 mod bitmap_header;
 pub mod bitmaps;
@@ -218,6 +219,11 @@ impl Writer {
         self.changed.wait(&mut meta.inner);
     }
 
+    /// Whether a change needs nothing to be done first that may wait.
+    fn is_ready(&self) -> bool {
+        self.is_begun() && !self.bitmaps.is_full()
+    }
+
     /// Whether nothing is left to do before the first change.
     fn is_begun(&self) -> bool {
         self.begun.load(Ordering::Acquire)
@@ -329,6 +335,13 @@ fn begin_changes(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     }
     image.sync().map_err(|e| storage_error(image, "cannot make the header durable", AUTOCLEAR_AT, e))?;
     writer.begun.store(true, Ordering::Release);
+    Ok(())
+}
+
+/// Sees to all that has to be done before a change is recorded, once or now and then; may wait.
+fn make_ready(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
+    begin_changes(driver, writer)?;
+    bitmap_bits::relieve(driver, writer);
     Ok(())
 }
 

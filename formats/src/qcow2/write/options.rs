@@ -6,6 +6,11 @@ use super::super::compress::Compress;
 /// clusters of 64 KiB; writing them takes milliseconds.
 const DIRTY_LEN_MAX: u64 = 8 << 20;
 
+/// Most bytes of new bits of dirty bitmaps in memory before some are stored. Our choice: at 64 KiB of disk for a bit
+/// that is what one bitmap has for 4 TiB, sixteen times the reach of a table cache of 32 MiB. So whoever
+/// writes all over a larger disk waits for tables long before he waits for this, and there is no flag for it.
+const BITMAP_LEN_MAX: u64 = 8 << 20;
+
 /// How an image is written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct WriteOptions {
@@ -21,6 +26,9 @@ pub struct WriteOptions {
     /// So many bytes of changed metadata in memory start a commit. What is changed while one is under
     /// way comes on top.
     pub dirty_len_max: u64,
+    /// So many bytes of bits that were set in enabled dirty bitmaps, of all of them together, stay in memory; what is
+    /// beyond goes to the file. What requests under way set comes on top, and what cannot be stored.
+    pub bitmap_len_max: u64,
     /// Whether whole clusters that are written are compressed, and how.
     pub compress: Option<Compress>,
 }
@@ -32,6 +40,7 @@ impl Default for WriteOptions {
             zeroes_as_qemu: false,
             foreign_backing: false,
             dirty_len_max: DIRTY_LEN_MAX,
+            bitmap_len_max: BITMAP_LEN_MAX,
             compress: None,
         }
     }

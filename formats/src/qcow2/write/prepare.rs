@@ -15,7 +15,7 @@ use super::super::tables::{SliceKey, TableSlice};
 use super::super::types::{GuestCluster, HostCluster, L2Entry};
 use super::meta::{Claim, Meta};
 use super::slow::{self, reads_zero_without_cluster};
-use super::{MetaGuard, Writer, begin_changes, closed, compress};
+use super::{MetaGuard, Writer, closed, compress, make_ready};
 use crate::address::GuestRange;
 use crate::error::Result;
 use crate::plan::{MapMode, Piece, Place, SlowReason, WritePlan};
@@ -30,12 +30,12 @@ pub fn prepare(
     mode: MapMode,
     plan: &mut WritePlan,
 ) -> Result<()> {
-    if !writer.is_begun() {
+    if !writer.is_ready() {
         if mode == MapMode::Try {
             push_slow(plan, range, SlowReason::Allocate);
             return Ok(());
         }
-        begin_changes(driver, writer)?;
+        make_ready(driver, writer)?;
     }
     if compress::takes(driver, writer, range) {
         push_slow(plan, range, SlowReason::Allocate);

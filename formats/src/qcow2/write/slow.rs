@@ -10,8 +10,8 @@ use super::super::types::{ALL_UNITS, Geometry, GuestCluster, HostCluster, L2Entr
 use super::allocator::Need;
 use super::meta::{Claim, Content, Extent};
 use super::metadata_map::Kind;
-use super::{MetaGuard, Writer, begin_changes, check_changing, closed, commit, compress, corrupt, data_file};
-use super::{prepare, satisfy, subclusters};
+use super::{MetaGuard, Writer, check_changing, closed, commit, compress, corrupt, data_file};
+use super::{make_ready, prepare, satisfy, subclusters};
 use crate::address::{GuestRange, HostOffset};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::storage_error;
@@ -21,7 +21,7 @@ use crate::sync::Arc;
 
 /// See [`BlockDriver::write_slow`](crate::BlockDriver::write_slow).
 pub fn write(driver: &Qcow2Driver, writer: &Arc<Writer>, offset: u64, buf: &[u8]) -> Result<()> {
-    begin_changes(driver, writer)?;
+    make_ready(driver, writer)?;
     let range = mapped_range(driver, offset, buf.len() as u64)?;
     writer.record(range)?;
     match &writer.compressing {

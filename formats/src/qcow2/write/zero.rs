@@ -9,7 +9,7 @@ use super::super::types::{ALL_UNITS, DataFile, EntryWords, GuestCluster, HostClu
 use super::meta::Meta;
 use super::slow::{self, whole_clusters, whole_units};
 use super::subclusters::{change_split, units_of};
-use super::{Writer, begin_changes, check_changing, commit, corrupt, provide};
+use super::{Writer, check_changing, commit, corrupt, make_ready, provide};
 use crate::address::{GuestRange, HostOffset, HostRange};
 use crate::driver::ZeroRequest;
 use crate::error::{Error, ErrorKind, Result};
@@ -46,7 +46,7 @@ pub fn write_zeroes(
     range: GuestRange,
     request: ZeroRequest,
 ) -> Result<()> {
-    begin_changes(driver, writer)?;
+    make_ready(driver, writer)?;
     let request = ZeroRequest { provision: provision_of(driver, writer, request), ..request };
     if zeroes_data_file(driver) && request.provision != Provision::Allocate {
         writer.record(range)?;
@@ -89,7 +89,7 @@ pub fn try_write_zeroes(
     if zeroes_data_file(driver) || !driver.geometry().can_zero() || whole.len() != range.len() {
         return Ok(false);
     }
-    if !writer.is_begun() {
+    if !writer.is_ready() {
         return Ok(false);
     }
     writer.record(range)?;
@@ -101,7 +101,7 @@ pub fn try_discard(driver: &Qcow2Driver, writer: &Writer, range: GuestRange) -> 
     if !writer.options.discard {
         return Ok(true);
     }
-    if zeroes_data_file(driver) || !writer.is_begun() {
+    if zeroes_data_file(driver) || !writer.is_ready() {
         return Ok(false);
     }
     writer.record(range)?;
@@ -113,7 +113,7 @@ pub fn discard(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) ->
     if !writer.options.discard {
         return Ok(());
     }
-    begin_changes(driver, writer)?;
+    make_ready(driver, writer)?;
     // As QEMU does: also what is too short to be given back.
     writer.record(range)?;
     if zeroes_data_file(driver) {
