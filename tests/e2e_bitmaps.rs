@@ -11,6 +11,7 @@ use std::path::Path;
 
 use serde_json::Value;
 use support::client::{Client, Request, Wishes};
+use support::proc;
 use support::rng::Rng;
 use support::server::{Peer, Serve, Server};
 use support::tools::{qemu_img, qemu_io, run, tool};
@@ -330,6 +331,39 @@ fn writers_take_turns_with_qemu() {
     let info: Value = serde_json::from_slice(&qemu_img(path, "info --output=json disk")).unwrap();
     let bitmaps = info["format-specific"]["data"]["bitmaps"].as_array().unwrap();
     assert!(bitmaps.iter().all(|bitmap| bitmap["flags"] == serde_json::json!(["auto"])), "{bitmaps:?}");
+}
+
+/// 64 TiB at 64 KiB have 128 MiB of bits, in 32,768 pages. Whoever changes the disk in each of them makes the server
+/// no larger than the few megabytes that it holds of them, and QEMU finds every bit.
+#[test]
+fn bits_of_a_large_disk_do_not_stay_in_memory() {
+    const PAGES: u64 = 32768;
+    const PAGE: u64 = (64 << 40) / PAGES;
+    let folder = support::scratch("bitmap-large");
+    let path = folder.path();
+    qemu_img(path, "create -f qcow2 disk 64T");
+    qemu_img(path, "bitmap --add -g 64k disk on");
+    let (image, names) = (path.join("disk"), ["on".to_owned()]);
+    let server = Serve::image(&image).format("qcow2").args(&["--bitmap=on"]).peer(Peer::NbdImg).start();
+    let mut client = Client::unix(server.socket(), "", Wishes::STRUCTURED);
+    let before = proc::resident_len(server.pid());
+    let mut rng = Rng::fixed(64);
+    for page in 0..PAGES {
+        let at = page * PAGE + rng.below(PAGE / 512) * 512;
+        assert_eq!(client.ask(Request::new(wire::command::TRIM, at, 512), &[]).error, 0);
+    }
+    let grown = proc::resident_len(server.pid()).saturating_sub(before);
+    assert!(grown < 64 << 20, "the server has grown by {grown} bytes");
+    client.disconnect();
+    let step = (4 << 30) - (64 << 10);
+    let told = maps(&server, wishes(&names, false), step);
+    server.stop();
+    let dirty: u64 = told[0].iter().filter(|(_, flags)| *flags == 1).map(|(len, _)| len).sum();
+    assert_eq!(dirty, PAGES * (64 << 10));
+    let theirs = serve(&image, &names, Peer::QemuNbd, &[]);
+    assert!(maps(&theirs, wishes(&names, false), step) == told, "QEMU finds other bits");
+    theirs.stop();
+    qemu_img(path, "check disk");
 }
 
 /// A killed server's bitmaps are inconsistent to QEMU, which keeps the image and can remove them.

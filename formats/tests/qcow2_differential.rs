@@ -340,7 +340,10 @@ fn carry_out(operations: &[Operation], image: &Path) -> [Seen; 2] {
 }
 
 fn open_for(path: &Path, writable: bool) -> Arc<dyn BlockDriver> {
-    let options = OpenOptions { format: Some(Format::Qcow2), writable, ..OpenOptions::default() };
+    // Marks go into the file before the next write: they are told from there, and stored in both ways.
+    let bitmap_len_max = 0;
+    let options =
+        OpenOptions { format: Some(Format::Qcow2), writable, bitmap_len_max, ..OpenOptions::default() };
     open(path, &options).unwrap().driver
 }
 
