@@ -1,11 +1,13 @@
 //! Writes that record into dirty bitmaps, against each other, against commits and against the close.
 
-use nbd_img_formats::storage::{CallClass, Fault};
+use nbd_img_formats::storage::{CallClass, Fault, POISON};
 use nbd_img_formats::sync::{Arc, thread};
 use nbd_img_formats::{BlockDriver, GuestRange, Provision, Result, ZeroRequest};
+use shuttle::rand::Rng;
 
 use crate::shuttle_recorded::Recorded;
 use crate::shuttle_scenarios::{LATER, explore_on, file_of, join, write};
+use crate::support::checker;
 use crate::support::image::Image;
 use crate::support::scene::{CLUSTER, Scene};
 use crate::support::session;
@@ -221,12 +223,62 @@ fn a_status_against_spills() {
     });
 }
 
+/// While an image is closed, with or without success, a status tells of every mark, or fails.
+fn status_against_close(recorded: Recorded, fails: bool) {
+    // Their bits in `new` are clear in what poisons clusters that are let go.
+    let places = [138u64, 141, 146].map(|cluster| cluster * CLUSTER);
+    assert!([138, 141, 146].iter().all(|bit| POISON >> (bit % 8) & 1 == 0));
+    for at in places {
+        let range = GuestRange::new(at, CLUSTER).unwrap();
+        session::discard(&*recorded.stage.driver, range, LATER).unwrap();
+    }
+    if fails {
+        let call = shuttle::rand::thread_rng().gen_range(0..6);
+        recorded.stage.faults.arm(Fault { class: Some(CallClass::Write), ..Fault::at(call) });
+    }
+    let closer = recorded.stage.spawn(move |driver| assert!(driver.close().is_ok() || fails));
+    // Until it is closed, but not for ever: a schedule may prefer who asks.
+    let asker = recorded.stage.spawn(move |driver| {
+        for (at, name) in (0..40).map(|number| (places[number % 3], ["on", "new"][number % 2])) {
+            match ask(driver, name, at) {
+                Ok(told) => assert!(told, "{at} was marked in {name}"),
+                Err(_) => break,
+            }
+        }
+    });
+    join([closer, asker]);
+    recorded.stage.faults.disarm();
+    if !fails {
+        return assert_told(&recorded);
+    }
+    // The bitmaps are in use, unless it was another call that has failed.
+    let file = file_of(&*recorded.stage.storage);
+    let report = checker::check(&file).unwrap();
+    assert!(report.is_sound(), "{report}");
+    let disk = recorded.stage.scene.read(&file).unwrap();
+    recorded.stage.scene.check_bitmaps(&file, &disk).unwrap();
+}
+
+#[test]
+fn a_status_against_close() {
+    explore_on(spilled(), Recorded::new, |recorded| status_against_close(recorded, false));
+}
+
+#[test]
+fn a_status_against_a_close_that_fails() {
+    explore_on(spilled(), Recorded::new, |recorded| status_against_close(recorded, true));
+}
+
 /// In `on`, and in `new` if there is that: it is finer, and has no other marks.
 fn is_dirty(driver: &dyn BlockDriver, at: u64) -> bool {
     is_dirty_in(driver, "on", at) && (!driver.offer_bitmap("new").unwrap() || is_dirty_in(driver, "new", at))
 }
 
 fn is_dirty_in(driver: &dyn BlockDriver, name: &str, at: u64) -> bool {
+    ask(driver, name, at).unwrap()
+}
+
+fn ask(driver: &dyn BlockDriver, name: &str, at: u64) -> Result<bool> {
     use nbd_img_formats::StatusQuery;
     use nbd_img_formats::driver::Status;
     use std::ops::ControlFlow;
@@ -236,6 +288,6 @@ fn is_dirty_in(driver: &dyn BlockDriver, name: &str, at: u64) -> bool {
         dirty |= status == Status::Bitmap { dirty: true };
         ControlFlow::Continue(())
     };
-    driver.status(StatusQuery::Bitmap(name), range, visit).unwrap();
-    dirty
+    driver.status(StatusQuery::Bitmap(name), range, visit)?;
+    Ok(dirty)
 }
