@@ -275,6 +275,46 @@ fn what_makes_no_sense_is_refused_and_changes_nothing() {
 }
 
 /// An image that is being served has the lock.
+/// An image whose bitmaps could take more clusters than a writer keeps track of is not written, says what helps, and that
+/// does help.
+#[test]
+fn too_many_clusters_of_bits_are_refused_and_mended() {
+    let folder = support::scratch("cli-bitmap");
+    let path = folder.path();
+    // 2^16 clusters of bits each, and 2^10 of a table; none of the bits is there.
+    qemu_img(path, "create -f qcow2 -o cluster_size=512 disk 128G");
+    for number in 0..9 {
+        qemu_img(path, &format!("bitmap --add -g 512 disk b{number}"));
+    }
+    let refused = |args: &[&str]| {
+        let output = nbd_img(path, args);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            !output.status.success() && said.contains("nbd-img bitmap remove, disable"),
+            "{args:?}: {said}"
+        );
+    };
+    refused(&["add", "disk", "another"]);
+    refused(&["merge", "disk", "b0", "b1"]);
+    let serve = |more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nbd-img"));
+        let run = ["serve", "disk", "--socket", "none/x.sock"];
+        output(command.current_dir(path).args(run).args(more))
+    };
+    let said = |output: Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said(serve(&[])).contains("could come to take 599040 clusters"));
+    assert!(!said(serve(&["--read-only"])).contains("bitmap"));
+    ok(path, &["disable", "disk", "b0"]);
+    refused(&["enable", "disk", "b0"]);
+    ok(path, &["remove", "disk", "b1"]);
+    // Seven of 2^16 and their tables, and an eighth that is not recorded.
+    ok(path, &["merge", "disk", "b2", "b3"]);
+    refused(&["enable", "disk", "b0"]);
+    let said = said(serve(&[]));
+    assert!(said.contains("none/x.sock") && !said.contains("bitmap"), "it fails for its socket only: {said}");
+    qemu_img(path, "check disk");
+}
+
 #[test]
 fn an_image_in_use_is_left_alone() {
     let folder = support::scratch("cli-bitmap-lock");

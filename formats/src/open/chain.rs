@@ -313,7 +313,7 @@ pub fn change_bitmap(path: &Path, name: &str, change: BitmapChange<'_>) -> Resul
         number: ImageNumber(0),
         caches,
         snapshot: None,
-        write: Some(WriteOptions::default()),
+        write: Some(change.write_options()),
     })?;
     let changed = driver.change_bitmap(name, change);
     changed.and(driver.close())

@@ -226,6 +226,11 @@ impl Entry {
         1 << self.granularity_bits
     }
 
+    /// Whether whoever writes the image records changes in it.
+    pub fn records(&self) -> bool {
+        self.flags.contains(Flags::AUTO) && !self.flags.contains(Flags::IN_USE)
+    }
+
     /// Whether it may be used: it has no extra data, or may be used without knowing that. Such data is left
     /// as it is (specification).
     pub fn is_known(&self) -> bool {

@@ -99,7 +99,7 @@ impl Bitmaps {
         self.check_directory(storage, "use --read-only, or repair it (qemu-img check)")?;
         let load = |entry: &Entry| {
             check_shape(storage, header, entry)?;
-            if entry.flags.contains(Flags::AUTO) && !entry.flags.contains(Flags::IN_USE) {
+            if entry.records() {
                 check_known(storage, entry)?;
             }
             StoredBitmap::load(storage, header, entry).map(Arc::new)

@@ -41,6 +41,11 @@ impl Stored {
         }
     }
 
+    /// Whether it takes a cluster of the file.
+    pub fn has_place(&self) -> bool {
+        matches!(self, Stored::At(_))
+    }
+
     /// The entry of a table that says this.
     pub fn encode(self) -> u64 {
         match self {

@@ -81,7 +81,7 @@ pub fn begin(
     let short = header.geometry.is_external() && check_data_file(driver)?;
     let dirty = header.incompatible.contains(Incompatible::DIRTY);
     let mut table = header.refcount_table;
-    let tables = bitmaps::load_tables(driver, header)?;
+    let tables = bitmaps::load_tables(driver, header, options.bitmap_clusters_max)?;
     let placed = bitmaps::places(&tables, header.geometry);
     if dirty {
         table = repair::rebuild(driver, header, snapshots)?;

@@ -11,8 +11,9 @@ use super::super::driver::Qcow2Driver;
 use super::super::header::Header;
 use super::bitmap_bits::{self, OldClusters};
 use super::bitmap_header::{HeaderEdit, Place};
-use super::bitmaps::Storing;
+use super::bitmaps::{self, Storing};
 use super::metadata_map::Kind;
+use super::options::WriteOptions;
 use super::{Writer, commit, corrupt};
 use crate::address::GuestRange;
 use crate::driver::{BlockDriver, Status, StatusQuery};
@@ -24,6 +25,10 @@ use crate::sync::atomic::{AtomicU64, Ordering};
 /// Least and most bytes of the disk that a bit of a new bitmap stands for, if nobody says; between them it
 /// is the cluster's length (QEMU's choice).
 const GRANULARITY_DEFAULT: std::ops::RangeInclusive<u64> = 4 << 10..=64 << 10;
+
+/// How many times as many clusters as when an image is served its bitmaps may take while some are removed. Our choice:
+/// hundreds of megabytes of memory for a moment.
+const MENDED_TIMES: u64 = 16;
 
 /// What is to become of a bitmap.
 #[derive(Clone, Copy)]
@@ -48,6 +53,26 @@ pub enum BitmapChange<'a> {
     Merge(&'a str),
     /// As `Merge`, from a bitmap of another image of the same size.
     MergeFrom(&'a dyn BlockDriver, &'a str),
+}
+
+impl BitmapChange<'_> {
+    /// Whether the image's bitmaps may take more clusters afterwards.
+    fn grows(self) -> bool {
+        match self {
+            BitmapChange::Remove | BitmapChange::Clear | BitmapChange::Disable => false,
+            BitmapChange::Add { .. }
+            | BitmapChange::Enable
+            | BitmapChange::Merge(_)
+            | BitmapChange::MergeFrom(..) => true,
+        }
+    }
+
+    /// How an image is to be opened for it. One with more bitmaps than may be written is to be had for what mends that.
+    pub fn write_options(self) -> WriteOptions {
+        let options = WriteOptions::default();
+        let times = if self.grows() { 1 } else { MENDED_TIMES };
+        WriteOptions { bitmap_clusters_max: options.bitmap_clusters_max * times, ..options }
+    }
 }
 
 /// See [`Qcow2Driver::change_bitmap`].
@@ -108,6 +133,9 @@ impl Changing<'_, '_> {
             }
             (change, Some(index)) => self.alter(&mut directory, index, change)?,
         }
+        if change.grows() {
+            self.check_clusters(&directory, name)?;
+        }
         let old = self.writer.bitmaps.directory();
         if old.len > 0 {
             self.storing.replace(old.at, old.len);
@@ -120,6 +148,17 @@ impl Changing<'_, '_> {
         }
         let at = self.storing.write_new(&bytes, Kind::BitmapDirectory)?.start();
         Ok(Some(Place { count, len: bytes.len() as u64, at }))
+    }
+
+    /// Fails if the image could not be opened for writing any more once the bitmap of this name is enabled.
+    fn check_clusters(&self, directory: &Directory, name: &str) -> Result<()> {
+        let mut worst = directory.clone();
+        let named = worst.entries.iter_mut().find(|entry| *entry.name == *name.as_bytes());
+        if let Some(entry) = named {
+            entry.flags.insert(Flags::AUTO);
+        }
+        let stored = self.writer.bitmaps.all_stored();
+        bitmaps::check_clusters(self.driver, (&worst, stored), self.writer.options.bitmap_clusters_max)
     }
 
     fn new_entry(&mut self, name: &str, granularity: Option<u64>, enabled: bool) -> Result<Entry> {

@@ -8,7 +8,7 @@
 //! is turned to the new directory; sync. Only then the old clusters are let go. A close that does not get
 //! there leaves the marks.
 
-use super::super::bitmaps::{self, Directory, Flags, LiveBitmap, Stored, StoredBitmap, Tables};
+use super::super::bitmaps::{self, Directory, Entry, Flags, LiveBitmap, Stored, StoredBitmap, Tables};
 use super::super::driver::Qcow2Driver;
 use super::super::header::Header;
 use super::super::types::{Geometry, HostCluster};
@@ -24,9 +24,6 @@ use crate::storage::Durability;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex};
 
-/// Most clusters of the bitmaps of an image. Our choice, as for the L1 tables of snapshots: a few dozen
-/// megabytes of memory for knowing where they lie.
-const CLUSTERS_MAX: u64 = 1 << 19;
 /// Where the directory's offset stands in the data of the header extension (specification).
 pub const DIRECTORY_OFFSET_AT: u64 = 16;
 
@@ -60,12 +57,7 @@ pub type Places = Vec<(HostOffset, u64, Kind)>;
 impl Recorder {
     /// Records in the enabled bitmaps of `tables`. `budget`: bytes of new bits that may stay in memory.
     pub fn new(tables: Tables, budget: u64) -> Self {
-        let enabled = |index: usize| {
-            let entry = tables.directory.entries.get(index);
-            entry.is_some_and(|entry| {
-                entry.flags.contains(Flags::AUTO) && !entry.flags.contains(Flags::IN_USE)
-            })
-        };
+        let enabled = |index: usize| tables.directory.entries.get(index).is_some_and(Entry::records);
         let chosen: Vec<_> = tables.stored.iter().enumerate().filter(|(index, _)| enabled(*index)).collect();
         let held_len = Arc::new(AtomicU64::new(0));
         let count = chosen.len();
@@ -147,6 +139,11 @@ impl Recorder {
         &self.tables.directory
     }
 
+    /// What the file has of all bitmaps, in the directory's order.
+    pub fn all_stored(&self) -> &[Arc<StoredBitmap>] {
+        &self.tables.stored
+    }
+
     /// What the file has of the bitmap with this number in the directory.
     pub fn stored(&self, index: usize) -> Option<&Arc<StoredBitmap>> {
         self.tables.stored.get(index)
@@ -187,18 +184,36 @@ pub fn visit(
 }
 
 /// Loads the tables of all bitmaps, in use or not: their clusters are in use in any case. Refuses, by name,
-/// what would not be kept as the specification wants it.
-pub fn load_tables(driver: &Qcow2Driver, header: &Header) -> Result<Tables> {
+/// what would not be kept as the specification wants it, and bitmaps that could come to take more than `clusters_max`.
+pub fn load_tables(driver: &Qcow2Driver, header: &Header, clusters_max: u64) -> Result<Tables> {
     let tables = driver.bitmaps().load_tables(driver.image(), header)?;
-    let clusters: u64 = places(&tables, header.geometry)
-        .iter()
-        .map(|(_, len, _)| header.geometry.host_span(HostOffset(0), *len).1)
-        .sum();
-    if clusters > CLUSTERS_MAX {
-        let text = "the image's dirty bitmaps are too large together for it to be written; use --read-only";
-        return Err(Error::new(ErrorKind::Unsupported, text).with_path(&driver.image().facts().path));
-    }
+    check_clusters(driver, (&tables.directory, &tables.stored), clusters_max)?;
     Ok(tables)
+}
+
+/// Fails if these bitmaps could come to take more than `max` clusters. For one that records changes all of its bits
+/// count, and not those that it has: an image that is written must not grow into one that is refused the next time.
+pub fn check_clusters(
+    driver: &Qcow2Driver,
+    (directory, stored): (&Directory, &[Arc<StoredBitmap>]),
+    max: u64,
+) -> Result<()> {
+    let clusters_of = |len: u64| driver.geometry().host_span(HostOffset(0), len).1;
+    let bits_of = |index: usize, entry: &Entry| match stored.get(index) {
+        Some(stored) if !entry.records() => stored.clusters().filter(Stored::has_place).count() as u64,
+        Some(_) | None => u64::from(entry.table_entries),
+    };
+    let entries = directory.entries.iter().enumerate();
+    let clusters: u64 =
+        entries.map(|(index, entry)| clusters_of(entry.table_len()) + bits_of(index, entry)).sum();
+    if clusters <= max {
+        return Ok(());
+    }
+    let text = format!(
+        "the image's dirty bitmaps could come to take {clusters} clusters, and only {max} are kept track of while it \
+         is written; remove or disable some (nbd-img bitmap remove, disable), or use --read-only"
+    );
+    Err(Error::new(ErrorKind::Unsupported, text).with_path(&driver.image().facts().path))
 }
 
 /// Where the directory, the tables and the bits lie.

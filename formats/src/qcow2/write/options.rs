@@ -11,6 +11,10 @@ const DIRTY_LEN_MAX: u64 = 8 << 20;
 /// writes all over a larger disk waits for tables long before he waits for this, and there is no flag for it.
 const BITMAP_LEN_MAX: u64 = 8 << 20;
 
+/// Most clusters that the dirty bitmaps of an image may come to take. Our choice, as for the L1 tables of snapshots: each is
+/// metadata that the allocator has to know, a few dozen megabytes of memory in all.
+const BITMAP_CLUSTERS_MAX: u64 = 1 << 19;
+
 /// How an image is written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct WriteOptions {
@@ -29,6 +33,9 @@ pub struct WriteOptions {
     /// So many bytes of bits that were set in enabled dirty bitmaps, of all of them together, stay in memory; what is
     /// beyond goes to the file. What requests under way set comes on top, and what cannot be stored.
     pub bitmap_len_max: u64,
+    /// So many clusters may the image's dirty bitmaps come to take, if every bit of the enabled ones were set; with more
+    /// the image is not opened, nor given a bitmap that would lead there.
+    pub bitmap_clusters_max: u64,
     /// Whether whole clusters that are written are compressed, and how.
     pub compress: Option<Compress>,
 }
@@ -41,6 +48,7 @@ impl Default for WriteOptions {
             foreign_backing: false,
             dirty_len_max: DIRTY_LEN_MAX,
             bitmap_len_max: BITMAP_LEN_MAX,
+            bitmap_clusters_max: BITMAP_CLUSTERS_MAX,
             compress: None,
         }
     }
