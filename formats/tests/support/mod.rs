@@ -16,4 +16,5 @@ pub mod scene;
 pub mod session;
 pub mod steps;
 pub mod units;
+pub mod warned;
 pub mod wrapped;

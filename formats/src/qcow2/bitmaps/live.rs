@@ -46,6 +46,13 @@ pub struct ClusterBits {
     pub new: Vec<(u64, NewBits)>,
 }
 
+impl ClusterBits {
+    /// Bytes that the new ones take in memory.
+    pub fn held_len(&self) -> u64 {
+        self.new.iter().map(|(_, bits)| bits.held_len()).sum()
+    }
+}
+
 impl LiveBitmap {
     /// The bitmap with entry number `entry`, one of `count` that are recorded. Reads nothing. The bytes of new bits
     /// that are in memory are counted in `held_len`.

@@ -70,7 +70,8 @@ impl NewBits {
         }
     }
 
-    fn held_len(&self) -> u64 {
+    /// Bytes that they take in memory, with what they are kept by.
+    pub fn held_len(&self) -> u64 {
         match self {
             NewBits::All => ENTRY_LEN,
             NewBits::Some(words) => ENTRY_LEN + words.len() as u64 * 8,

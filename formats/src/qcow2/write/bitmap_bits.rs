@@ -21,18 +21,16 @@ use crate::mover::{check_writable, read_exact, storage_error};
 use crate::storage::Durability;
 use crate::sync::atomic::Ordering;
 
-/// The part of the budget that is made free at a time: so nobody waits for long. Our choice: 128 pages.
+/// The part of the budget that is made free, so that not every change has to wait. Our choice: 126 pages.
 const SPILLED_SHARE: u64 = 16;
 /// The part of the budget by which new bits may grow until what has failed is tried again. Our choice.
 const RETRY_SHARE: u64 = 8;
-/// Clusters that are seen to at a time, however little each gives: who sets bits meanwhile need not wait, and could keep
-/// this going. Our choice: more than the pages above.
-const CLUSTERS_AT_A_TIME: u32 = 256;
 /// Clusters that may fail in a row before it is left at that. Our choice: one bad place is no reason.
 const FAILURES_MAX: u32 = 3;
 
 /// Stores new bits if there are too many in memory; for who may wait, and before he marks his own. What cannot be
-/// stored stays in memory, beyond the budget if it has to: no bit is ever lost, and no write fails for this.
+/// stored stays in memory, beyond the budget if it has to: no bit is lost, and no write fails for it, unless the image is
+/// found to be damaged.
 pub fn relieve(driver: &Qcow2Driver, writer: &Writer) {
     let recorder = &writer.bitmaps;
     if !recorder.is_full() {
@@ -44,14 +42,17 @@ pub fn relieve(driver: &Qcow2Driver, writer: &Writer) {
         return;
     }
     let budget = writer.options.bitmap_len_max;
+    let kept_len = budget - budget / SPILLED_SHARE;
+    // As much as is too much now, and no more: who sets bits meanwhile need not wait, and could keep this going.
+    let mut left = recorder.held_len().saturating_sub(kept_len);
     let mut failures = 0;
-    for _ in 0..CLUSTERS_AT_A_TIME {
-        if failures == FAILURES_MAX || recorder.held_len() <= budget - budget / SPILLED_SHARE {
-            break;
-        }
+    while left > 0 && failures < FAILURES_MAX && recorder.held_len() > kept_len {
         let Some((bitmap, cluster)) = recorder.next_changed(&mut storing) else { break };
         match store_cluster(driver, writer, bitmap, cluster, OldClusters::Overwritten) {
-            Ok(()) => failures = 0,
+            Ok(stored_len) => {
+                left = left.saturating_sub(stored_len);
+                failures = 0;
+            }
             Err(error) => {
                 failures += 1;
                 recorder.warn_once(&error);
@@ -88,13 +89,14 @@ pub fn give_back(writer: &Writer, bitmap: &LiveBitmap) {
     }
 }
 
+/// Stores the new bits of a cluster; returns how many bytes they took in memory.
 fn store_cluster(
     driver: &Qcow2Driver,
     writer: &Writer,
     bitmap: &LiveBitmap,
     cluster: usize,
     old: OldClusters,
-) -> Result<()> {
+) -> Result<u64> {
     check_writable(driver)?;
     let bits = bitmap.cluster_bits(cluster);
     let place = match bits.stored {
@@ -109,7 +111,7 @@ fn store_cluster(
         Stored::At(_) | Stored::Zeroes => write_elsewhere(driver, writer, bitmap, (cluster, &bits))?,
     };
     bitmap.note_stored(cluster, &bits, place);
-    Ok(())
+    Ok(bits.held_len())
 }
 
 /// Whether nothing else counts on the cluster: a snapshot of an image that contradicts itself might.

@@ -113,6 +113,12 @@ impl Recorder {
         }
     }
 
+    /// The bits will not be stored, and nobody may ask for them any more.
+    fn lose(&self, writer: &Writer) {
+        self.lost.store(true, Ordering::SeqCst);
+        self.live.iter().for_each(|bitmap| bitmap_bits::give_back(writer, bitmap));
+    }
+
     /// Whether no bitmap records anything.
     pub fn is_idle(&self) -> bool {
         self.live.is_empty()
@@ -252,12 +258,19 @@ pub fn store(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     match stored {
         Ok(directory_at) => storing.switch(directory_at).map_err(not_stored),
         Err(error) => {
-            recorder.lost.store(true, Ordering::SeqCst);
-            recorder.live.iter().for_each(|bitmap| bitmap_bits::give_back(writer, bitmap));
+            recorder.lose(writer);
             storing.give_back();
             Err(not_stored(error))
         }
     }
+}
+
+/// Leaves the bits unstored, for a close whose last commit has failed: what was allocated for them is let go.
+pub fn give_up(writer: &Writer) {
+    let recorder = &writer.bitmaps;
+    // As `store` does.
+    let _storing = recorder.storing.lock();
+    recorder.lose(writer);
 }
 
 /// Clusters that bits, tables and a directory are written to.
@@ -368,12 +381,19 @@ impl<'a> Storing<'a> {
         let Storing { driver, writer, .. } = self;
         check_writable(driver)?;
         let at = HostOffset(writer.bitmaps.directory().extension_at.0 + DIRECTORY_OFFSET_AT);
-        write(driver, at, &directory_at.start().0.to_be_bytes())?;
         let image = driver.image();
-        if let Err(error) = image.sync() {
-            writer.fail("a sync has failed, so nobody knows what is durable");
-            return Err(storage_error(image, "cannot make the header durable", at, error));
+        let sync = || {
+            image.sync().map_err(|error| {
+                writer.fail("a sync has failed, so nobody knows what is durable");
+                storage_error(image, "cannot make the dirty bitmaps durable", at, error)
+            })
+        };
+        // With a data file a commit that finds nothing to do, because another has just done it, syncs only that.
+        if writer.geometry.is_external() {
+            sync()?;
         }
+        write(driver, at, &directory_at.start().0.to_be_bytes())?;
+        sync()?;
         self.let_go_old();
         Ok(())
     }

@@ -97,9 +97,20 @@ pub fn flush_and_reclaim(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
 /// For the end: no plan is made any more, and what old ones still read is not reused.
 pub fn settle(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     writer.begin_close();
-    flush_and_reclaim(driver, writer)?;
-    // What this cannot do leaves the bitmaps marked as in use; the rest is done all the same.
-    let stored = bitmaps::store(driver, writer);
+    // What fails here leaves the bitmaps marked as in use; the rest is done all the same.
+    let stored = match flush_and_reclaim(driver, writer) {
+        Ok(()) => bitmaps::store(driver, writer),
+        Err(error) if writer.is_failed() => return Err(error),
+        Err(error) => {
+            bitmaps::give_up(writer);
+            Err(error)
+        }
+    };
+    stored.and(conclude_all(driver, writer))
+}
+
+/// Commits until nothing is left to do, and gives back what the file was made longer by and not used.
+fn conclude_all(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     // A commit lets clusters go, which changes refcounts for the next one.
     for _ in 0..SETTLE_ROUNDS {
         if writer.lock().is_settled() {
@@ -108,8 +119,7 @@ pub fn settle(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
         reclaim::reclaim_all(driver, writer, reclaim::When::Now);
         flush_and_reclaim(driver, writer)?;
     }
-    writer.trim_file(driver)?;
-    stored
+    writer.trim_file(driver)
 }
 
 /// Rounds after which nothing but errors can keep clusters from being let go: the commit that frees them,

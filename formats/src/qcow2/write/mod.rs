@@ -209,6 +209,10 @@ impl Writer {
         if self.bitmaps.is_idle() || range.is_empty() {
             return Ok(());
         }
+        // What comes too late is not to give the close more to store.
+        if self.closing.load(Ordering::SeqCst) {
+            return Err(closed());
+        }
         self.bitmaps.mark(range);
         // After the bits: see `LiveBitmap::set`.
         if self.closing.load(Ordering::SeqCst) { Err(closed()) } else { Ok(()) }
