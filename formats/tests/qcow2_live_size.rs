@@ -12,11 +12,11 @@ use std::thread;
 use std::time::Duration;
 
 use nbd_img_formats::qcow2::{Compress, Qcow2Driver, WriteOptions};
-use nbd_img_formats::storage::{Fate, Fault, Faults, Log, MemoryStorage};
+use nbd_img_formats::storage::{Change, Fate, Fault, Faults, Log, MemoryStorage};
 use nbd_img_formats::sync::Arc;
 use nbd_img_formats::{BlockDriver, Durability, ErrorKind, GuestRange, Provision, State, ZeroRequest};
 use support::checker;
-use support::crash::{self, IMAGE, Left};
+use support::crash::{self, DATA, IMAGE, Left};
 use support::maker::Maker;
 use support::random::Random;
 use support::scene::{self, SIZE, Scene};
@@ -203,24 +203,27 @@ fn a_crash_leaves_one_size_or_the_other_and_nothing_worse_than_leaks() {
 /// opens it next, the guest's data is as it was, and where the image is not failed it goes on.
 #[test]
 fn a_call_that_fails_leaves_one_size_or_the_other() {
-    let mut failed = 0;
+    let (mut failed, mut taken_back) = (0, 0);
     for scene in &scenes() {
         for to in [3 << 20, SIZE + 5 * 512, 40 * 512] {
             for sticky in [false, true] {
                 for call in 0.. {
-                    if !fail_at(scene, to, call, sticky) {
+                    let (fired, is_taken_back) = fail_at(scene, to, call, sticky);
+                    if !fired {
                         break;
                     }
                     failed += 1;
+                    taken_back += u64::from(is_taken_back);
                 }
             }
         }
     }
     assert!(failed > 300, "only {failed} calls failed");
+    assert!(taken_back > 3, "only {taken_back} data files got their length back");
 }
 
-/// Returns whether the call came to be.
-fn fail_at(scene: &Scene, to: u64, call: u64, sticky: bool) -> bool {
+/// Returns whether the call came to be, and whether the data file was cut after it had become longer.
+fn fail_at(scene: &Scene, to: u64, call: u64, sticky: bool) -> (bool, bool) {
     let (log, faults) = (Log::new(), Faults::new());
     let driver = crash::open_recorded(scene, &log, &|_, storage| faults.attach(storage));
     driver.pwrite(512, &[7; 512], Durability::Fua).unwrap();
@@ -238,18 +241,26 @@ fn fail_at(scene: &Scene, to: u64, call: u64, sticky: bool) -> bool {
     let expected = if outcome.is_ok() { &after } else { &before };
     let found = read_all(&*driver).unwrap();
     assert!(found == *expected, "{name}: {}", first_difference(&found, expected));
-    if driver.state() == State::Live {
+    let lens = log.records().into_iter().filter(|record| record.file == DATA);
+    let lens =
+        lens.filter_map(|record| if let Change::SetLen(len) = record.change { Some(len) } else { None });
+    let taken_back = lens.collect::<Vec<_>>().windows(2).any(|lens| lens[1] < lens[0]);
+    let goes_on = driver.state() == State::Live;
+    if goes_on {
         driver.resize(to).unwrap_or_else(|e| panic!("{name}: not the second time: {e}"));
         assert!(read_all(&*driver).unwrap() == after, "{name}: the second time");
     }
     drop(driver);
     // As a crash would find it.
     let left = Left::of(scene, |file| log.replay(file, log.len()));
+    if let (Some(data), None, true) = (left.files().data, scene.data_device_len, goes_on) {
+        assert_eq!(data.len() as u64, to, "{name}: the data file is not as long as the disk");
+    }
     let report = checker::check(&left.image).unwrap();
     assert!(report.is_sound(), "{name}: the image is corrupt:\n{report}");
     let found = left.read(scene, true).unwrap();
     assert!(found == before || found == after, "{name}: {}", first_difference(&found, expected));
-    fired
+    (fired, taken_back)
 }
 
 /// Sectors before each end of the disk that are zeroed as long as it is the end.

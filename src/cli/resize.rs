@@ -13,8 +13,11 @@ use crate::server::control::protocol::Request;
 
 /// Change the size of a disk that nobody uses, or of one that is served with --control
 ///
-/// What a larger disk has more reads as zeroes. Internal snapshots keep their size; a data file gets the disk's, and dirty
-/// bitmaps follow where nobody uses the disk. A crash in the middle leaves a disk of either size.
+/// What a larger disk has more reads as zeroes; a raw data file loses what it held there. Internal snapshots keep their
+/// size; a data file becomes at least as long as the disk, and is cut where the disk becomes smaller; a device has to be
+/// long enough. Dirty bitmaps follow where nobody uses the disk. A crash or failure in the middle leaves a disk of either
+/// size, and may cost the dirty bitmaps: begin with a full backup then. It may also leave a data file that is too long,
+/// which --shrink with the size that the disk has cuts.
 #[derive(Debug, clap::Args)]
 pub struct ResizeArgs {
     /// The image file; none with --control

@@ -148,7 +148,9 @@ impl Export {
         if size < old_size {
             self.size.lower(size)?;
         }
-        let resized = if to == from { Ok(()) } else { self.driver.resize(to) };
+        // Whoever allows that the end is lost lets an earlier change be finished that could not give its room back.
+        let changes = to != from || shrink && change.is_some();
+        let resized = if changes { self.driver.resize(to) } else { Ok(()) };
         if let Err(error) = resized {
             // Of a raw file that lost its end and could not be synced, it is no longer the old one.
             self.size.set(window(&self.spec, self.driver.size()).map_or(size, |(_, size)| size));

@@ -52,8 +52,8 @@ pub struct Resized {
 }
 
 /// Changes the size of the disk in the image at `path`; what is asked for is rounded up to 512. It is made
-/// smaller only if `shrink` says that the end of the disk may be lost. When it returns, all is durable. `options`
-/// tells about the format and the files below.
+/// smaller only if `shrink` says that the end of the disk may be lost; with it, the size that the disk has finishes a
+/// change that was interrupted. When it returns, all is durable. `options` tells about the format and the files below.
 pub fn resize(path: &Path, change: SizeChange, shrink: bool, options: &OpenOptions) -> Result<Resized> {
     let format = match options.format {
         Some(format) => format,
@@ -87,6 +87,10 @@ fn resize_qcow2(path: &Path, change: SizeChange, shrink: bool, options: &OpenOpt
     let chain::Top { image, data_file, below } = chain::open_top(path, options)?;
     let from = Header::load(&image)?.virtual_size;
     let to = change.target(from, shrink)?;
+    if to == from && !shrink {
+        // A data file that is longer keeps what it has behind the disk.
+        return Ok(Resized { from, to });
+    }
     let foreign = options.backing != Backing::Follow;
     qcow2::resize(&ResizeParts { image, data_file, backing: below, foreign }, to)?;
     Ok(Resized { from, to })

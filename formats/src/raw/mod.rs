@@ -249,7 +249,7 @@ impl BlockDriver for RawDriver {
 
     fn resize(&self, size: u64) -> Result<()> {
         self.check_open()?;
-        if self.facts.format == Format::MmapRaw {
+        if self.facts.format == Format::MmapRaw && size != self.size() {
             let what = "a mapped disk (mmap-raw) keeps its size while it is served; serve it as raw";
             return Err(Error::new(ErrorKind::Unsupported, what));
         }

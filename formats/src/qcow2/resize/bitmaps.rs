@@ -102,6 +102,7 @@ impl NewTable {
         words.resize(index(clusters), Stored::Zeroes.encode());
         Ok(NewTable { entry, words, bits: changed })
     }
+
     fn differs(&self, stored: &StoredBitmap) -> bool {
         self.bits.is_some() || !stored.clusters().map(Stored::encode).eq(self.words.iter().copied())
     }
@@ -143,6 +144,13 @@ impl Change {
     /// Gives the disk `size` bytes, and its bitmaps the directory at `at`, in the header. Whoever changes the file has
     /// seen to features that nobody here knows.
     pub fn switch(&self, image: &Arc<dyn Storage>, header: &Header, size: u64, at: HostOffset) -> Result<()> {
+        self.try_switch(image, header, size, at).map_err(|error| {
+            let text = "the size was being changed, and the dirty bitmaps may be lost by that: begin with a full backup";
+            Error::new(error.kind(), text).with_source(error)
+        })
+    }
+
+    fn try_switch(&self, image: &Arc<dyn Storage>, header: &Header, size: u64, at: HostOffset) -> Result<()> {
         let known = header.autoclear & (Autoclear::BITMAPS | Autoclear::DATA_FILE_RAW);
         let promise = |bits: Autoclear| {
             write(image, AUTOCLEAR_AT, &bits.bits().to_be_bytes())?;

@@ -46,7 +46,7 @@ pub fn lengthen(data: &Arc<dyn Storage>, kind: DataFile, from: u64, to: u64) -> 
     sync(data)
 }
 
-/// Takes from the data file what it has behind a disk that has `size` bytes now, durably. A device keeps it: who makes
+/// Takes from the data file what it has behind `size`, where no disk has anything, durably. A device keeps it: who makes
 /// the disk longer again zeroes it.
 pub fn cut(data: &Arc<dyn Storage>, size: u64) -> Result<()> {
     if !data.facts().grows || length(data)? <= size {
@@ -57,7 +57,16 @@ pub fn cut(data: &Arc<dyn Storage>, size: u64) -> Result<()> {
     sync(data)
 }
 
-fn length(data: &Arc<dyn Storage>) -> Result<u64> {
+/// After a change that failed before the image knew of it: the data file is not longer than `len` any more. If that
+/// cannot be, it stays too long, which harms nobody.
+pub fn take_back(data: &Arc<dyn Storage>, len: u64) {
+    if let Err(error) = cut(data, len) {
+        tracing::warn!(%error, "a data file stays longer than its disk (resize --shrink to the disk's size cuts it)");
+    }
+}
+
+/// How many bytes the data file or device has.
+pub fn length(data: &Arc<dyn Storage>) -> Result<u64> {
     data.len().map_err(|e| storage_error(data, "cannot tell the data file's length", HostOffset(0), e))
 }
 

@@ -3,7 +3,7 @@
 //! Growing makes the L1 table and an external data file longer first, then zeroes what would come to light behind the
 //! old end, and changes the size last. Shrinking changes the size first, then drops the entries behind it, frees what
 //! nothing leads to any more, and cuts off the data file last. A crash in between leaves an image of either size, and
-//! leaks at worst.
+//! leaks at worst, or a data file that is longer than the disk. Shrinking to the size that the disk has finishes that.
 
 mod bitmaps;
 pub(super) mod data_file;
@@ -50,7 +50,8 @@ pub struct ResizeParts {
 }
 
 /// Gives the disk of an image another size, a multiple of 512, and closes its files. When it returns, all is durable.
-/// An error leaves either size.
+/// An error leaves either size, and may cost dirty bitmaps, which it says then. With the size that the disk has it gives
+/// back what lies behind the end, as whoever made the disk smaller may have been interrupted.
 pub fn resize(parts: &ResizeParts, size: u64) -> Result<()> {
     change(parts, size).map_err(|e| e.with_path(&parts.image.facts().path))
 }
@@ -67,6 +68,10 @@ fn change(parts: &ResizeParts, size: u64) -> Result<()> {
     bitmaps::plan(image, &header, size)?;
     if let Some(data) = &parts.data_file {
         data_file::check_room(data, size)?;
+        if header.geometry.data_file() == DataFile::ExternalRaw && parts.backing.is_some() {
+            let text = "an image with a raw external data file cannot have a backing file (--backing none)";
+            return Err(Error::new(ErrorKind::Unsupported, text));
+        }
     }
     if size > header.virtual_size {
         refuse_growth(&header, parts.foreign)?;
@@ -80,7 +85,7 @@ fn change(parts: &ResizeParts, size: u64) -> Result<()> {
     };
     clear_unknown(image, &header)?;
     let bitmaps = bitmaps::plan(image, &header, size)?;
-    if size >= header.virtual_size {
+    if size > header.virtual_size {
         resizer.grow(&header, bitmaps.as_ref())?;
     } else {
         resizer.shrink(&header, bitmaps.as_ref())?;
@@ -97,6 +102,11 @@ pub(super) fn refuse(header: &Header, snapshots: &[Snapshot], size: u64) -> Resu
     }
     if header.geometry.is_external() && !snapshots.is_empty() {
         let text = "an image with an external data file cannot have snapshots, and this one does";
+        return Err(Error::new(ErrorKind::Unsupported, text));
+    }
+    if header.geometry.data_file() == DataFile::ExternalRaw && header.backing_name.is_some() {
+        let text =
+            "an image with a raw external data file cannot have a backing file, and this one names one";
         return Err(Error::new(ErrorKind::Unsupported, text));
     }
     if snapshots.iter().any(|snapshot| !snapshot.has_disk_size()) {
@@ -142,10 +152,7 @@ impl Resizer<'_> {
             check::ensure_sound(&Subject::load(self.image, header, self.snapshots)?)?;
         }
         let header = Header { virtual_size: self.size, ..self.grow_l1(header)? };
-        if let Some(data) = self.parts.data_file.as_ref().filter(|_| self.size > old_size) {
-            data_file::lengthen(data, header.geometry.data_file(), old_size, self.size)?;
-        }
-        self.zero_behind(&header, old_size)?;
+        self.prepare_data(&header, old_size)?;
         let Some(bitmaps) = bitmaps else { return self.write_size() };
         // With all that was done to refcounts.
         let header = Header::load(self.image)?;
@@ -154,6 +161,16 @@ impl Resizer<'_> {
         bitmaps.switch(self.image, &header, self.size, directory_at)?;
         ledger.leave_tables(true)?;
         bitmaps.free_old(&mut ledger)
+    }
+
+    /// Makes the data file long enough, and zeroes of what lies behind the old end. If that fails, the file, of which
+    /// the image does not know yet, gets the length back that it had.
+    fn prepare_data(&self, header: &Header, old_size: u64) -> Result<()> {
+        let Some(data) = &self.parts.data_file else { return self.zero_behind(header, old_size) };
+        let old_len = data_file::length(data)?;
+        data_file::lengthen(data, header.geometry.data_file(), old_size, self.size)
+            .and_then(|()| self.zero_behind(header, old_size))
+            .inspect_err(|_| data_file::take_back(data, old_len.max(old_size)))
     }
 
     /// Puts a longer L1 table behind everything else, if the new size needs one.

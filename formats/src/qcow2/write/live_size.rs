@@ -4,7 +4,8 @@
 //! and leaks at worst. Growing: a longer L1 table, which is whole and counted before the header leads to it, and a
 //! longer data file; then the mapping reaches farther than the guest may go, so that what would come to light can be
 //! zeroed; when that is durable the header gets the size, and when that is, the guest. Shrinking: the size first, in the
-//! header and then in memory; then nothing behind it is mapped any more, and a data file is cut off.
+//! header and then in memory; then nothing behind it is mapped any more, and a data file is cut off, if need be by the next
+//! change to the same size.
 
 use super::super::driver::Qcow2Driver;
 use super::super::header::Header;
@@ -18,7 +19,7 @@ use crate::address::{GuestRange, HostOffset};
 use crate::driver::{BlockDriver, ZeroRequest};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{check_writable, read_exact, storage_error};
-use crate::storage::{Durability, Provision};
+use crate::storage::{Durability, Provision, Storage};
 use crate::sync::{Arc, thread};
 use std::time::Duration;
 
@@ -29,6 +30,9 @@ const PLANS_TRIES: u32 = 2000;
 
 /// See [`BlockDriver::resize`].
 pub fn change(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<()> {
+    if size == driver.size() && !driver.geometry().is_external() {
+        return Ok(());
+    }
     let (header, snapshots) = driver.opened_as();
     refuse(header, snapshots, size)?;
     refuse_bitmaps(header)?;
@@ -45,7 +49,8 @@ pub fn change(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<(
     } else if size < old_size {
         shrink(driver, writer, old_size, size)
     } else {
-        Ok(())
+        // Whoever made the disk smaller may have left the data file as it was.
+        drop_behind(driver, writer, size, size)
     }
 }
 
@@ -62,21 +67,36 @@ fn refuse_bitmaps(header: &Header) -> Result<()> {
 fn grow(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<()> {
     let old_size = driver.size();
     grow_l1(driver, writer, size)?;
-    if driver.geometry().is_external() {
-        // Nobody writes behind the old end of the disk before that moves.
-        data_file::lengthen(driver.data_storage(), driver.geometry().data_file(), old_size, size)?;
-    }
-    move_disk_end(driver, writer, size);
-    let grown = wait_for_plans(driver, writer)
-        .and_then(|()| zero_behind(driver, writer, old_size, size))
-        .and_then(|()| write_size(driver, writer, size));
+    let data = driver.geometry().is_external().then(|| driver.data_storage());
+    let old_len = data.map(data_file::length).transpose()?;
+    let lengthen = |data| data_file::lengthen(data, driver.geometry().data_file(), old_size, size);
+    // Nobody writes behind the old end of the disk before that moves.
+    let prepared = data.map_or(Ok(()), lengthen).and_then(|()| {
+        move_disk_end(driver, writer, size);
+        wait_for_plans(driver, writer)?;
+        zero_behind(driver, writer, old_size, size)
+    });
+    // Once the size is on its way nobody knows which one the header has, and the data file has to do for either.
+    let old_len = old_len.filter(|_| prepared.is_err());
+    let grown = prepared.and_then(|()| write_size(driver, writer, size));
     if grown.is_err() {
         // What is mapped behind it by now is found again by the next who makes the disk longer.
         move_disk_end(driver, writer, old_size);
+        if let (Some(data), Some(old_len)) = (data, old_len) {
+            take_back(driver, writer, data, old_len.max(old_size));
+        }
         return grown;
     }
     driver.set_size(size);
     Ok(())
+}
+
+/// Cuts off what the data file was made longer by, once nobody counts on it any more; else it stays.
+fn take_back(driver: &Qcow2Driver, writer: &Writer, data: &Arc<dyn Storage>, len: u64) {
+    match check_writable(driver).and_then(|()| wait_for_plans(driver, writer)) {
+        Ok(()) => data_file::take_back(data, len),
+        Err(error) => tracing::warn!(%error, "a data file stays longer than its disk"),
+    }
 }
 
 /// From here on the last cluster of the disk is another one. Who decided before that his piece of the old one was
@@ -229,7 +249,7 @@ fn shrink(driver: &Qcow2Driver, writer: &Arc<Writer>, old_size: u64, size: u64) 
     driver.set_size(size);
     if let Err(error) = drop_behind(driver, writer, old_size, size) {
         // Whoever makes the disk longer again zeroes it first.
-        tracing::warn!(%error, "the disk is smaller, but the room behind its end could not be given back");
+        tracing::warn!(%error, "the disk is smaller, but the room behind its end could not be given back (resize --shrink to the same size tries again)");
     }
     Ok(())
 }
