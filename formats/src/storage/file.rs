@@ -64,10 +64,9 @@ pub struct FileStorage {
 }
 
 impl FileStorage {
-    /// Opens the regular file or block device at `path` and locks it. Fails with
-    /// [`ErrorKind::Locked`] if somebody else is in the way, with [`ErrorKind::ReadOnly`] if it is to be
-    /// written and the file system or device does not allow that, with [`ErrorKind::InvalidInput`] if it
-    /// is something else (a folder, a pipe, a character device) or has no O_DIRECT.
+    /// Opens the regular file or block device at `path` and locks it. Fails with [`ErrorKind::Locked`] if somebody
+    /// else is in the way, with [`ErrorKind::ReadOnly`] if it is to be written and the file system or device does not
+    /// allow that, with [`ErrorKind::InvalidInput`] if it is something else (a folder, a pipe) or has no O_DIRECT.
     pub fn open(path: &Path, options: &FileOptions) -> Result<Arc<FileStorage>> {
         let access = if options.writable { OFlags::RDWR } else { OFlags::RDONLY };
         // Without NONBLOCK, opening a pipe waits for its other end.
@@ -125,8 +124,7 @@ impl FileStorage {
         }))
     }
 
-    /// A new file without a name in `folder`, which is gone with this value. A sync of it succeeds and does
-    /// nothing.
+    /// A new file without a name in `folder`, which is gone with this value. A sync of it succeeds and does nothing.
     pub fn throwaway(folder: &Path) -> Result<Arc<FileStorage>> {
         let options = FileOptions { writable: true, direct: false, lock: LockMode::Off };
         let mut storage = FileStorage::from_fd(new_file::open_nameless(folder)?, folder, &options)?;
