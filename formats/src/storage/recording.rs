@@ -67,6 +67,9 @@ pub struct Record {
     /// How many records the log had when it ended. `None`: it is under way, or it failed and nobody
     /// knows how far it came.
     pub ended: Option<usize>,
+    /// When it was done, in an order of all changes, beside how many records the log had then. Of changes of one place at
+    /// the same time the last one done holds, whichever began first.
+    done: Option<(usize, u64)>,
 }
 
 /// What became of an unsynced change in a crash.
@@ -87,12 +90,18 @@ pub enum Fate {
 #[derive(Default)]
 pub struct Log {
     state: Mutex<LogState>,
+    /// How many changes have been done; held while one is.
+    doing: Mutex<u64>,
 }
 
 #[derive(Default)]
 struct LogState {
     files: Vec<SparseBytes>,
     records: Vec<Record>,
+    /// The last one that was done.
+    last_done: usize,
+    /// Whether any was done after one that had begun later.
+    mixed: bool,
 }
 
 impl Log {
@@ -114,7 +123,7 @@ impl Log {
     pub fn mark(&self, text: impl Into<String>) {
         let mut state = self.state.lock();
         let ended = Some(state.records.len() + 1);
-        state.records.push(Record { file: FileId(0), change: Change::Mark(text.into()), ended });
+        state.records.push(Record { file: FileId(0), change: Change::Mark(text.into()), ended, done: None });
     }
 
     /// How many records there are: the last cut.
@@ -155,19 +164,42 @@ impl Log {
         let state = self.state.lock();
         let covered = state.synced_up_to(cut);
         let mut content = state.files.get(file.0).cloned().unwrap_or_default();
-        for (index, record) in state.records.iter().enumerate().take(cut) {
-            if record.file == file {
-                let lost = record.may_be_lost(cut, &covered);
-                apply(&mut content, &record.change, if lost { fate(index, record) } else { Fate::Kept });
-            }
+        let change = |(index, record): (usize, &Record)| {
+            let lost = record.may_be_lost(cut, &covered);
+            apply(&mut content, &record.change, if lost { fate(index, record) } else { Fate::Kept });
+        };
+        let of_file = state.records.iter().enumerate().take(cut).filter(|(_, record)| record.file == file);
+        if state.mixed {
+            let mut in_order: Vec<_> = of_file.collect();
+            in_order.sort_by_key(|(_, record)| {
+                record.done.filter(|(at, _)| *at <= cut).unwrap_or((usize::MAX, 0))
+            });
+            in_order.into_iter().for_each(change);
+        } else {
+            of_file.for_each(change);
         }
         content
     }
 
     fn begin(&self, file: FileId, change: Change) -> usize {
         let mut state = self.state.lock();
-        state.records.push(Record { file, change, ended: None });
+        state.records.push(Record { file, change, ended: None, done: None });
         state.records.len() - 1
+    }
+
+    /// Does a change, one at a time, so that their order is known.
+    fn change<T>(&self, index: usize, call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let mut doing = self.doing.lock();
+        let result = call();
+        *doing += 1;
+        let mut state = self.state.lock();
+        state.mixed |= index < state.last_done;
+        state.last_done = index;
+        let done = Some((state.records.len(), *doing));
+        if let Some(record) = state.records.get_mut(index) {
+            record.done = done;
+        }
+        result
     }
 
     fn end<T>(&self, index: usize, result: io::Result<T>) -> io::Result<T> {
@@ -294,7 +326,7 @@ impl RecordingStorage {
 
     fn record<T>(&self, change: Change, call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         let index = self.log.begin(self.file, change);
-        self.log.end(index, call())
+        self.log.end(index, self.log.change(index, call))
     }
 }
 
@@ -326,7 +358,8 @@ impl Storage for RecordingStorage {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.record(Change::Sync, || self.inner.sync())
+        let index = self.log.begin(self.file, Change::Sync);
+        self.log.end(index, self.inner.sync())
     }
 
     fn is_failed(&self) -> bool {
@@ -367,5 +400,37 @@ impl Storage for RecordingStorage {
 
     fn close(&self) -> io::Result<()> {
         self.inner.close()
+    }
+}
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+    use crate::storage::MemoryStorage;
+
+    #[test]
+    fn of_two_at_the_same_time_the_last_one_done_holds() {
+        let log = Log::new();
+        let file = log.attach(MemoryStorage::new(1024).unwrap()).unwrap();
+        let write = |byte| Change::Write {
+            at: HostOffset(0),
+            bytes: [byte; 512].as_slice().into(),
+            durability: Durability::Later,
+        };
+        let first = log.begin(file.file(), write(1));
+        let second = log.begin(file.file(), write(2));
+        for (index, byte) in [(second, 2), (first, 1)] {
+            let call = || file.inner.pwrite(&[byte; 512], HostOffset(0), Durability::Later);
+            log.end(index, log.change(index, call)).unwrap();
+        }
+        file.sync().unwrap();
+        let held = |content: &SparseBytes| {
+            let mut byte = [0];
+            content.read(&mut byte, 0);
+            byte[0]
+        };
+        let now = SparseBytes::load(&*file.inner).unwrap();
+        assert_eq!((held(&now), held(&log.replay(file.file(), log.len()))), (1, 1));
+        assert_eq!(held(&log.after_crash(file.file(), log.len(), |_, _| Fate::Lost)), 1);
     }
 }
