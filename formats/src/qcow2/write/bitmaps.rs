@@ -243,12 +243,13 @@ pub fn places(tables: &Tables, geometry: Geometry) -> Places {
 /// any more, and all that was is durable.
 pub fn store(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     let recorder = &writer.bitmaps;
-    if !recorder.marked.load(Ordering::Acquire) {
+    // Who gets it after this finds the image closed.
+    let _storing = recorder.storing.lock();
+    // Two may close it at the same time: the second finds nothing to do.
+    if !recorder.marked.swap(false, Ordering::AcqRel) {
         return Ok(());
     }
     check_writable(driver)?;
-    // Who gets it after this finds the image closed.
-    let _storing = recorder.storing.lock();
     let mut storing = Storing::new(driver, writer);
     let stored = storing.prepare(recorder).and_then(|directory_at| {
         // The new clusters are counted, and what was written to them above is durable.
