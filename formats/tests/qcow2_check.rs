@@ -124,7 +124,7 @@ fn changed_images_are_judged_as_qemu_does_and_repaired() {
                     assert_eq!(exit_code(&report), ours.exit_code(), "{}\n{ours}", context());
                 }
             }
-            if is_comparable(&report) {
+            if is_comparable(options, &report) {
                 same_numbers(&said, &report, &qemu(&bytes));
             }
             codes[code as usize] += 1;
@@ -141,9 +141,14 @@ fn is_stricter(options: &str, report: &CheckReport) -> bool {
     says("version 2") || options.contains("extended_l2") && says("reserved bits")
 }
 
-/// Whether QEMU counts the same: of tables that it cannot follow it reads what is not one, or gives up.
-fn is_comparable(report: &CheckReport) -> bool {
+/// Whether QEMU counts the same: of tables that it cannot follow it reads what is not one, or gives up. Its counters go
+/// no further than a refcount does, so with one bit it does not see that a refcount block's cluster is used by something
+/// else, too: it names the cluster that is used too often, and we the block besides, which a repair moves.
+fn is_comparable(options: &str, report: &CheckReport) -> bool {
     let says = |what: &str| report.messages.iter().any(|text| text.contains(what));
+    if options.split(',').any(|option| option == "refcount_bits=1") && says("the refcount block at") {
+        return false;
+    }
     let others =
         ["L1 table, entry", "refcount table", "lies outside", "version 2", "reserved bits", "something else"];
     !others.into_iter().any(says)
