@@ -10,8 +10,9 @@ use hostile::bounded;
 use nbd_img_formats::qcow2::WriteOptions;
 use nbd_img_formats::storage::MemoryStorage;
 use nbd_img_formats::sync::Arc;
-use nbd_img_formats::{BlockDriver, Durability, ErrorKind, HostOffset, Storage};
-use support::image::{COPIED, Image};
+use nbd_img_formats::{BlockDriver, Durability, ErrorKind, GuestRange, HostOffset, State, Storage};
+use support::image::{Bytes, COPIED, Image, OFFSET_MASK};
+use support::maker::Maker;
 use support::scene::open_over;
 use support::wrapped::{NeverClosed, Wrapped};
 
@@ -130,4 +131,62 @@ fn the_tables_of_all_snapshots_are_bounded_together() {
     let storage = image(9, 4, 1, &[(60, &snapshots), (at, &table)]);
     let error = bounded("open", || open_over(storage, None, Some(WriteOptions::default()), 0).err()).unwrap();
     assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains("snapshots"), "{error}");
+}
+
+/// A cluster of the guest's data that the refcounts do not know of is handed out as a table after the entry that names
+/// it was looked at: what is written to the guest's cluster then must not get there. No table is written over.
+#[test]
+fn data_does_not_get_into_a_table_that_came_to_lie_there() {
+    const CLUSTER: u64 = 512;
+    let maker = Maker::new("cluster_size=512,refcount_bits=16", 192 * CLUSTER);
+    maker.io(&["write -q -P 7 0 8k"]);
+    let good = maker.bytes();
+    let parsed = Image::parse(&good).unwrap();
+    let entry = ((good.be64(parsed.l1_at) & OFFSET_MASK) + 2 * 8) as usize;
+    let host = good.be64(entry as u64) & OFFSET_MASK;
+    let end = (good.len() as u64).next_multiple_of(CLUSTER);
+    let with = |at: usize, value: &[u8]| {
+        let mut bytes = good.clone();
+        bytes[at..at + value.len()].copy_from_slice(value);
+        bytes
+    };
+    let count = (parsed.refcount_table[0] + host / CLUSTER * 2) as usize;
+    let twice = (host | COPIED).to_be_bytes();
+    let damages = [
+        ("it is counted as free", host, with(count, &[0, 0])),
+        ("it lies behind the end", end, with(entry, &(end | COPIED).to_be_bytes())),
+        ("another entry that names it is discarded", host, with(entry + 8, &twice)),
+    ];
+    for (what, host, bytes) in damages {
+        for by_write in [false, true] {
+            let storage = MemoryStorage::copy_of(&bytes).unwrap();
+            let storage = Wrapped::new(storage, NeverClosed);
+            let driver = open_over(storage.clone(), None, Some(WriteOptions::default()), 1 << 20).unwrap();
+            // The slice with the entry is in memory from here on.
+            driver.pread(2 * CLUSTER, &mut [0; CLUSTER as usize]).unwrap();
+            if by_write {
+                driver.pwrite(2 * CLUSTER, &[8; CLUSTER as usize], Durability::Later).unwrap();
+            }
+            if what.ends_with("discarded") {
+                let other = GuestRange::new(3 * CLUSTER, CLUSTER).unwrap();
+                driver.discard(other, Durability::Later).unwrap();
+                driver.flush().unwrap();
+            }
+            driver.pwrite(130 * CLUSTER, &[9; CLUSTER as usize], Durability::Later).unwrap();
+            driver.flush().unwrap();
+            let file: &dyn Storage = &*storage;
+            let now = Image::parse(&file).unwrap();
+            assert_eq!(file.be64(now.l1_at + 16) & OFFSET_MASK, host, "{what}: no table came to lie there");
+            let before = file.table(host, CLUSTER / 8);
+            let written = driver.pwrite(2 * CLUSTER, &[0x5a; CLUSTER as usize], Durability::Later);
+            assert_eq!(file.table(host, CLUSTER / 8), before, "{what}: the table was written over");
+            assert_eq!(written.err().map(|e| e.kind()), Some(ErrorKind::Corrupt), "{what}");
+            assert_eq!(driver.state(), State::Failed, "{what}");
+            let mut read = [0; CLUSTER as usize];
+            driver.pread(130 * CLUSTER, &mut read).unwrap();
+            assert_eq!(read, [9; CLUSTER as usize], "{what}");
+            assert!(Image::parse(&file).unwrap().is_corrupt(), "{what}: it does not say so");
+            let _ = driver.close();
+        }
+    }
 }

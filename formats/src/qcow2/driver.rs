@@ -217,10 +217,10 @@ impl Qcow2Driver {
 
     /// Looks at a slice that was read before anybody can change it.
     pub(super) fn checked_slice(&self, slice: TableSlice) -> TableSlice {
-        match &self.writer {
-            Some(writer) => writer.checked_slice(slice),
-            None => slice,
+        if let Some(writer) = &self.writer {
+            writer.look_at(&slice);
         }
+        slice
     }
 
     pub(super) fn writer(&self) -> Result<&Arc<Writer>> {

@@ -55,7 +55,9 @@ pub struct TableSlice {
     /// The commit that carries its last change.
     changed_in: AtomicU64,
     /// An entry points into metadata. Nothing is written through it unlooked at.
-    suspect: bool,
+    suspect: AtomicBool,
+    /// Which metadata there was when that was found out, as the map of it counts; 0: nobody has looked yet.
+    looked_at: AtomicU64,
 }
 
 /// Slices of the L2 tables of a chain of images, of a bounded number.
@@ -192,20 +194,26 @@ impl TableSlice {
             geometry,
             holds: AtomicUsize::new(0),
             changed_in: AtomicU64::new(0),
-            suspect: false,
+            suspect: AtomicBool::new(false),
+            looked_at: AtomicU64::new(0),
         }
     }
 
-    /// The same slice, marked as one with an entry that points into metadata.
-    #[must_use]
-    pub fn suspected(mut self) -> Self {
-        self.suspect = true;
-        self
+    /// Says whether an entry points into metadata, of which there is what the map of it had at `version`. Only under
+    /// the lock of the image's metadata.
+    pub fn note_look(&self, version: u64, suspect: bool) {
+        self.suspect.store(suspect, Ordering::Release);
+        self.looked_at.store(version, Ordering::Release);
     }
 
-    /// Whether it was marked so.
+    /// The version of the map of metadata that the entries were held against last.
+    pub fn looked_at(&self) -> u64 {
+        self.looked_at.load(Ordering::Acquire)
+    }
+
+    /// Whether an entry was found then that points into metadata.
     pub fn is_suspect(&self) -> bool {
-        self.suspect
+        self.suspect.load(Ordering::Acquire)
     }
 
     /// Word number `index` as it is; 0 behind the end.

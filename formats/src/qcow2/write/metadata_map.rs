@@ -9,6 +9,8 @@ use std::fmt;
 
 use super::super::types::{Geometry, HostIndex};
 use crate::address::HostOffset;
+use crate::sync::Arc;
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// What a cluster of metadata holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -47,6 +49,8 @@ pub struct MetadataMap {
     /// map. Every entry of an L2 table that is loaded is asked for, and nearly all lead to data: hashing them all
     /// was what a load took its time for.
     sieve: Box<[u64]>,
+    /// How often something was added. See [`version`](Self::version).
+    version: Arc<AtomicU64>,
     conflict: Option<String>,
 }
 
@@ -54,12 +58,14 @@ impl MetadataMap {
     /// An empty map.
     pub fn new(geometry: Geometry) -> Self {
         let sieve = vec![0; (SIEVE_BITS / u64::from(u64::BITS)) as usize].into_boxed_slice();
-        MetadataMap { geometry, kinds: HashMap::new(), sieve, conflict: None }
+        let version = Arc::new(AtomicU64::new(0));
+        MetadataMap { geometry, kinds: HashMap::new(), sieve, version, conflict: None }
     }
 
     /// Adds what lies in the `len` bytes from `at`. Two kinds in one cluster are a
     /// [conflict](Self::conflict).
     pub fn add(&mut self, at: HostOffset, len: u64, kind: Kind) {
+        self.version.fetch_add(1, Ordering::Release);
         let (first, count) = self.geometry.host_span(at, len);
         for index in first.0..first.0 + count {
             let (word, bit) = sieve_place(HostIndex(index));
@@ -80,6 +86,12 @@ impl MetadataMap {
             self.conflict.get_or_insert_with(|| format!("two L1 entries share the L2 table at {at}"));
         }
         self.add(at, self.geometry.cluster_len(), Kind::L2);
+    }
+
+    /// What grows with everything that is added, for who has not got the lock: an entry that led past all metadata
+    /// may lead into some since.
+    pub fn version(&self) -> &Arc<AtomicU64> {
+        &self.version
     }
 
     /// What the first two kinds that share a cluster are.

@@ -95,6 +95,8 @@ pub struct Writer {
     /// What the metadata was found to contradict itself in at open.
     conflict: Option<String>,
     meta: Mutex<Meta>,
+    /// [`MetadataMap::version`](metadata_map::MetadataMap::version), for those without the lock.
+    map_version: Arc<AtomicU64>,
     /// Something that somebody may wait for has happened: a claim has ended, a commit is over.
     changed: Condvar,
     pins: Pins,
@@ -146,6 +148,7 @@ impl Writer {
             short_data_file: AtomicBool::new(false),
             incompatible: (header.incompatible - dirty).bits(),
             conflict: meta.allocator.map.conflict().map(str::to_owned),
+            map_version: Arc::clone(meta.allocator.map.version()),
             meta: Mutex::new(meta),
             changed: Condvar::new(),
             pins: Pins::new(),
@@ -170,19 +173,28 @@ impl Writer {
         Pin::new(Arc::clone(self) as Arc<dyn PinHolder>, key)
     }
 
-    /// Marks a slice if an entry of it points into metadata.
-    pub fn checked_slice(&self, slice: TableSlice) -> TableSlice {
-        if self.geometry.is_external() {
-            return slice;
+    /// Marks a slice if an entry of it points into metadata, as far as that is not known. In a damaged image a
+    /// cluster that an entry names may count as free, and be handed out as metadata after the slice was read. A write
+    /// that was planned before that is not called back, as with QEMU: nobody else has looked at the cluster's entry.
+    pub fn look_at(&self, slice: &TableSlice) {
+        if !self.geometry.is_external() && slice.looked_at() != self.map_version.load(Ordering::Acquire) {
+            self.look_with_lock(&self.lock(), slice);
         }
-        let meta = self.lock();
+    }
+
+    /// The same for who has the lock. Nothing becomes metadata as long as he keeps it.
+    fn look_with_lock(&self, meta: &Meta, slice: &TableSlice) {
+        let map = &meta.allocator.map;
+        let version = map.version().load(Ordering::Acquire);
+        if self.geometry.is_external() || slice.looked_at() == version {
+            return;
+        }
         let into_metadata = |index| {
             let host = self.geometry.host_of(slice.raw(index));
-            host.is_some_and(|host| meta.allocator.map.kind(self.geometry.host_index(host)).is_some())
+            host.is_some_and(|host| map.kind(self.geometry.host_index(host)).is_some())
         };
         let suspect = (0..slice.len()).step_by(self.geometry.entry_words()).any(into_metadata);
-        drop(meta);
-        if suspect { slice.suspected() } else { slice }
+        slice.note_look(version, suspect);
     }
 
     fn lock(&self) -> MetaGuard<'_> {

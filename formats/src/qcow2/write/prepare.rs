@@ -203,6 +203,7 @@ impl Pass<'_> {
     fn plan_slice(&mut self, part: GuestRange, slice: &Arc<TableSlice>, plan: &mut WritePlan) {
         let geometry = self.driver.geometry();
         let durable = self.writer.durable.load(Ordering::Acquire);
+        self.writer.look_at(slice);
         // Taken when it is needed first, and then kept for the rest of the part.
         let mut changing: Option<Changing<'_>> = None;
         let mut rest = part;
@@ -258,6 +259,7 @@ impl<'a> Changing<'a> {
     ) -> Self {
         let geometry = driver.geometry();
         let meta = writer.lock();
+        writer.look_with_lock(&meta, slice);
         let key = SliceKey { image: driver.number(), slice: geometry.slice_of(part.offset()) };
         let held = driver.tables().hold(key, slice);
         let owned = geometry.is_owned(driver.l1().raw(geometry.l1_index(part.offset())));
