@@ -16,6 +16,7 @@ use support::image::{Bytes, Image, OFFSET_MASK};
 use support::maker::{self, Maker};
 use support::random::Random;
 use support::reader::{self, Disk};
+use support::wrapped::{Hooks, Wrapped};
 
 /// Changed images of each kind.
 const POKES: u64 = 30;
@@ -277,6 +278,40 @@ fn a_read_that_fails_in_a_repair_frees_nothing_that_is_in_use() {
         }
     }
     assert!(failed > 300, "only {failed} reads failed");
+}
+
+/// A file with one place that cannot be read.
+struct BadPlace(u64);
+
+impl Hooks for BadPlace {
+    fn reads(&self, at: u64, len: u64) -> bool {
+        !(at..at + len).contains(&self.0)
+    }
+}
+
+/// A file that is looked at in many windows has its tables read as often.
+#[test]
+fn a_table_that_cannot_be_read_is_one_error() {
+    let maker = Maker::new("cluster_size=512", 1 << 20);
+    maker.io(&["write -q 0 80k"]);
+    let bytes = maker.bytes();
+    let image = Image::parse(&bytes).unwrap();
+    let l2 = bytes.be64(image.l1_at) & OFFSET_MASK;
+    for place in [l2, image.refcount_table[0], image.l1_at] {
+        for window_clusters in [3, 100, 1 << 20] {
+            let memory: Arc<dyn Storage> = MemoryStorage::copy_of(&bytes).unwrap();
+            let storage: Arc<dyn Storage> = Wrapped::new(memory, BadPlace(place));
+            let report =
+                check(&storage, CheckOptions { window_clusters, ..CheckOptions::default() }).unwrap();
+            let texts: Vec<_> =
+                report.messages.iter().filter(|text| text.contains("cannot be read")).collect();
+            assert_eq!(
+                (report.check_errors, texts.len()),
+                (1, 1),
+                "{place:#x}, {window_clusters}: {texts:#?}"
+            );
+        }
+    }
 }
 
 #[test]

@@ -346,3 +346,16 @@ fn a_data_file_is_cut_and_grows_under_writers() {
         assert!(checker::check(&files.image).unwrap().is_clean(), "{options}");
     }
 }
+
+/// A device without room for a longer L1 table: the error is about that, and the image is as it was.
+#[test]
+fn a_full_device_is_said_to_be_full() {
+    let mut scene = Scene::mixed("device", "refcount_bits=64", None, true);
+    scene.device_len = Some((scene.image.len() as u64).next_multiple_of(CLUSTER));
+    let storage = scene.storage(&scene.image);
+    let error = resize_files(&scene, storage.clone(), None, LARGE).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NoSpace, "{error}");
+    let text = error.to_string();
+    assert!(text.contains("no room for more of the image's metadata") && !text.contains("repair"), "{text}");
+    check_files(&scene, &files_of(&storage, None), &[&scene.content]).unwrap();
+}

@@ -195,6 +195,26 @@ fn without_a_page_cache_the_next_sync_counts() {
 }
 
 #[test]
+fn a_longer_file_that_is_not_durable_gets_its_length_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    std::fs::write(&path, vec![1; FILE_LEN]).unwrap();
+    let len = || std::fs::metadata(&path).unwrap().len();
+    let options = FileOptions { writable: true, direct: true, lock: LockMode::Writer };
+    let faults = Faults::new();
+    let storage = faults.attach(FileStorage::open(&path, &options).unwrap());
+    let disk = RawDriver::open(storage, RawOptions::default()).unwrap();
+    let size = disk.size();
+    faults.arm(Fault { class: Some(CallClass::Sync), ..Fault::at(0) });
+    let error = disk.resize(2 * SIZE as u64).unwrap_err();
+    assert_eq!((error.errno(), disk.state()), (libc::EIO, State::Live), "{error}");
+    assert_eq!((disk.size(), len()), (size, FILE_LEN as u64));
+    // Nobody takes it for one that others have made longer.
+    disk.resize(2 * SIZE as u64).unwrap();
+    assert_eq!((disk.size(), len()), (2 * SIZE as u64, 2 * SIZE as u64));
+}
+
+#[test]
 fn a_full_disk_fails_the_request_and_not_the_image() {
     let faults = Faults::new();
     let disk = open(&faults);

@@ -151,8 +151,8 @@ impl RawDriver {
         let storage = self.storage();
         let old_size = self.size();
         if size >= old_size {
-            self.lengthen(size)?;
-            self.sync_len()?;
+            let len = self.checked_len(self.data_end())?;
+            self.lengthen(size).and_then(|()| self.sync_len()).inspect_err(|_| self.take_back(len, size))?;
             self.data_end.store(size, Ordering::Release);
             self.size.store(size, Ordering::Release);
             return Ok(());
@@ -170,6 +170,21 @@ impl RawDriver {
         }
         self.data_end.store(size, Ordering::Release);
         self.sync_len()
+    }
+
+    /// After a growth that failed: the file is not longer than `len` any more, for its length is the size of the disk to
+    /// whoever opens it next. What others have made of it stays.
+    fn take_back(&self, len: u64, size: u64) {
+        let storage = self.storage();
+        let result = match storage.len() {
+            Ok(now) if now == size && now > len => storage.set_len(len),
+            Ok(_) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = result {
+            let path = storage.facts().path.display().to_string();
+            tracing::warn!(path, %error, "the file stays longer than the disk, by what could not be made durable");
+        }
     }
 
     fn sync_len(&self) -> Result<()> {
@@ -272,7 +287,7 @@ impl BlockDriver for RawDriver {
         }
         if len > self.size() {
             let text = format!(
-                "the file has {len} bytes, others have made it longer than the disk of {}; leave SIZE out to serve that",
+                "the file has {len} bytes by now, more than the disk of {}; leave SIZE out to serve that",
                 self.size()
             );
             return Err(Error::new(ErrorKind::InvalidInput, text));

@@ -15,6 +15,11 @@ pub trait Hooks: Send + Sync + 'static {
         false
     }
 
+    /// Whether what lies there can be read.
+    fn reads(&self, _at: u64, _len: u64) -> bool {
+        true
+    }
+
     /// Whether there is room for the range.
     fn takes_room(&self, _at: u64, _len: u64) -> bool {
         true
@@ -145,6 +150,9 @@ impl<H: Hooks> Storage for Wrapped<H> {
 
     fn pread(&self, buf: &mut [u8], at: HostOffset) -> io::Result<usize> {
         self.hooks.pauses();
+        if !self.hooks.reads(at.0, buf.len() as u64) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
         let got = self.inner.pread(buf, at);
         self.hooks.pauses();
         got

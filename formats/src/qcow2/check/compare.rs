@@ -26,8 +26,7 @@ pub fn compare(subject: &Subject<'_>, counts: &Counts, tally: &Tally) {
     let geometry = subject.header.geometry;
     let max = u64::MAX >> (64 - subject.header.refcount_bits);
     let file_clusters = subject.file_clusters();
-    let unread = Tally::default();
-    each_block(subject, counts.window(), &unread, |from, to, count| {
+    each_block(subject, counts.window(), tally, |from, to, count| {
         for index in from..to {
             let used = counts.get(HostIndex(index));
             // Whatever is counted behind the end of the file is not there.
@@ -54,10 +53,6 @@ pub fn compare(subject: &Subject<'_>, counts: &Counts, tally: &Tally) {
             }
         }
     });
-    // What could not be read before, either, has been noted by whoever tried.
-    if unread.count(Fault::Unreadable) > tally.count(Fault::Unreadable) {
-        tally.fault(Fault::Unreadable, 1, || "a refcount block cannot be read any more".to_owned());
-    }
 }
 
 /// Gives the room of clusters back that are not used, as far as the file goes; they must not be counted, either.
@@ -103,9 +98,9 @@ fn each_block(
             None => visit(from, to, &|_| 0),
             Some(at) => match read_padded(subject.image, at, &mut bytes) {
                 Ok(()) => visit(from, to, &|index| count_in(&bytes, bits, index % entries)),
-                Err(error) => tally.fault(Fault::Unreadable, 1, || {
-                    format!("the refcount block at {at} cannot be read: {error}")
-                }),
+                Err(error) => {
+                    tally.unreadable(at, || format!("the refcount block at {at} cannot be read: {error}"));
+                }
             },
         }
         from = to;

@@ -153,11 +153,13 @@ impl<'a> Ledger<'a> {
     pub fn unmet(&self, need: Need) -> Error {
         let error = match need {
             Need::Room(_) | Need::NoSpace => {
-                Error::new(ErrorKind::NoSpace, "there is no room for the refcount blocks that a repair needs")
+                Error::new(ErrorKind::NoSpace, "there is no room for more of the image's metadata")
             }
-            Need::Fault(what) => Error::new(ErrorKind::Corrupt, format!("the repair has failed: {what}")),
+            Need::Fault(what) => {
+                Error::new(ErrorKind::Corrupt, format!("refcounts cannot be changed: {what}"))
+            }
             Need::Block(_) => {
-                Error::new(ErrorKind::Corrupt, "the repair has failed: a refcount block is missing")
+                Error::new(ErrorKind::Corrupt, "refcounts cannot be changed: a refcount block is missing")
             }
         };
         error.with_path(&self.image.facts().path)

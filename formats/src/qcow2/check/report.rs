@@ -2,8 +2,11 @@
 //!
 //! Only counting and wording; what is right or wrong is decided by `walk` and `compare`.
 
+use std::collections::HashSet;
+
 use serde::Serialize;
 
+use crate::address::HostOffset;
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicU64, Ordering};
 
@@ -78,6 +81,8 @@ struct Messages {
     left_out: u64,
     /// The first bad entry, for who has to refuse.
     first_bad_entry: Option<String>,
+    /// What could not be read.
+    unreadable: HashSet<HostOffset>,
 }
 
 /// What kind of thing is wrong, by what can be done about it.
@@ -116,6 +121,13 @@ impl Tally {
             messages.first_bad_entry = Some(text.clone());
         }
         messages.texts.push(text);
+    }
+
+    /// Notes that what lies at `at` could not be read: once, however often somebody tries.
+    pub fn unreadable(&self, at: HostOffset, text: impl FnOnce() -> String) {
+        if self.messages.lock().unreadable.insert(at) {
+            self.fault(Fault::Unreadable, 1, text);
+        }
     }
 
     /// Counts clusters of the disk that have a place in the file.

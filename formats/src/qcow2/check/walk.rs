@@ -111,11 +111,6 @@ impl Walk<'_> {
         }
     }
 
-    /// What could not be read. In every walk: it may have been readable in the one before.
-    pub fn unreadable(&self, text: impl FnOnce() -> String) {
-        self.tally.fault(Fault::Unreadable, 1, text);
-    }
-
     /// Calls `visit` with each of the big-endian words from `at`.
     pub fn words(&self, what: &str, at: HostOffset, words: u64, mut visit: impl FnMut(u64, u64)) {
         let mut bytes = vec![0; usize::try_from(CHUNK_LEN.min(words * 8)).unwrap_or(0)];
@@ -123,8 +118,10 @@ impl Walk<'_> {
         while number < words {
             let len = usize::try_from((words - number) * 8).unwrap_or(usize::MAX).min(bytes.len());
             let part = bytes.get_mut(..len).unwrap_or_default();
-            if let Err(error) = read_padded(self.subject.image, HostOffset(at.0 + number * 8), part) {
-                return self.unreadable(|| format!("{what} cannot be read: {error}"));
+            let part_at = HostOffset(at.0 + number * 8);
+            // Noted in every walk: it may have been readable in the one before.
+            if let Err(error) = read_padded(self.subject.image, part_at, part) {
+                return self.tally.unreadable(part_at, || format!("{what} cannot be read: {error}"));
             }
             for word in part.as_chunks().0 {
                 visit(number, u64::from_be_bytes(*word));
@@ -205,7 +202,7 @@ impl Walk<'_> {
         let what = || format!("the L2 table at {at}");
         self.refer(at, geometry.cluster_len(), shares.all, what);
         if let Err(error) = read_padded(self.subject.image, at, bytes) {
-            return self.unreadable(|| format!("{} cannot be read: {error}", what()));
+            return self.tally.unreadable(at, || format!("{} cannot be read: {error}", what()));
         }
         let mut allocated = Allocated::default();
         for (number, entry) in bytes.as_chunks::<8>().0.chunks(geometry.entry_words()).enumerate() {
