@@ -136,6 +136,25 @@ fn changed_images_are_judged_as_qemu_does_and_repaired() {
     assert!(codes[2] > 50 && codes[3] > 8 && repaired > 50, "{codes:?} {repaired}");
 }
 
+/// With short clusters an entry has bits for offsets that no file has.
+#[test]
+fn a_compressed_cluster_too_far_away_is_counted() {
+    let maker = Maker::new("cluster_size=512", 1 << 20);
+    maker.io(&["write -q -c 0 512", "write -q 512 512"]);
+    let good = maker.bytes();
+    let image = Image::parse(&good).unwrap();
+    let entry = (good.be64(image.l1_at) & OFFSET_MASK) as usize;
+    // Offsets from 2^56 on, without and with the copied flag.
+    for bits in [0x01, 0x81] {
+        let mut bytes = good.clone();
+        bytes[entry] |= bits;
+        let (report, _) = check_bytes(&bytes, Repair::Nothing);
+        let report = report.unwrap();
+        assert_eq!(report.compressed_clusters, 1, "{:#?}", report.messages);
+        same_numbers("a far compressed cluster", &report, &qemu(&bytes));
+    }
+}
+
 /// Whether something is said of an image that the specification forbids and QEMU takes.
 fn is_stricter(options: &str, report: &CheckReport) -> bool {
     let says = |what: &str| report.messages.iter().any(|text| text.contains(what));

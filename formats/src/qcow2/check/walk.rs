@@ -11,7 +11,7 @@ use super::report::{Fault, Tally};
 use super::{Progress, Subject, bitmaps, read_padded};
 use crate::address::HostOffset;
 use crate::qcow2::header::TableLocation;
-use crate::qcow2::types::{DataFile, Geometry, GuestCluster, HostIndex, L2Entry};
+use crate::qcow2::types::{DataFile, EntryFault, Geometry, GuestCluster, HostIndex, L2Entry};
 use crate::sync::atomic::{AtomicUsize, Ordering};
 
 /// L2 tables that are gathered before they are looked at: each that several L1 entries name is read once
@@ -242,6 +242,12 @@ impl Walk<'_> {
                 | L2Entry::Data { host, .. }
                 | L2Entry::Split { host: Some(host), .. },
             ) => host.start(),
+            Err(fault @ EntryFault::OffsetTooLarge) => {
+                self.judge_clear(entry);
+                self.bad_entry(entry.shares.all, || format!("{entry}: {fault}"));
+                // As QEMU counts it: it is a compressed cluster all the same.
+                return allocated.add_compressed();
+            }
             Err(fault) => {
                 self.bad_entry(entry.shares.all, || format!("{entry}: {fault}"));
                 let Some(host) = geometry.host_of(entry.raw) else { return };
