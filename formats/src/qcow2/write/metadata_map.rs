@@ -145,7 +145,7 @@ impl fmt::Display for Kind {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
     use crate::qcow2::types::DataFile;
