@@ -274,7 +274,6 @@ fn what_makes_no_sense_is_refused_and_changes_nothing() {
     assert!(before == after);
 }
 
-/// An image that is being served has the lock.
 /// An image whose bitmaps could take more clusters than a writer keeps track of is not written, says what helps, and that
 /// does help.
 #[test]
@@ -315,6 +314,7 @@ fn too_many_clusters_of_bits_are_refused_and_mended() {
     qemu_img(path, "check disk");
 }
 
+/// An image that is being served has the lock.
 #[test]
 fn an_image_in_use_is_left_alone() {
     let folder = support::scratch("cli-bitmap-lock");

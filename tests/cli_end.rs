@@ -80,7 +80,7 @@ fn a_client_that_does_not_read_cannot_hold_up_the_end() {
 fn a_signal_after_the_last_client_does_not_hurry_the_flush() {
     let folder = scratch("end-asked");
     let (path, _) = small_disk(folder.path());
-    let mut server = with_bad_syncs(&path, "delay_enter=2s", &["--exit-last", "--drain-timeout", "60"]);
+    let mut server = with_bad_syncs(&path, "delay_enter=5s", &["--exit-last", "--drain-timeout", "60"]);
     let mut client = Client::unix(server.socket(), "", PLAIN);
     client.write(0, &[1; 512]);
     client.disconnect();

@@ -126,6 +126,16 @@ impl Pieces {
         self.runs.clear();
     }
 
+    /// Whether the runs were ever more than fit in place, so that their room is memory of its own.
+    pub fn has_memory(&self) -> bool {
+        self.runs.spilled()
+    }
+
+    /// Removes all runs and gives the room for them back.
+    pub fn release(&mut self) {
+        self.runs = SmallVec::new();
+    }
+
     /// The bytes that the runs cover.
     pub fn covered_len(&self) -> u64 {
         self.runs.iter().map(|piece| piece.len).sum()
@@ -171,6 +181,17 @@ impl ReadPlan {
         self.pieces.clear();
         self.pin = None;
     }
+
+    /// Whether it keeps memory for pieces beyond those that have room in place.
+    pub fn has_memory(&self) -> bool {
+        self.pieces.has_memory()
+    }
+
+    /// Forgets pieces and pin, and gives the memory back.
+    pub fn release(&mut self) {
+        self.pieces.release();
+        self.pin = None;
+    }
 }
 
 /// Where the bytes of a write go. A plan that `prepare_write` filled must be given to `finish_write`,
@@ -190,6 +211,18 @@ impl WritePlan {
     /// Forgets pieces and pin.
     pub fn reset(&mut self) {
         self.pieces.clear();
+        self.pin = None;
+        self.durable_in_place = false;
+    }
+
+    /// Whether it keeps memory for pieces beyond those that have room in place.
+    pub fn has_memory(&self) -> bool {
+        self.pieces.has_memory()
+    }
+
+    /// Gives the memory of a finished plan back.
+    pub fn release(&mut self) {
+        self.pieces.release();
         self.pin = None;
         self.durable_in_place = false;
     }

@@ -201,8 +201,9 @@ fn refuse_flags(image: &ImageArgs) -> Result<(), String> {
 
 fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
     let about = |text: &str| format!("{}: {text}", shown(&path));
-    let name = image.export_name.clone().unwrap_or_default();
-    let description = image.description.clone().unwrap_or_default();
+    check_combination(&image).map_err(about)?;
+    let name = image.export_name.unwrap_or_default();
+    let description = image.description.unwrap_or_default();
     for (what, text) in [("export name", &name), ("description", &description)] {
         if text.len() > PROTOCOL_STRING_MAX_LEN {
             return Err(about(&format!(
@@ -213,7 +214,6 @@ fn export(path: PathBuf, image: ImageArgs) -> Result<ExportSpec, String> {
             return Err(about(&format!("the {what} contains a zero byte")));
         }
     }
-    check_combination(&image).map_err(about)?;
     let cache = image.cache.map(Into::into).unwrap_or_default();
     let format = image.format.map(Format::from);
     let defaults = OpenOptions::default();
@@ -406,6 +406,12 @@ mod tests {
             (vec!["--size", "1M", "--export", "name=a,file=a"], "name=N,file=PATH,size"),
             (vec!["a", "--export", "name=,file=b"], "two exports have the name \"\""),
             (vec!["a", "--force-share"], "add --read-only"),
+            // What does not go together at all is told first.
+            (vec!["a", "-x", &long, "--force-share"], "add --read-only"),
+            (vec!["a", "-r", "--temporary"], "--temporary takes writes"),
+            (vec!["a", "--temporary-dir", "d"], "--temporary-dir is about"),
+            (vec!["a", "-r", "--compress", "zlib"], "--compress is about writes"),
+            (vec!["a", "--temporary", "--compress", "zlib"], "--compress is about writes"),
             (vec!["a", "--format", "mmap-raw", "--cache", "none"], "page cache"),
             (vec!["a", "-x", &long], "4096 bytes"),
             (vec!["a", "--access", "read:tls-dns=a"], "no client is asked for a certificate"),

@@ -49,6 +49,9 @@ impl Session {
     /// Has a read wait whose plan has compressed pieces that are not decompressed. Returns whether that is worth
     /// it.
     pub(super) fn await_decompressed(&mut self, request: Request, range: GuestRange) -> bool {
+        if !has_compressed(&self.read_plan) {
+            return false;
+        }
         let driver = Arc::clone(self.cell.export.driver());
         let waiting_len = self.cell.pending.borrow().asked_len().saturating_add(range.len());
         let warm_len = driver.warm_len_max();
@@ -109,10 +112,11 @@ fn is_compressed(piece: &Piece) -> bool {
 
 /// Joins compressed pieces that touch up to what is worth a thread, and a buffer of its own.
 pub(super) fn join_compressed(plan: &mut ReadPlan) {
-    let clusters_max = clusters_per_job(plan);
+    // Ordinary reads pay for no more than this.
     if !has_compressed(plan) {
         return;
     }
+    let clusters_max = clusters_per_job(plan);
     let pieces = std::mem::take(&mut plan.pieces);
     let mut open: Option<Piece> = None;
     let mut clusters = 0;

@@ -106,13 +106,20 @@ impl Session {
             self.input.release();
             self.out.release();
             self.scratch = Vec::new();
+            self.read_plan.release();
+            self.write_plan.release();
             self.cell.holds_memory.set(false);
         }
     }
 
     /// Has the sweep look at this session if there is anything to give back.
     fn note_memory(&self) {
-        if self.input.has_memory() || self.out.has_memory() || self.scratch.capacity() > 0 {
+        if self.input.has_memory()
+            || self.out.has_memory()
+            || self.scratch.capacity() > 0
+            || self.read_plan.has_memory()
+            || self.write_plan.has_memory()
+        {
             self.cell.holds_memory.set(true);
             self.shard.want_sweep();
         }
