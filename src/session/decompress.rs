@@ -29,7 +29,7 @@ const BUSY_LEN: u64 = 1 << 20;
 impl Session {
     /// After a read was planned and noted: decompresses what the client will want next, if it is worth it.
     pub(super) fn decompress_ahead(&mut self) {
-        if !has_compressed(&self.read_plan) || self.cell.pending.borrow().asked_len() >= BUSY_LEN {
+        if !has_compressed(&self.read_plan) || self.cell.pending.borrow().read_len() >= BUSY_LEN {
             return;
         }
         let driver = Arc::clone(self.cell.export.driver());
@@ -53,7 +53,7 @@ impl Session {
             return false;
         }
         let driver = Arc::clone(self.cell.export.driver());
-        let waiting_len = self.cell.pending.borrow().asked_len().saturating_add(range.len());
+        let waiting_len = self.cell.pending.borrow().read_len().saturating_add(range.len());
         let warm_len = driver.warm_len_max();
         if range.len() > warm_len || waiting_len > warm_len.saturating_mul(WAITING_MAX) {
             return false;

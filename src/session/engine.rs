@@ -174,7 +174,7 @@ impl Session {
         self.shard.submit_held();
         let linger = self.linger_time(now);
         self.send_all().await?;
-        if !self.cell.ready.borrow().is_empty() || !self.arrived.is_empty() {
+        if self.has_answers() {
             return Ok(None);
         }
         if !linger.is_zero() {
@@ -203,11 +203,9 @@ impl Session {
 
     /// Works on the requests that are wholly there.
     async fn work(&mut self) -> Result<Needs, End> {
-        for (request, what) in std::mem::take(&mut self.arrived) {
-            self.read_arrived(request, what).await?;
-            self.take_turns(request.len).await;
-        }
         loop {
+            // While a request waits for room in the budget, what earlier ones waited for arrives.
+            self.answer_arrived().await?;
             if !self.read_off_refused().await? {
                 return Ok(Needs::Input);
             }
@@ -294,20 +292,28 @@ impl Session {
         }
     }
 
+    /// Serves the reads for which something has arrived anew, which may have them wait once more.
+    async fn answer_arrived(&mut self) -> Result<(), End> {
+        for (request, what) in std::mem::take(&mut self.arrived) {
+            self.read_arrived(request, what).await?;
+            self.take_turns(request.len).await;
+        }
+        Ok(())
+    }
+
     /// Answers what is still worked on, for a client that only sends no more.
     async fn answer_the_rest(&mut self) -> Result<(), End> {
         loop {
             self.answer_ready().await?;
-            // Served anew, which may have them wait once more.
-            for (request, what) in std::mem::take(&mut self.arrived) {
-                self.read_arrived(request, what).await?;
-            }
+            self.answer_arrived().await?;
             self.shard.submit_held();
             self.send_all().await?;
             if self.socket.get_ref().has_hung_up() {
                 return Ok(());
             }
-            if !self.cell.ready.borrow().is_empty() {
+            if self.has_answers() {
+                // It may have come while another read waited for memory.
+                tokio::task::yield_now().await;
                 continue;
             }
             if self.cell.pending.borrow().is_empty() {
@@ -315,6 +321,11 @@ impl Session {
             }
             self.cell.wake.notified().await;
         }
+    }
+
+    /// Whether something has ended, or arrived, that the client has no reply for.
+    fn has_answers(&self) -> bool {
+        !self.cell.ready.borrow().is_empty() || !self.arrived.is_empty()
     }
 
     /// Success without data.
@@ -434,7 +445,11 @@ impl Session {
     pub(super) async fn receive_more(&mut self) -> Result<(), End> {
         while self.receive()? == 0 {
             self.answer_ready().await?;
+            self.answer_arrived().await?;
             self.send_all().await?;
+            if self.has_answers() {
+                continue;
+            }
             tokio::select! {
                 biased;
                 ready = self.socket.readable() => drop(ready.map_err(End::Socket)?),

@@ -7,6 +7,7 @@
 //! | [`engine`], `park` | one session's life: receive, work, send, park |
 //! | `read`, `sendfile`, `write`, `status`, `calls` | how each command is served; `layout` frames reads |
 //! | `ahead` | what a client that reads from front to back will want next |
+//! | `cold` | planning reads, and the tables that this takes |
 //! | `decompress` | compressed clusters, on all cores and ahead of the client |
 //! | `refuse` | requests that are refused |
 //! | `encrypted` | what TLS adds to sending and receiving |
@@ -25,6 +26,7 @@ mod ahead;
 pub mod budget;
 pub mod buffers;
 mod calls;
+mod cold;
 mod decompress;
 mod encrypted;
 pub mod end;

@@ -12,7 +12,7 @@ use nbd_img_formats::{BlockDriver, Error, Pin, WritePlan};
 use smallvec::SmallVec;
 
 use super::budget::Lease;
-use crate::nbd::request::Request;
+use crate::nbd::request::{Command, Request};
 
 /// Most requests of one connection that wait at a time. Our choice: four times QEMU's limit, and what
 /// the deepest client in use (nbdcopy, 64 per connection) asks for.
@@ -164,10 +164,11 @@ impl PendingSlots {
         self.slots.iter().flatten().map(|pending| pending.len).sum()
     }
 
-    /// Bytes that the waiting requests ask for.
-    pub fn asked_len(&self) -> u64 {
-        // Clients choose the lengths of requests that carry nothing.
-        self.slots.iter().flatten().fold(0, |all, pending| all.saturating_add(pending.request.len))
+    /// Bytes that the waiting reads ask for. Others, as a block status, may be about all of the disk and keep no processor
+    /// busy.
+    pub fn read_len(&self) -> u64 {
+        let reads = self.slots.iter().flatten().filter(|pending| pending.request.command == Command::Read);
+        reads.fold(0, |all, pending| all.saturating_add(pending.request.len))
     }
 
     /// Puts a request into a free slot.
@@ -205,4 +206,33 @@ pub fn part_ranges(parts: &[Part]) -> impl Iterator<Item = (Range<usize>, &Part)
         at += part.len;
         (begin..at, part)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nbd::request::CommandFlags;
+
+    #[test]
+    fn only_reads_count_as_read() {
+        let mut slots = PendingSlots::default();
+        for (command, len) in [
+            (Command::Read, 4096),
+            (Command::BlockStatus, 1 << 30),
+            (Command::Trim, u64::MAX),
+            (Command::Read, 512),
+        ] {
+            let request =
+                Request { flags: CommandFlags::empty(), command, cookie: 0, offset: 0, len, payload_len: 0 };
+            slots.insert(Pending {
+                request,
+                work: Work::Call,
+                outstanding: 1,
+                error: None,
+                len: 0,
+                lease: None,
+            });
+        }
+        assert_eq!(slots.read_len(), 4096 + 512);
+    }
 }

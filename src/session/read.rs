@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use nbd_img_formats::ReadPlan;
 use nbd_img_formats::mover::{short_read, storage_error};
-use nbd_img_formats::plan::{MapMode, Piece, SlowReason};
-use nbd_img_formats::storage::{InPlace, IoBuf, Operation, OperationKind, TryRead};
+use nbd_img_formats::plan::{Piece, SlowReason};
+use nbd_img_formats::storage::{InPlace, Operation, OperationKind, TryRead};
 use nbd_img_formats::workers::Lane;
 use nbd_img_formats::{BlockDriver, Error, ErrorKind, GuestRange, Place};
 use smallvec::SmallVec;
@@ -23,9 +23,6 @@ use super::pending::{Arrival, Part, PartBytes, Pending, Work};
 use super::sendfile::Sending;
 use crate::nbd::reply::{self, ReplyTo};
 use crate::nbd::request::{CommandFlags, Request};
-
-/// From this length on a read of raw is worth asking the file system for holes (issue: 64 KiB).
-const SPARSE_LEN_MIN: u64 = 64 << 10;
 
 /// Bytes of a streamed read that are fetched and sent at a time: half of a batch.
 const STREAM_SLICE_LEN: usize = 1 << 20;
@@ -64,12 +61,19 @@ impl Session {
         }
         let runs = runs_of(&self.read_plan);
         let sending = self.sending(&runs, framing);
-        if arrived.is_none() && (sending != Sending::Never || range.len() <= OUT_LEN_MAX as u64) {
+        let noted = match arrived {
+            None => sending != Sending::Never || range.len() <= OUT_LEN_MAX as u64,
+            // Only now does a large one turn out to go as a whole.
+            Some(Arrival::Tables) => sending != Sending::Never && range.len() > OUT_LEN_MAX as u64,
+            Some(Arrival::Bytes) => false,
+        };
+        if noted {
             // What is streamed is noted slice by slice.
             self.ahead.note(range);
             self.read_ahead();
             self.decompress_ahead();
         }
+        let needed = framed_len(&runs, framing);
         if arrived.is_none() && framing == Framing::Chunks && self.await_tables(request, range) {
             return Ok(());
         }
@@ -79,7 +83,6 @@ impl Session {
             Sending::Later if may_wait && self.await_bytes(request, range) => return Ok(()),
             Sending::Later | Sending::Never => {}
         }
-        let needed = framed_len(&runs, framing);
         if !self.out.make_room_for(needed) {
             self.send_all().await?;
             if !self.out.make_room_for(needed) {
@@ -109,38 +112,12 @@ impl Session {
         }
     }
 
-    /// Has a read wait whose tables are not in memory, so that its reply can tell holes.
-    fn await_tables(&mut self, request: Request, range: GuestRange) -> bool {
-        let is_cold = |piece: &Piece| piece.place == Place::Slow(SlowReason::ColdTable);
-        if !self.read_plan.pieces.iter().any(is_cold) {
-            return false;
-        }
-        self.read_plan.reset();
-        let token = self.insert_call(request, Work::Arrival(Arrival::Tables), 0, None);
-        self.shard.call(&self.cell.export, Lane::Read, token, IoBuf::default(), move |driver, _| {
-            driver.map_read(range, MapMode::Wait, &mut ReadPlan::default()).map(|()| 0)
-        });
-        true
-    }
-
     fn framing(&self, request: &Request) -> Framing {
         match (self.rules.form.is_chunked(), request.flags.contains(CommandFlags::DF)) {
             (false, _) => Framing::Simple,
             (true, true) => Framing::OneChunk,
             (true, false) => Framing::Chunks,
         }
-    }
-
-    /// Plans a range; holes are asked for where that costs no waiting and the reply can show them.
-    fn plan_read(&mut self, range: GuestRange, framing: Framing) -> Result<(), Error> {
-        let export = &self.cell.export;
-        let driver = export.driver();
-        let sparse = framing == Framing::Chunks
-            && range.len() >= SPARSE_LEN_MIN
-            && driver.facts().holes_in_storage
-            && export.in_place().reads != InPlace::Never;
-        let mode = if sparse { MapMode::Holes } else { MapMode::Try };
-        driver.map_read(range, mode, &mut self.read_plan)
     }
 
     /// Composes the reply of the plan of `range` in the out buffer, for which there is room, unless it would
@@ -380,7 +357,7 @@ impl Session {
         framing: Framing,
         last: bool,
     ) -> Result<Result<(), Error>, End> {
-        if let Err(error) = self.plan_read(slice, framing) {
+        if let Err(error) = self.plan_slice(slice, framing).await {
             self.read_plan.reset();
             return Ok(Err(error));
         }

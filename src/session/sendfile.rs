@@ -45,11 +45,7 @@ impl Session {
     /// plain.
     pub(super) fn sending(&self, runs: &[Run], framing: Framing) -> Sending {
         let driver = self.cell.export.driver();
-        if runs.first().is_none_or(|run| run.len < SEND_LEN_MIN) || !driver.facts().sendable {
-            return Sending::Never;
-        }
-        if self.socket.get_ref().tls().is_some() {
-            // What goes out has to be encrypted here.
+        if runs.first().is_none_or(|run| run.len < SEND_LEN_MIN) || !self.may_send() {
             return Sending::Never;
         }
         let mut sending = Sending::Now;
@@ -67,6 +63,11 @@ impl Session {
             }
         }
         sending
+    }
+
+    /// Whether plans can be sent at all: what goes out by TLS has to be encrypted here.
+    pub(super) fn may_send(&self) -> bool {
+        self.cell.export.driver().facts().sendable && self.socket.get_ref().tls().is_none()
     }
 
     /// Has a read, whose plan can be sent but for its bytes not being in memory, wait until they are. Returns
@@ -100,7 +101,7 @@ impl Session {
         true
     }
 
-    /// Sends the reply of the plan, for which [`can_send`](Self::can_send) holds.
+    /// Sends the reply of the plan, of which [`sending`](Self::sending) says that it can go now.
     pub(super) async fn send_read(
         &mut self,
         request: Request,

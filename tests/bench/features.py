@@ -8,11 +8,11 @@ compress-zlib, compress-zstd   nbdcopy into an empty image that is written compr
                                of --from (programs and texts); with the length of the image that comes of it
 check-64k, check-4k            `check` of a sound image with clusters of that length: 4 TiB with --size of data in a row and
                                one cluster in each GiB
-bitmap-none, bitmap-one        4 KiB random writes at depth 16 to an allocated image, for --seconds, without and with a dirty bitmap
-                               that records them
+bitmap-none, bitmap-one        4 KiB random writes at depth 16 to an allocated image, for --seconds, without and with a dirty
+                               bitmap that records them
 
-A row's figures are of one copy (the time with the server's end), of one check, or of one write.  cpu is the processor time of the
-server, or of the program that checks.  The last column is the median beside that of nbd-img.
+A row's figures are of one copy (the time with the server's end), of one check, or of one write.  cpu is the processor time of
+the server, or of the program that checks.  The last column is the median beside that of nbd-img.
 
 Servers take turns, round after round: quote the ratios of medians.  Needs what compressed.py needs.
 """

@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use nbd_img::export::{Export, ExportSpec};
@@ -46,6 +46,16 @@ pub struct Disk {
     pub answers_at_once: AtomicBool,
     /// If not 0: data and holes, as far as it says, take turns of this many bytes.
     pub runs_of: AtomicU64,
+    /// Reads of these bytes wait until they are let go.
+    held: Mutex<Held>,
+    let_go: Condvar,
+}
+
+#[derive(Default)]
+struct Held {
+    at: Vec<u64>,
+    /// Reads that wait.
+    waiting: usize,
 }
 
 impl Disk {
@@ -72,7 +82,32 @@ impl Disk {
             sends: false,
             answers_at_once: AtomicBool::new(false),
             runs_of: AtomicU64::new(0),
+            held: Mutex::default(),
+            let_go: Condvar::new(),
         }
+    }
+
+    /// From now on reads of the byte at `at` wait until it is let go.
+    pub fn hold(&self, at: u64) {
+        self.held.lock().unwrap().at.push(at);
+    }
+
+    pub fn let_go(&self, at: u64) {
+        self.held.lock().unwrap().at.retain(|held| *held != at);
+        self.let_go.notify_all();
+    }
+
+    /// How many reads wait for what is held.
+    pub fn held_up(&self) -> usize {
+        self.held.lock().unwrap().waiting
+    }
+
+    fn wait_for(&self, begin: u64, end: u64) {
+        let mut held = self.held.lock().unwrap();
+        held.waiting += 1;
+        held =
+            self.let_go.wait_while(held, |held| held.at.iter().any(|at| (begin..end).contains(at))).unwrap();
+        held.waiting -= 1;
     }
 
     /// A file that can be sent once it is in memory, where nothing of it is at first.
@@ -115,6 +150,7 @@ impl Storage for Disk {
 
     fn pread(&self, buf: &mut [u8], at: HostOffset) -> io::Result<usize> {
         let end = at.0 + buf.len() as u64;
+        self.wait_for(at.0, end);
         if (at.0..end).contains(&self.slow_at.load(Ordering::Relaxed)) {
             std::thread::sleep(Duration::from_millis(self.first_read_ms.load(Ordering::Relaxed)));
         }
