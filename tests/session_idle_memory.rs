@@ -1,5 +1,5 @@
-//! What an idle connection keeps in memory: next to nothing, whatever it did before. A file of its own, because it replaces the
-//! program's allocator by one that counts.
+//! What an idle connection keeps in memory: next to nothing, whatever it did before. A file of its own, because it replaces
+//! the program's allocator by one that counts.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 

@@ -408,8 +408,8 @@ mod tests {
             (vec!["a", "--force-share"], "add --read-only"),
             // What does not go together at all is told first.
             (vec!["a", "-x", &long, "--force-share"], "add --read-only"),
-            (vec!["a", "-r", "--temporary"], "--temporary takes writes"),
-            (vec!["a", "--temporary-dir", "d"], "--temporary-dir is about"),
+            (vec!["--export", "name=a,file=a,read-only,temporary"], "--temporary takes writes"),
+            (vec!["--export", "name=a,file=a,temporary-dir=d"], "--temporary-dir is about"),
             (vec!["a", "-r", "--compress", "zlib"], "--compress is about writes"),
             (vec!["a", "--temporary", "--compress", "zlib"], "--compress is about writes"),
             (vec!["a", "--format", "mmap-raw", "--cache", "none"], "page cache"),

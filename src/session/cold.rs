@@ -1,5 +1,5 @@
-//! Planning reads, and the tables that this takes: those that are not in memory are read before the reply is composed, where it
-//! is the better for it. It tells which bytes are zeroes then, or is sent from the file.
+//! Planning reads, and the tables that this takes: those that are not in memory are read before the reply is composed, where
+//! it is the better for it. It tells which bytes are zeroes then, or is sent from the file.
 //!
 //! A worker reads them for a part of the disk at a time, and each part that has to wait is a job of its own: a large read of
 //! small clusters, whose tables lie all about, neither keeps a worker to itself nor makes a large plan.
