@@ -13,6 +13,10 @@
 mod support;
 
 #[cfg(shuttle)]
+#[path = "qcow2_support/shuttle_memory.rs"]
+mod shuttle_memory;
+
+#[cfg(shuttle)]
 #[path = "qcow2_support/shuttle_scenarios.rs"]
 mod shuttle_scenarios;
 

@@ -32,7 +32,7 @@ fn explore_both(scenario: fn(Recorded)) {
 /// The bits of enabled bitmaps are those that they had and those of `changes`, and they may be used. The others
 /// are as they were.
 fn assert_recorded(recorded: &Recorded, changes: &[(u64, u64)]) {
-    let file = file_of(&*recorded.stage.storage);
+    let file = file_of(&recorded.stage.storage);
     let (before, now) = (Image::parse(&recorded.stage.scene.image).unwrap(), Image::parse(&file).unwrap());
     assert_eq!(before.bitmaps.len(), now.bitmaps.len(), "bitmaps after a close");
     for (old, bitmap) in before.bitmaps.iter().zip(&now.bitmaps) {
@@ -50,7 +50,7 @@ fn assert_recorded(recorded: &Recorded, changes: &[(u64, u64)]) {
 
 /// Every granule that the disk has changed in is told of, and the bitmap may be used.
 fn assert_told(recorded: &Recorded) {
-    let file = file_of(&*recorded.stage.storage);
+    let file = file_of(&recorded.stage.storage);
     let image = Image::parse(&file).unwrap();
     let flags: Vec<_> = image.bitmaps.iter().map(|bitmap| bitmap.flags).take(3).collect();
     assert_eq!(flags, [0, 2, 3], "flags after a close");
@@ -252,7 +252,7 @@ fn status_against_close(recorded: Recorded, fails: bool) {
         return assert_told(&recorded);
     }
     // The bitmaps are in use, unless it was another call that has failed.
-    let file = file_of(&*recorded.stage.storage);
+    let file = file_of(&recorded.stage.storage);
     let report = checker::check(&file).unwrap();
     assert!(report.is_sound(), "{report}");
     let disk = recorded.stage.scene.read(&file).unwrap();

@@ -1,20 +1,24 @@
 //! Two or three threads on a tiny image, under the interleavings that shuttle chooses.
 
+use std::io::Write;
+// Not shuttle's: it counts over all schedules.
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use nbd_img_formats::plan::MapMode;
-use nbd_img_formats::storage::{CallClass, Fault, Faults, MemoryOptions, MemoryStorage, Storage};
+use nbd_img_formats::raw::{RawDriver, RawOptions};
+use nbd_img_formats::storage::{CallClass, Fault, Faults, Storage};
 use nbd_img_formats::sync::{Arc, thread};
 use nbd_img_formats::{
-    BlockDriver, Durability, GuestRange, HostOffset, Place, Provision, ReadPlan, State, WritePlan,
-    ZeroRequest,
+    BlockDriver, Durability, GuestRange, Place, Provision, ReadPlan, State, WritePlan, ZeroRequest,
 };
 
 use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::{Config, Runner};
 
+use crate::shuttle_memory::{FileBytes, Original, SceneFile};
 use crate::support::checker;
-use crate::support::scene::{CLUSTER, Scene};
+use crate::support::scene::{self, CLUSTER, Scene};
 use crate::support::units::painted;
-use crate::support::wrapped::{NeverClosed, Wrapped};
 
 pub const LATER: Durability = Durability::Later;
 
@@ -25,9 +29,9 @@ fn schedules() -> usize {
 /// A scene's image in a storage whose free space is poisoned.
 pub struct Stage {
     pub scene: Arc<Scene>,
-    pub storage: Arc<dyn Storage>,
+    pub storage: Arc<SceneFile>,
     /// The data file, if the scene has one; what is free of it reads as zeroes.
-    pub data: Option<Arc<dyn Storage>>,
+    pub data: Option<Arc<SceneFile>>,
     pub faults: Arc<Faults>,
     pub driver: Arc<dyn BlockDriver>,
 }
@@ -39,18 +43,15 @@ impl Stage {
 
     /// One whose driver has what `wrap` makes of the storages: that of the image first.
     pub fn over(scene: &Arc<Scene>, wrap: impl Fn(Arc<dyn Storage>) -> Arc<dyn Storage>) -> Stage {
-        let options = MemoryOptions { len: 0, grows: true, poisoned: true };
-        let memory = MemoryStorage::with(options).unwrap();
-        memory.pwrite(&scene.image, HostOffset(0), LATER).unwrap();
-        let storage: Arc<dyn Storage> = Wrapped::new(memory, NeverClosed);
-        let data = scene
-            .data
-            .as_ref()
-            .map(|data| -> Arc<dyn Storage> { Wrapped::new(scene.data_storage(data), NeverClosed) });
+        let storage = SceneFile::poisoned(Original::image(scene));
+        let data = Original::data(scene).map(SceneFile::zeroed);
+        let below = Original::backing(scene).map(|backing| -> Arc<dyn BlockDriver> {
+            RawDriver::open(SceneFile::zeroed(backing), RawOptions::default()).unwrap()
+        });
         let faults = Faults::new();
-        let image = faults.attach(wrap(Arc::clone(&storage)));
+        let image = faults.attach(wrap(storage.clone()));
         let outside = data.clone().map(|data| -> Arc<dyn Storage> { faults.attach(wrap(data)) });
-        let driver = scene.open_files(image, outside).unwrap();
+        let driver = scene::open_parts(image, outside, below, Some(scene.write_options()), 0).unwrap();
         Stage { scene: Arc::clone(scene), storage, data, faults, driver }
     }
 
@@ -71,11 +72,11 @@ impl Stage {
 
     /// What the disk of the image, which is closed and clean, holds.
     pub fn closed(&self) -> Vec<u8> {
-        let file = file_of(&*self.storage);
+        let file = file_of(&self.storage);
         let report = checker::check(&file).unwrap();
         assert!(report.is_clean(), "{report}");
         let Some(data) = &self.data else { return self.scene.read(&file).unwrap() };
-        let data = file_of(&**data);
+        let data = file_of(data);
         let disk = self.scene.read_files(&file, &data).unwrap();
         if let Some(raw) = self.scene.read_raw(&file, &data).unwrap() {
             assert!(raw == disk, "the raw data file holds something else");
@@ -84,12 +85,9 @@ impl Stage {
     }
 }
 
-/// All of a file, by one read: the checker reads entry by entry, which would take most of a schedule's time.
-pub fn file_of(storage: &dyn Storage) -> Vec<u8> {
-    let mut bytes = vec![0; storage.len().unwrap() as usize];
-    let got = storage.pread(&mut bytes, HostOffset(0)).unwrap();
-    assert_eq!(got, bytes.len());
-    bytes
+/// All of a file.
+pub fn file_of(file: &SceneFile) -> FileBytes {
+    file.bytes()
 }
 
 pub fn overlay() -> Arc<Scene> {
@@ -107,15 +105,41 @@ fn explore(scene: Arc<Scene>, scenario: fn(Stage)) {
 
 /// The same on what is made of the scene.
 pub fn explore_on<S: 'static>(scene: Arc<Scene>, make: fn(&Arc<Scene>) -> S, scenario: fn(S)) {
+    let name = scene.name;
     let again = Arc::clone(&scene);
     let half = schedules().div_ceil(2);
-    let random = Runner::new(RandomScheduler::new(half), config());
-    random.run(move || scenario(make(&scene)));
-    let priorities = Runner::new(PctScheduler::new(3, half), config());
-    priorities.run(move || scenario(make(&again)));
+    let began = cpu_time();
+    let run = Arc::new(AtomicUsize::new(0));
+    let (random, priorities) = (run.clone(), run.clone());
+    Runner::new(RandomScheduler::new(half), config()).run(move || {
+        scenario(make(&scene));
+        random.fetch_add(1, Ordering::Relaxed);
+    });
+    Runner::new(PctScheduler::new(3, half), config()).run(move || {
+        scenario(make(&again));
+        priorities.fetch_add(1, Ordering::Relaxed);
+    });
+    tell(name, run.load(Ordering::Relaxed), cpu_time() - began);
 }
 
-fn config() -> Config {
+/// Says how many schedules a scene has been through: past the capture of the test's output, as a campaign that
+/// has passed is told from one that has done nothing by that.
+fn tell(scene: &str, schedules: usize, seconds: f64) {
+    if std::env::var_os("NBD_IMG_SCHEDULES").is_some() {
+        let thread = std::thread::current();
+        let test = thread.name().unwrap_or_default();
+        let line = format!("{test}: {scene}: {schedules} schedules, {seconds:.1} s of a processor\n");
+        std::io::stderr().write_all(line.as_bytes()).unwrap();
+    }
+}
+
+/// Seconds of a processor that this thread has had; shuttle runs all threads of a scene in it.
+fn cpu_time() -> f64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
+}
+
+pub fn config() -> Config {
     let mut config = Config::new();
     // Tests keep whole clusters on their stacks, and builds for tests do not optimise them away.
     config.stack_size = 1 << 20;
@@ -244,7 +268,7 @@ fn close_against_a_late_reclaim() {
         });
         let closer = stage.spawn(|driver| driver.close().unwrap());
         join([cleaner, closer]);
-        let report = checker::check_storage(&*stage.storage).unwrap();
+        let report = checker::check(&file_of(&stage.storage)).unwrap();
         assert!(report.is_clean(), "{report}");
     });
 }
@@ -293,7 +317,7 @@ fn commit_against_write_and_commit() {
                 let at = (32 + number * 50) * CLUSTER + 64;
                 write(driver, at, 128, number as u32 + 1);
                 driver.flush().unwrap();
-                let disk = scene.read(&file_of(&*storage)).unwrap();
+                let disk = scene.read(&file_of(&storage)).unwrap();
                 assert!(disk[at as usize..at as usize + 128] == painted(at, 128, number as u32 + 1));
             })
         });
@@ -334,9 +358,9 @@ fn close_against_write() {
         let written = writer.join().unwrap();
         closer.join().unwrap();
         assert_eq!(stage.driver.state(), State::Closed);
-        let report = checker::check(&file_of(&*stage.storage)).unwrap();
+        let report = checker::check(&file_of(&stage.storage)).unwrap();
         assert!(report.is_sound(), "{report}");
-        let disk = stage.scene.read(&file_of(&*stage.storage)).unwrap();
+        let disk = stage.scene.read(&file_of(&stage.storage)).unwrap();
         let got = &disk[at as usize..at as usize + 192];
         let there = got == painted(at, 192, 9);
         let old = got == &stage.scene.content[at as usize..at as usize + 192];
@@ -368,7 +392,7 @@ fn failure_against_write() {
         let mut cluster = vec![0; CLUSTER as usize];
         stage.driver.pread(20 * CLUSTER, &mut cluster).unwrap_or_else(|e| panic!("a committed cluster: {e}"));
         let _ = stage.driver.close();
-        let report = checker::check(&file_of(&*stage.storage)).unwrap();
+        let report = checker::check(&file_of(&stage.storage)).unwrap();
         assert!(report.is_sound(), "{report}");
     });
 }

@@ -115,6 +115,22 @@ impl Use {
     }
 }
 
+/// What there is to say of an entry of an L2 table. Not a text yet: of most entries nothing is said.
+struct Said<'a> {
+    name: &'a str,
+    index: usize,
+    at: u64,
+    entry: u64,
+    what: &'static str,
+}
+
+impl fmt::Display for Said<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Said { name, index, at, entry, what } = self;
+        write!(f, "{name}: entry {index} of the L2 table at {at:#x}, {entry:#x}: {what}")
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Metadata,
@@ -127,18 +143,18 @@ enum Kind {
 struct Walk<'a, 'b> {
     image: &'a Image<'a>,
     report: &'b mut Report,
+    /// As far as anything is used: a file may have megabytes behind that.
     uses: Vec<Use>,
 }
 
 impl<'a, 'b> Walk<'a, 'b> {
     fn new(image: &'a Image<'a>, report: &'b mut Report) -> Self {
-        let uses = vec![Use::default(); image.file_clusters() as usize];
-        Walk { image, report, uses }
+        Walk { image, report, uses: Vec::new() }
     }
 
     fn all(&mut self) {
         let image = self.image;
-        self.refer("header", 0, image.cluster_len(), Kind::Metadata);
+        self.refer(&"header", 0, image.cluster_len(), Kind::Metadata);
         self.disk("active", image.l1_at, image.l1_entries, Kind::ActiveData);
         for snapshot in &image.snapshots {
             let name = format!("snapshot {}", snapshot.name);
@@ -148,9 +164,9 @@ impl<'a, 'b> Walk<'a, 'b> {
             }
             self.disk(&name, snapshot.l1_at, snapshot.l1_entries, Kind::Data);
         }
-        self.refer("snapshot table", image.snapshots_at, image.snapshots_len, Kind::Metadata);
+        self.refer(&"snapshot table", image.snapshots_at, image.snapshots_len, Kind::Metadata);
         self.refer(
-            "refcount table",
+            &"refcount table",
             image.table_at,
             image.table_clusters * image.cluster_len(),
             Kind::Metadata,
@@ -160,7 +176,7 @@ impl<'a, 'b> Walk<'a, 'b> {
     }
 
     fn disk(&mut self, name: &str, at: u64, entries: u64, data: Kind) {
-        self.refer(name, at, entries * 8, Kind::Metadata);
+        self.refer(&name, at, entries * 8, Kind::Metadata);
         for (index, entry) in self.image.bytes.table(at, entries).into_iter().enumerate() {
             if entry == 0 {
                 continue;
@@ -170,7 +186,12 @@ impl<'a, 'b> Walk<'a, 'b> {
                 self.report.corruptions.push(format!("{name}: L1 entry {index} is {entry:#x}"));
             }
             if l2_at.is_multiple_of(self.image.cluster_len()) {
-                self.refer(&format!("{name}: L2 table {index}"), l2_at, self.image.cluster_len(), Kind::L2);
+                self.refer(
+                    &format_args!("{name}: L2 table {index}"),
+                    l2_at,
+                    self.image.cluster_len(),
+                    Kind::L2,
+                );
                 self.l2_table(name, l2_at, data);
             }
         }
@@ -202,26 +223,27 @@ impl<'a, 'b> Walk<'a, 'b> {
             if entry == 0 {
                 continue;
             }
-            let said =
-                |what: &str| format!("{name}: entry {index} of the L2 table at {at:#x}, {entry:#x}: {what}");
+            let said = |what: &'static str| Said { name, index, at, entry, what };
             let decoded = self.image.decode(entry);
             if self.image.version < 3 && matches!(decoded, Entry::Zero { .. }) {
-                self.report.overlaps.push(said("a zero flag in a version 2 image"));
+                self.report.overlaps.push(said("a zero flag in a version 2 image").to_string());
             }
             match decoded {
                 Entry::Unallocated if entry & L2_RESERVED == 0 => {}
                 Entry::Compressed { host, len } => {
                     if entry & COPIED != 0 || self.image.has_data_file() {
-                        self.report.corruptions.push(said("compressed and more"));
+                        self.report.corruptions.push(said("compressed and more").to_string());
                     }
                     self.refer(&said("blob"), host, len, Kind::Blob);
                 }
                 Entry::Data { host } | Entry::Zero { host: Some(host) }
                     if !host.is_multiple_of(self.image.cluster_len()) =>
                 {
-                    self.report.corruptions.push(said("misaligned"));
+                    self.report.corruptions.push(said("misaligned").to_string());
                 }
-                _ if entry & L2_RESERVED != 0 => self.report.corruptions.push(said("reserved bits")),
+                _ if entry & L2_RESERVED != 0 => {
+                    self.report.corruptions.push(said("reserved bits").to_string())
+                }
                 Entry::Data { host } | Entry::Zero { host: Some(host) } => {
                     if !self.image.has_data_file() {
                         self.refer(&said("data"), host, self.image.cluster_len(), kind);
@@ -235,12 +257,12 @@ impl<'a, 'b> Walk<'a, 'b> {
     fn bitmaps(&mut self) {
         let image = self.image;
         let Some((at, len)) = image.bitmap_directory else { return };
-        self.refer("bitmap directory", at, len, Kind::Metadata);
+        self.refer(&"bitmap directory", at, len, Kind::Metadata);
         for bitmap in &image.bitmaps {
-            self.refer("bitmap table", bitmap.table_at, bitmap.table_entries * 8, Kind::Metadata);
+            self.refer(&"bitmap table", bitmap.table_at, bitmap.table_entries * 8, Kind::Metadata);
             for entry in image.bytes.table(bitmap.table_at, bitmap.table_entries) {
                 if entry & OFFSET_MASK != 0 {
-                    self.refer("bitmap", entry & OFFSET_MASK, image.cluster_len(), Kind::Metadata);
+                    self.refer(&"bitmap", entry & OFFSET_MASK, image.cluster_len(), Kind::Metadata);
                 }
             }
         }
@@ -265,7 +287,7 @@ impl<'a, 'b> Walk<'a, 'b> {
     }
 
     /// Counts a reference to each cluster that the range touches.
-    fn refer(&mut self, what: &str, at: u64, len: u64, kind: Kind) {
+    fn refer(&mut self, what: &dyn fmt::Display, at: u64, len: u64, kind: Kind) {
         if len == 0 {
             return;
         }
@@ -342,7 +364,7 @@ fn check_copied(image: &Image<'_>, report: &mut Report) {
             }
         };
         check("L1", index, entry, l2_at);
-        for (index, entry) in image.l2_table(l2_at).into_iter().enumerate() {
+        for (index, entry) in image.l2_table(l2_at).into_iter().enumerate().filter(|(_, entry)| *entry != 0) {
             match image.decode(entry) {
                 Entry::Data { host } | Entry::Zero { host: Some(host) } if !image.has_data_file() => {
                     check("L2", index, entry, host);

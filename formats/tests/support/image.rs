@@ -60,9 +60,15 @@ pub trait Bytes {
 
     /// Big-endian numbers of 64 bits, one after the other.
     fn table(&self, at: u64, entries: u64) -> Vec<u64> {
-        let mut bytes = vec![0; entries as usize * 8];
+        self.fields(at, entries, 0, 8)
+    }
+
+    /// Of `count` records of `step` bytes each the number that begins at `inside`.
+    fn fields(&self, at: u64, count: u64, inside: usize, step: usize) -> Vec<u64> {
+        let mut bytes = vec![0; count as usize * step];
         self.fill(&mut bytes, at);
-        bytes.chunks_exact(8).map(|entry| u64::from_be_bytes(entry.try_into().unwrap())).collect()
+        let field = |record: &[u8]| u64::from_be_bytes(record[inside..inside + 8].try_into().unwrap());
+        bytes.chunks_exact(step).map(field).collect()
     }
 }
 
@@ -245,8 +251,7 @@ impl<'a> Image<'a> {
 
     /// The raw entries of an L2 table (of extended ones, the first half).
     pub fn l2_table(&self, at: u64) -> Vec<u64> {
-        let step = (self.l2_entry_len() / 8) as usize;
-        self.bytes.table(at, self.cluster_len() / 8).into_iter().step_by(step).collect()
+        self.bytes.fields(at, self.l2_entries(), 0, self.l2_entry_len() as usize)
     }
 
     /// Whether entries have the state of subclusters.
@@ -256,7 +261,7 @@ impl<'a> Image<'a> {
 
     /// The second halves of extended L2 entries.
     pub fn l2_bitmaps(&self, at: u64) -> Vec<u64> {
-        self.bytes.table(at, self.cluster_len() / 8).into_iter().skip(1).step_by(2).collect()
+        self.bytes.fields(at, self.cluster_len() / 16, 8, 16)
     }
 
     /// What a raw L2 entry says. Reserved bits are ignored.
