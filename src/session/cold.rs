@@ -105,6 +105,7 @@ fn read_tables<T: Send + 'static>(
             rest = rest.skip(step.len());
             mode = MapMode::Try;
         }
+        drop(done);
     });
     // A job that cannot be run is dropped, and `done` with it.
     drop(workers.spawn(Lane::Read, job));
