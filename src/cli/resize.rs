@@ -53,7 +53,7 @@ pub struct ResizeArgs {
     #[arg(long, value_name = "PATH|none")]
     pub backing: Option<PathBuf>,
 
-    /// Also take backing files from below this folder (repeatable) [default: the image's own]
+    /// Also take backing and data files from below this folder (repeatable) [default: the image's own]
     #[arg(long, value_name = "FOLDER")]
     pub allow_dir: Vec<PathBuf>,
 

@@ -28,6 +28,8 @@ use std::time::Duration;
 const PLANS_PAUSE: Duration = Duration::from_millis(5);
 const PLANS_TRIES: u32 = 2000;
 
+const SYNC_FAILED: &str = "a sync has failed, so nobody knows what is durable";
+
 /// See [`BlockDriver::resize`].
 pub fn change(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<()> {
     if size == driver.size() && !driver.geometry().is_external() {
@@ -36,6 +38,10 @@ pub fn change(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<(
     let (header, snapshots) = driver.opened_as();
     refuse(header, snapshots, size)?;
     refuse_bitmaps(header)?;
+    if size > driver.size() {
+        let foreign = writer.options.foreign_backing || driver.backing().is_none();
+        refuse_growth(header, foreign)?;
+    }
     if driver.geometry().is_external() {
         data_file::check_room(driver.data_storage(), size)?;
     }
@@ -43,8 +49,6 @@ pub fn change(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<(
     let _resizing = writer.resizing.lock();
     let old_size = driver.size();
     if size > old_size {
-        let foreign = writer.options.foreign_backing || driver.backing().is_none();
-        refuse_growth(header, foreign)?;
         grow(driver, writer, size)
     } else if size < old_size {
         shrink(driver, writer, old_size, size)
@@ -69,7 +73,10 @@ fn grow(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<()> {
     grow_l1(driver, writer, size)?;
     let data = driver.geometry().is_external().then(|| driver.data_storage());
     let old_len = data.map(data_file::length).transpose()?;
-    let lengthen = |data| data_file::lengthen(data, driver.geometry().data_file(), old_size, size);
+    let lengthen = |data| {
+        data_file::lengthen(data, driver.geometry().data_file(), old_size, size)?;
+        sync_data(writer, data)
+    };
     // Nobody writes behind the old end of the disk before that moves.
     let prepared = data.map_or(Ok(()), lengthen).and_then(|()| {
         move_disk_end(driver, writer, size);
@@ -78,7 +85,7 @@ fn grow(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<()> {
     });
     // Once the size is on its way nobody knows which one the header has, and the data file has to do for either.
     let old_len = old_len.filter(|_| prepared.is_err());
-    let grown = prepared.and_then(|()| write_size(driver, writer, size));
+    let grown = prepared.and_then(|()| change_size(driver, writer, (old_size, size)));
     if grown.is_err() {
         // What is mapped behind it by now is found again by the next who makes the disk longer.
         move_disk_end(driver, writer, old_size);
@@ -93,10 +100,19 @@ fn grow(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<()> {
 
 /// Cuts off what the data file was made longer by, once nobody counts on it any more; else it stays.
 fn take_back(driver: &Qcow2Driver, writer: &Writer, data: &Arc<dyn Storage>, len: u64) {
-    match check_writable(driver).and_then(|()| wait_for_plans(driver, writer)) {
-        Ok(()) => data_file::take_back(data, len),
-        Err(error) => tracing::warn!(%error, "a data file stays longer than its disk"),
-    }
+    let free = check_writable(driver).and_then(|()| wait_for_plans(driver, writer));
+    data_file::note_taken_back(free.and_then(|()| cut_data(writer, data, len)));
+}
+
+/// Takes from the data file what it has behind `size`, durably.
+fn cut_data(writer: &Writer, data: &Arc<dyn Storage>, size: u64) -> Result<()> {
+    data_file::cut(data, size)?;
+    sync_data(writer, data)
+}
+
+/// A sync that fails is final, as in a commit.
+fn sync_data(writer: &Writer, data: &Arc<dyn Storage>) -> Result<()> {
+    data_file::sync(data).inspect_err(|_| writer.fail(SYNC_FAILED))
 }
 
 /// From here on the last cluster of the disk is another one. Who decided before that his piece of the old one was
@@ -244,7 +260,7 @@ fn check_unknown(driver: &Qcow2Driver, table: &[u8], known: usize) -> Result<()>
 }
 
 fn shrink(driver: &Qcow2Driver, writer: &Arc<Writer>, old_size: u64, size: u64) -> Result<()> {
-    write_size(driver, writer, size)?;
+    change_size(driver, writer, (old_size, size))?;
     move_disk_end(driver, writer, size);
     driver.set_size(size);
     if let Err(error) = drop_behind(driver, writer, old_size, size) {
@@ -278,9 +294,25 @@ fn drop_behind(driver: &Qcow2Driver, writer: &Arc<Writer>, old_size: u64, size: 
     if driver.geometry().is_external() {
         // Who decided before that all of the last cluster has a place may still be writing there.
         wait_for_plans(driver, writer)?;
-        data_file::cut(driver.data_storage(), size)?;
+        cut_data(writer, driver.data_storage(), size)?;
     }
     Ok(())
+}
+
+/// Makes the new size durable. One that has failed may be in the header all the same: it has the old one again then,
+/// durably, or nothing is written any more. Else whoever opens the image next could find a shorter disk, and what was
+/// answered for since would be gone with its end.
+fn change_size(driver: &Qcow2Driver, writer: &Writer, (from, to): (u64, u64)) -> Result<()> {
+    check_writable(driver)?;
+    let changed = write_size(driver, writer, to);
+    if changed.is_err()
+        && check_writable(driver).is_ok()
+        && let Err(error) = write_size(driver, writer, from)
+    {
+        tracing::error!(%error, "the old size could not be written back");
+        writer.fail("nobody knows which size the header has");
+    }
+    changed
 }
 
 /// Makes the size durable that the next one to open the image finds.
@@ -301,7 +333,7 @@ fn write(driver: &Qcow2Driver, at: HostOffset, bytes: &[u8]) -> Result<()> {
 fn sync(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     let image = driver.image();
     image.sync().map_err(|e| {
-        writer.fail("a sync has failed, so nobody knows what is durable");
+        writer.fail(SYNC_FAILED);
         storage_error(image, "cannot make the image durable", HostOffset(0), e)
     })
 }

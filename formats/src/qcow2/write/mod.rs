@@ -324,7 +324,7 @@ fn begin_changes(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
         return Err(closed());
     }
     if writer.short_data_file.load(Ordering::Acquire) {
-        data_file::lengthen(driver)?;
+        data_file::lengthen(driver, writer)?;
         writer.short_data_file.store(false, Ordering::Release);
     }
     if writer.begun.load(Ordering::Acquire) {
