@@ -10,8 +10,9 @@ use super::super::bitmaps::{Bitmaps, Directory, Stored, StoredBitmap, Tables};
 use super::super::check::ledger::{Ledger, sync, write};
 use super::super::header::{Autoclear, Header};
 use super::super::write::AUTOCLEAR_AT;
-use super::super::write::bitmaps::DIRECTORY_OFFSET_AT;
+use super::super::write::bitmaps::{DIRECTORY_OFFSET_AT, check_clusters};
 use super::super::write::metadata_map::Kind;
+use super::super::write::options::WriteOptions;
 use super::SIZE_AT;
 use crate::address::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
@@ -50,12 +51,16 @@ pub fn plan(image: &Arc<dyn Storage>, header: &Header, size: u64) -> Result<Opti
         return Err(Error::new(ErrorKind::Unsupported, text));
     }
     let (mut tables, mut old, mut len) = (Vec::new(), vec![(directory.at, directory.len)], 0);
+    let mut grown = directory.clone();
     for (number, (entry, stored)) in directory.entries.iter().zip(&stored).enumerate() {
         bitmaps.check_usable(image, header, entry)?;
         let mut resized = entry.clone();
         let bits = size.div_ceil(stored.granularity());
         let words = bits.div_ceil(8).div_ceil(header.geometry.cluster_len());
         resized.table_entries = u32::try_from(words).unwrap_or(u32::MAX);
+        if let Some(entry) = grown.entries.get_mut(number) {
+            entry.table_entries = resized.table_entries;
+        }
         len += resized.table_len();
         let too_long = || (len > TABLES_LEN_MAX).then(|| "all tables together are too long".to_owned());
         if let Some(why) = resized.check(header.geometry).err().or_else(too_long) {
@@ -71,6 +76,10 @@ pub fn plan(image: &Arc<dyn Storage>, header: &Header, size: u64) -> Result<Opti
             old.extend(table.replaced(stored).map(|at| (at, header.geometry.cluster_len())));
             tables.push(table);
         }
+    }
+    if size > header.virtual_size {
+        let max = WriteOptions::default().bitmap_clusters_max;
+        check_clusters(image, header.geometry, (&grown, &stored), max)?;
     }
     Ok((!tables.is_empty()).then_some(Change { directory, tables, old }))
 }

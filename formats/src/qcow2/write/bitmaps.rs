@@ -20,7 +20,7 @@ use crate::address::{GuestRange, HostOffset};
 use crate::driver::StatusVisitor;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{check_writable, storage_error};
-use crate::storage::Durability;
+use crate::storage::{Durability, Storage};
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex};
 
@@ -31,7 +31,7 @@ pub const DIRECTORY_OFFSET_AT: u64 = 16;
 pub struct Recorder {
     live: Vec<LiveBitmap>,
     tables: Tables,
-    /// Some may be marked as in use because of us.
+    /// Some may be marked as in use because of us, until all are stored.
     marked: AtomicBool,
     /// Bytes of new bits in memory.
     held_len: Arc<AtomicU64>,
@@ -159,9 +159,12 @@ impl Recorder {
     /// one sector, so it is there or not.
     pub fn mark_in_use(&self, driver: &Qcow2Driver) -> Result<()> {
         self.marked.store(!self.live.is_empty(), Ordering::Release);
-        for bitmap in &self.live {
-            let Some((at, flags)) = self.tables.directory.flags_of(bitmap.entry) else { continue };
-            write(driver, at, &(flags | Flags::IN_USE).bits().to_be_bytes())?;
+        // Both are in the directory's order.
+        let mut live = self.live.iter().map(|bitmap| bitmap.entry).peekable();
+        for (index, at, flags) in self.tables.directory.all_flags() {
+            if live.next_if_eq(&index).is_some() {
+                write(driver, at, &(flags | Flags::IN_USE).bits().to_be_bytes())?;
+            }
         }
         Ok(())
     }
@@ -193,18 +196,19 @@ pub fn visit(
 /// what would not be kept as the specification wants it, and bitmaps that could come to take more than `clusters_max`.
 pub fn load_tables(driver: &Qcow2Driver, header: &Header, clusters_max: u64) -> Result<Tables> {
     let tables = driver.bitmaps().load_tables(driver.image(), header)?;
-    check_clusters(driver, (&tables.directory, &tables.stored), clusters_max)?;
+    check_clusters(driver.image(), header.geometry, (&tables.directory, &tables.stored), clusters_max)?;
     Ok(tables)
 }
 
 /// Fails if these bitmaps could come to take more than `max` clusters. For one that records changes all of its bits
 /// count, and not those that it has: an image that is written must not grow into one that is refused the next time.
 pub fn check_clusters(
-    driver: &Qcow2Driver,
+    image: &Arc<dyn Storage>,
+    geometry: Geometry,
     (directory, stored): (&Directory, &[Arc<StoredBitmap>]),
     max: u64,
 ) -> Result<()> {
-    let clusters_of = |len: u64| driver.geometry().host_span(HostOffset(0), len).1;
+    let clusters_of = |len: u64| geometry.host_span(HostOffset(0), len).1;
     let bits_of = |index: usize, entry: &Entry| match stored.get(index) {
         Some(stored) if !entry.records() => stored.clusters().filter(Stored::has_place).count() as u64,
         Some(_) | None => u64::from(entry.table_entries),
@@ -219,7 +223,7 @@ pub fn check_clusters(
         "the image's dirty bitmaps could come to take {clusters} clusters, and only {max} are kept track of while it \
          is written; remove or disable some (nbd-img bitmap remove, disable), or use --read-only"
     );
-    Err(Error::new(ErrorKind::Unsupported, text).with_path(&driver.image().facts().path))
+    Err(Error::new(ErrorKind::Unsupported, text).with_path(&image.facts().path))
 }
 
 /// Where the directory, the tables and the bits lie.
@@ -245,8 +249,11 @@ pub fn store(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     let recorder = &writer.bitmaps;
     // Who gets it after this finds the image closed.
     let _storing = recorder.storing.lock();
-    // Two may close it at the same time: the second finds nothing to do.
-    if !recorder.marked.swap(false, Ordering::AcqRel) {
+    // Two may close it at the same time: the second finds what the first has come to.
+    if recorder.lost.load(Ordering::SeqCst) {
+        return Err(not_stored(lost()));
+    }
+    if !recorder.marked.load(Ordering::Acquire) {
         return Ok(());
     }
     check_writable(driver)?;
@@ -257,7 +264,13 @@ pub fn store(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
         Ok(directory_at)
     });
     match stored {
-        Ok(directory_at) => storing.switch(directory_at).map_err(not_stored),
+        Ok(directory_at) => {
+            // If this fails, nobody knows what the header leads to: nothing is given back, or tried again.
+            let switched = storing.switch(directory_at);
+            recorder.lost.store(switched.is_err(), Ordering::SeqCst);
+            recorder.marked.store(switched.is_err(), Ordering::Release);
+            switched.map_err(not_stored)
+        }
         Err(error) => {
             recorder.lose(writer);
             storing.give_back();
@@ -266,12 +279,15 @@ pub fn store(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     }
 }
 
-/// Leaves the bits unstored, for a close whose last commit has failed: what was allocated for them is let go.
+/// Leaves the bits unstored, for a close whose last commit has failed: what was allocated for them is let go. Unless
+/// another close has stored them.
 pub fn give_up(writer: &Writer) {
     let recorder = &writer.bitmaps;
     // As `store` does.
     let _storing = recorder.storing.lock();
-    recorder.lose(writer);
+    if recorder.marked.load(Ordering::Acquire) && !recorder.lost.load(Ordering::SeqCst) {
+        recorder.lose(writer);
+    }
 }
 
 /// Clusters that bits, tables and a directory are written to.
