@@ -458,9 +458,6 @@ fn what_is_not_resized_offline_is_not_resized_live() {
         let error = driver.resize(size).unwrap_err();
         assert_eq!((error.kind(), driver.size()), (kind, before), "{error}");
     };
-    let scene = Scene::mixed("bitmaps", "refcount_bits=64", None, true).with_bitmaps();
-    let driver = scene.open(scene.storage(&scene.image)).unwrap();
-    refused(&*driver, 1 << 20, ErrorKind::Unsupported);
     let on_device = |scene: &Scene| scene.data_device_len.is_some();
     for scene in Scene::with_data_file().into_iter().filter(on_device) {
         let storages = scene.storages(&scene.files());

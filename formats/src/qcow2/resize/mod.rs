@@ -5,7 +5,7 @@
 //! nothing leads to any more, and cuts off the data file last. A crash in between leaves an image of either size, and
 //! leaks at worst, or a data file that is longer than the disk. Shrinking to the size that the disk has finishes that.
 
-mod bitmaps;
+pub(super) mod bitmaps;
 pub(super) mod data_file;
 
 use super::check::ledger::{Ledger, clear_unknown, sync, write};

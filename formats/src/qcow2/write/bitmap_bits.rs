@@ -173,8 +173,13 @@ fn write_elsewhere(
         return Ok(Stored::Ones);
     }
     now.resize(usize::try_from(cluster_len).unwrap_or(0), 0);
+    write_cluster(driver, writer, &now)
+}
+
+/// Writes a cluster of bits to a new place, which nothing leads to yet.
+pub fn write_cluster(driver: &Qcow2Driver, writer: &Writer, bits: &[u8]) -> Result<Stored> {
     let at = allocate(driver, writer)?.start();
-    match write(driver, at, &now) {
+    match write(driver, at, bits) {
         Ok(()) => Ok(Stored::At(at)),
         Err(error) => {
             free(writer, Stored::At(at));
@@ -193,7 +198,8 @@ fn allocate(driver: &Qcow2Driver, writer: &Writer) -> Result<HostCluster> {
     }
 }
 
-fn free(writer: &Writer, stored: Stored) {
+/// Lets go of a place that nothing leads to.
+pub fn free(writer: &Writer, stored: Stored) {
     match stored {
         Stored::At(at) => writer.lock().free(writer.geometry.host_index(at), 1, Content::Metadata),
         Stored::Zeroes | Stored::Ones => {}

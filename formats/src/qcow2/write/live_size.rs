@@ -8,13 +8,13 @@
 //! change to the same size.
 
 use super::super::driver::Qcow2Driver;
-use super::super::header::Header;
 use super::super::resize::{L1_POINTER_AT, SIZE_AT, data_file, refuse, refuse_growth};
 use super::super::types::{DataFile, HostCluster};
+use super::bitmap_size::Prepared;
 use super::data_file as places;
 use super::meta::Content;
 use super::metadata_map::Kind;
-use super::{Writer, begin_changes, check_changing, commit, satisfy, zero};
+use super::{Writer, begin_changes, bitmap_size, check_changing, commit, satisfy, zero};
 use crate::address::{GuestRange, HostOffset};
 use crate::driver::{BlockDriver, ZeroRequest};
 use crate::error::{Error, ErrorKind, Result};
@@ -32,13 +32,15 @@ const SYNC_FAILED: &str = "a sync has failed, so nobody knows what is durable";
 
 /// See [`BlockDriver::resize`].
 pub fn change(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<()> {
-    if size == driver.size() && !driver.geometry().is_external() {
+    let _resizing = writer.resizing.lock();
+    let old_size = driver.size();
+    if size == old_size && !driver.geometry().is_external() {
         return Ok(());
     }
     let (header, snapshots) = driver.opened_as();
     refuse(header, snapshots, size)?;
-    refuse_bitmaps(header)?;
-    if size > driver.size() {
+    bitmap_size::check(driver, writer, header, (old_size, size))?;
+    if size > old_size {
         let foreign = writer.options.foreign_backing || driver.backing().is_none();
         refuse_growth(header, foreign)?;
     }
@@ -46,8 +48,11 @@ pub fn change(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<(
         data_file::check_room(driver.data_storage(), size)?;
     }
     begin_changes(driver, writer)?;
-    let _resizing = writer.resizing.lock();
-    let old_size = driver.size();
+    // A close waits for who has come this far.
+    check_changing(driver, writer, &writer.lock())?;
+    if size != old_size {
+        bitmap_size::mark(driver, writer)?;
+    }
     if size > old_size {
         grow(driver, writer, size)
     } else if size < old_size {
@@ -56,16 +61,6 @@ pub fn change(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<(
         // Whoever made the disk smaller may have left the data file as it was.
         drop_behind(driver, writer, size, size)
     }
-}
-
-/// Fails if the image has dirty bitmaps: what is recorded of them while it is used is that of a disk of one size.
-fn refuse_bitmaps(header: &Header) -> Result<()> {
-    if header.extensions.bitmaps.is_some_and(|bitmaps| bitmaps.count > 0) {
-        let text = "an image with persistent dirty bitmaps is not resized while it is served (nbd-img resize IMAGE \
-                    does it when nobody uses it)";
-        return Err(Error::new(ErrorKind::Unsupported, text));
-    }
-    Ok(())
 }
 
 fn grow(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<()> {
@@ -81,11 +76,12 @@ fn grow(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<()> {
     let prepared = data.map_or(Ok(()), lengthen).and_then(|()| {
         move_disk_end(driver, writer, size);
         wait_for_plans(driver, writer)?;
-        zero_behind(driver, writer, old_size, size)
+        zero_behind(driver, writer, old_size, size)?;
+        bitmap_size::prepare(driver, writer, size)
     });
     // Once the size is on its way nobody knows which one the header has, and the data file has to do for either.
     let old_len = old_len.filter(|_| prepared.is_err());
-    let grown = prepared.and_then(|()| change_size(driver, writer, (old_size, size)));
+    let grown = prepared.and_then(|bitmaps| change_size(driver, writer, (old_size, size), bitmaps));
     if grown.is_err() {
         // What is mapped behind it by now is found again by the next who makes the disk longer.
         move_disk_end(driver, writer, old_size);
@@ -260,7 +256,8 @@ fn check_unknown(driver: &Qcow2Driver, table: &[u8], known: usize) -> Result<()>
 }
 
 fn shrink(driver: &Qcow2Driver, writer: &Arc<Writer>, old_size: u64, size: u64) -> Result<()> {
-    change_size(driver, writer, (old_size, size))?;
+    let bitmaps = bitmap_size::prepare(driver, writer, size)?;
+    change_size(driver, writer, (old_size, size), bitmaps)?;
     move_disk_end(driver, writer, size);
     driver.set_size(size);
     if let Err(error) = drop_behind(driver, writer, old_size, size) {
@@ -302,9 +299,18 @@ fn drop_behind(driver: &Qcow2Driver, writer: &Arc<Writer>, old_size: u64, size: 
 /// Makes the new size durable. One that has failed may be in the header all the same: it has the old one again then,
 /// durably, or nothing is written any more. Else whoever opens the image next could find a shorter disk, and what was
 /// answered for since would be gone with its end.
-fn change_size(driver: &Qcow2Driver, writer: &Writer, (from, to): (u64, u64)) -> Result<()> {
-    check_writable(driver)?;
-    let changed = write_size(driver, writer, to);
+/// With it the dirty bitmaps become those of such a disk.
+fn change_size(
+    driver: &Qcow2Driver,
+    writer: &Writer,
+    (from, to): (u64, u64),
+    bitmaps: Prepared<'_>,
+) -> Result<()> {
+    let changed = check_writable(driver).and_then(|()| write_size(driver, writer, to));
+    match changed {
+        Ok(()) => bitmaps.apply(),
+        Err(_) => bitmaps.give_back(),
+    }
     if changed.is_err()
         && check_writable(driver).is_ok()
         && let Err(error) = write_size(driver, writer, from)
