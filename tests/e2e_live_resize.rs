@@ -9,70 +9,22 @@ use std::fs::{self, OpenOptions};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use rustix::process::Signal;
-use support::client::{Client, Request, Wishes};
-use support::server::{Export, Serve, Server};
+use support::client::Request;
+use support::served::Served;
+use support::server::{Export, Serve};
 use support::tools::{output, qemu_img, qemu_io, run, tool};
 use support::wire::command;
 use support::wire::errno::{EINVAL, ENOSPC};
-use support::{assert_same, qcow2, scratch, wait_until};
+use support::{assert_same, qcow2, scratch};
 
 const MIB: u64 = 1 << 20;
-
-/// A server that can be told something.
-struct Served {
-    server: Server,
-    control: PathBuf,
-}
-
-impl Served {
-    fn start(serve: Serve, folder: &Path) -> Served {
-        let control = folder.join("control");
-        Served { server: serve.args(&["--control", control.to_str().unwrap()]).start(), control }
-    }
-
-    fn resize(&self, args: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_nbd-img"));
-        output(command.args(["resize", "--control"]).arg(&self.control).args(args))
-    }
-
-    /// When the server has seen that others are gone.
-    #[track_caller]
-    fn resized_in_time(&self, args: &[&str]) {
-        wait_until("a resize", || self.resize(args).status.success());
-    }
-
-    #[track_caller]
-    fn resized(&self, args: &[&str]) -> String {
-        let output = self.resize(args);
-        assert!(output.status.success(), "resize {args:?}: {output:?}\n{}", self.server.stderr());
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    #[track_caller]
-    fn refused(&self, args: &[&str], hint: &str) {
-        let output = self.resize(args);
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(1), "resize {args:?}: {output:?}");
-        assert!(said.contains(hint), "resize {args:?}: {said}");
-    }
-
-    fn connect(&self) -> Client {
-        Client::unix(self.server.socket(), "", Wishes::STRUCTURED)
-    }
-
-    /// What a client is told that comes now.
-    fn size(&self) -> u64 {
-        let said = run(tool("nbdinfo").args(["--size", &self.server.uri("")]));
-        String::from_utf8(said).unwrap().trim().parse().unwrap()
-    }
-}
 
 fn size_of(folder: &Path, image: &str) -> u64 {
     let info = qemu_img(folder, &format!("info --output=json {image}"));
@@ -306,11 +258,17 @@ fn what_cannot_be_resized_says_why() {
     make(dir, "qcow2", "");
     qemu_img(dir, "create -q -f qcow2 marked 10M");
     qemu_img(dir, "bitmap --add marked dirty");
+    // Whoever is killed leaves it in use.
+    let mut killed = Serve::image(dir.join("marked")).start();
+    qemu_io(dir, "raw", &killed.uri(""), &["write -P 1 0 512"]);
+    killed.signal(Signal::KILL);
+    killed.wait(Duration::from_secs(30));
+    qcow2::wait_until_let_go(dir, "marked");
     fs::write(dir.join("raw"), vec![1; 1 << 20]).unwrap();
     for (image, args, hint) in [
         ("disk", &["--read-only"][..], "read-only"),
         ("disk", &["--temporary=per-client"], "per-client"),
-        ("marked", &[], "dirty bitmaps"),
+        ("marked", &[], "the bitmap 'dirty' does not tell what is dirty"),
         ("raw", &["--format", "mmap-raw"], "serve it as raw"),
     ] {
         let served = Served::start(Serve::image(dir.join(image)).args(args), dir);

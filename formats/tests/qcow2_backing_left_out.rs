@@ -133,9 +133,14 @@ fn it_does_not_become_longer_over_what_is_not_there() {
         rig.resize_with_qemu(MIB);
         let longer = 2 * MIB;
         for backing in [Backing::None, Backing::Path(rig.folder.file("empty.raw"))] {
+            // A feature that nobody here knows, whose bit the first change clears.
+            let mut bytes = std::fs::read(&rig.image).unwrap();
+            bytes[88] |= 0x40;
+            std::fs::write(&rig.image, &bytes).unwrap();
             let driver = rig.open(backing.clone(), false);
             let refused = driver.resize(longer).unwrap_err();
             assert_eq!(refused.kind(), ErrorKind::InvalidInput);
+            assert!(std::fs::read(&rig.image).unwrap() == bytes, "it was changed");
             assert!(refused.to_string().contains("without --backing"), "{refused}");
             assert_eq!(driver.size(), MIB);
             driver.resize(MIB / 2).unwrap();

@@ -328,7 +328,8 @@ fn is_dirty(driver: &dyn BlockDriver, granule: u64) -> bool {
     dirty
 }
 
-/// A merge holds no more than the budget either, and leaves what it merges into as it was until it is done.
+/// A merge holds no more than the budget either: it writes as it goes. It leaves what it merges into as it was until it
+/// is done, and as it was for good where it fails.
 #[test]
 fn a_merge_is_stored_as_it_goes() {
     let storage = image("", TIB, &["on", "also"]);
@@ -348,9 +349,32 @@ fn a_merge_is_stored_as_it_goes() {
     };
     let also = mark_some(["on", "also"], &mut random);
     let on = mark_some(["also", "on"], &mut random);
-    let driver = open(storage.clone(), 0);
-    driver.change_bitmap("on", BitmapChange::Merge("also")).unwrap();
-    driver.close().unwrap();
+    let merge = |storage: Arc<MemoryStorage>, budget: u64, fault: Option<Fault>| {
+        let faults = Faults::new();
+        let driver = open(faults.attach(storage), budget);
+        let before = faults.count(CallClass::Write);
+        faults.arm(fault.unwrap_or_else(|| Fault::at(u64::MAX)));
+        let merged = driver.change_bitmap("on", BitmapChange::Merge("also"));
+        let writes = faults.count(CallClass::Write) - before;
+        faults.disarm();
+        driver.close().unwrap();
+        merged.map(|()| writes)
+    };
+    let copy = || MemoryStorage::copy_of(&bytes_of(&*storage)).unwrap();
+    // 32 clusters of bits, all of which move, and some metadata; else every page of them, as there are 16 in a cluster.
+    let at_once = merge(copy(), 64 << 20, None).unwrap();
+    let as_it_goes = merge(copy(), 0, None).unwrap();
+    assert!((32..64).contains(&at_once) && as_it_goes > 400, "{at_once} and {as_it_goes} writes");
+    for call in [0, 20, as_it_goes / 2, as_it_goes - 2] {
+        let fault = Fault { class: Some(CallClass::Write), ..Fault::at(call) };
+        merge(storage.clone(), 0, Some(fault)).unwrap_err();
+        let report = checker::check_storage(&*(storage.clone() as Arc<dyn Storage>)).unwrap();
+        assert!(report.is_clean(), "write {call}: {report}");
+        let driver = open(storage.clone(), 0);
+        assert_same(&told(&*driver, "on"), &on, "after a failure");
+        driver.close().unwrap();
+    }
+    merge(storage.clone(), 0, None).unwrap();
     let driver = open(storage.clone(), 0);
     assert_same(&told(&*driver, "on"), &(&on | &also), "merged into");
     assert_same(&told(&*driver, "also"), &also, "merged");

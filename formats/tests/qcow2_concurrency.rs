@@ -33,6 +33,10 @@ mod shuttle_durability;
 mod shuttle_bitmaps;
 
 #[cfg(shuttle)]
+#[path = "qcow2_support/shuttle_bitmap_sizes.rs"]
+mod shuttle_bitmap_sizes;
+
+#[cfg(shuttle)]
 #[path = "qcow2_support/shuttle_subclusters.rs"]
 mod shuttle_subclusters;
 

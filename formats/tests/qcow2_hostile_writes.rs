@@ -12,7 +12,7 @@ use nbd_img_formats::storage::MemoryStorage;
 use nbd_img_formats::sync::Arc;
 use nbd_img_formats::{BlockDriver, Durability, ErrorKind, GuestRange, HostOffset, State, Storage};
 use support::image::{Bytes, COPIED, Image, OFFSET_MASK};
-use support::maker::Maker;
+use support::maker::{self, Maker};
 use support::scene::open_over;
 use support::wrapped::{NeverClosed, Wrapped};
 
@@ -189,4 +189,34 @@ fn data_does_not_get_into_a_table_that_came_to_lie_there() {
             let _ = driver.close();
         }
     }
+}
+
+/// The tables of all bitmaps may be said to lie in the same place of a short file: what they take together is counted before
+/// any of them is in memory.
+#[test]
+fn tables_of_bitmaps_are_counted_before_they_are_loaded() {
+    let maker = Maker::new("cluster_size=512", 1 << 20);
+    for number in 0..9 {
+        let name = format!("bitmap{number}");
+        maker::run("qemu-img", &["bitmap", "--add", maker::text(&maker.path()), &name]);
+    }
+    let mut bytes = maker.bytes();
+    let entries: Vec<_> = Image::parse(&bytes).unwrap().bitmaps.iter().map(|b| b.entry_at as usize).collect();
+    let table_at = (bytes.len() as u64).next_multiple_of(512);
+    for at in entries {
+        bytes[at..at + 8].copy_from_slice(&table_at.to_be_bytes());
+        // 8 MiB each, of bitmaps that are in use, so that nobody says how many entries they need.
+        bytes[at + 8..at + 12].copy_from_slice(&(1u32 << 20).to_be_bytes());
+        bytes[at + 12..at + 16].copy_from_slice(&3u32.to_be_bytes());
+    }
+    let storage = MemoryStorage::copy_of(&bytes).unwrap();
+    storage.set_len(table_at + (8 << 20)).unwrap();
+    bounded("open", || {
+        let refused = open_over(storage.clone(), None, Some(WriteOptions::default()), 0).err().unwrap();
+        assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
+        assert!(
+            refused.to_string().contains("tables of the image's dirty bitmaps have 75497472 bytes"),
+            "{refused}"
+        );
+    });
 }

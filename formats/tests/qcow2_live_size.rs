@@ -11,15 +11,17 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use nbd_img_formats::qcow2::{Compress, Qcow2Driver, WriteOptions};
-use nbd_img_formats::storage::{Change, Fate, Fault, Faults, Log, MemoryStorage};
+use nbd_img_formats::storage::{CallClass, Change, Fault, Faults, Log, MemoryStorage};
 use nbd_img_formats::sync::Arc;
 use nbd_img_formats::{BlockDriver, Durability, ErrorKind, GuestRange, Provision, State, ZeroRequest};
 use support::checker;
 use support::crash::{self, DATA, IMAGE, Left};
 use support::maker::Maker;
+use support::offline::{crashed, each_call};
 use support::random::Random;
 use support::scene::{self, SIZE, Scene};
 use support::steps::read_all;
+use support::wrapped::{PastTheCache, Wrapped};
 
 /// One state in so many is also given to `qemu-img check`.
 const QEMU_ONE_IN: u64 = 60;
@@ -145,15 +147,7 @@ fn check_content(found: &[u8], done: &Done) -> Result<(), String> {
 
 fn check_state(scene: &Scene, log: &Log, done: &Done, cut: usize, random: &mut Random) -> Result<(), String> {
     // One file may lose all and the other one nothing.
-    let left = Left::of(scene, |file| {
-        let style = random.below(4);
-        log.after_crash(file, cut, |_, _| match (style, random.below(4)) {
-            (0, _) | (3, 0) => Fate::Kept,
-            (1, _) | (3, 1) => Fate::Lost,
-            (_, 2) => Fate::Prefix(random.below(64)),
-            (_, _) => Fate::Scattered(random.next()),
-        })
-    });
+    let left = crashed(scene, log, cut, false, random);
     let report = checker::check(&left.image)?;
     if !report.is_sound() {
         return Err(format!("the image is corrupt:\n{report}"));
@@ -204,16 +198,11 @@ fn a_call_that_fails_leaves_one_size_or_the_other() {
     let (mut failed, mut taken_back) = (0, 0);
     for scene in &scenes() {
         for to in [3 << 20, SIZE + 5 * 512, 40 * 512] {
-            for sticky in [false, true] {
-                for call in 0.. {
-                    let (fired, is_taken_back) = fail_at(scene, to, call, sticky);
-                    if !fired {
-                        break;
-                    }
-                    failed += 1;
-                    taken_back += u64::from(is_taken_back);
-                }
-            }
+            failed += each_call(|fault| {
+                let (fired, is_taken_back) = fail_at(scene, to, fault);
+                taken_back += u64::from(is_taken_back);
+                fired
+            });
         }
     }
     assert!(failed > 300, "only {failed} calls failed");
@@ -221,18 +210,18 @@ fn a_call_that_fails_leaves_one_size_or_the_other() {
 }
 
 /// Returns whether the call came to be, and whether the data file was cut after it had become longer.
-fn fail_at(scene: &Scene, to: u64, call: u64, sticky: bool) -> (bool, bool) {
+fn fail_at(scene: &Scene, to: u64, fault: Fault) -> (bool, bool) {
     let (log, faults) = (Log::new(), Faults::new());
     let driver = crash::open_recorded(scene, &log, &|_, storage| faults.attach(storage));
     driver.pwrite(512, &[7; 512], Durability::Fua).unwrap();
     let before = read_all(&*driver).unwrap();
     let mut after = before.clone();
     after.resize(to as usize, 0);
-    faults.arm(Fault { sticky, ..Fault::at(call) });
+    faults.arm(fault);
     let outcome = driver.resize(to);
     let fired = faults.fired() > 0;
     faults.disarm();
-    let name = format!("scene '{}', to {to}, call {call} (sticky: {sticky}), {outcome:?}", scene.name);
+    let name = format!("scene '{}', to {to}, {fault:?}, {outcome:?}", scene.name);
     let told = driver.size();
     assert!(told == if outcome.is_ok() { to } else { SIZE }, "{name}: the guest is told {told}");
     assert!(fired || outcome.is_ok(), "{name}: nothing failed");
@@ -259,6 +248,79 @@ fn fail_at(scene: &Scene, to: u64, call: u64, sticky: bool) -> (bool, bool) {
     let found = left.read(scene, true).unwrap();
     assert!(found == before || found == after, "{name}: {}", first_difference(&found, expected));
     (fired, taken_back)
+}
+
+/// Past the page cache a storage does not fail for good when a sync has failed: the image does, whichever of its files it
+/// was, and also where the disk has become smaller by then.
+#[test]
+fn a_sync_that_fails_is_final_past_the_page_cache() {
+    let mut failed = [0, 0];
+    for scene in &scenes() {
+        for to in [3 << 20, 40 * 512] {
+            for call in 0.. {
+                let (log, faults) = (Log::new(), Faults::new());
+                let between = |_, storage| faults.attach(Wrapped::new(storage, PastTheCache)) as Arc<_>;
+                let driver = crash::open_recorded(scene, &log, &between);
+                driver.pwrite(512, &[7; 512], Durability::Fua).unwrap();
+                faults.arm(Fault { class: Some(CallClass::Sync), ..Fault::at(call) });
+                let outcome = driver.resize(to);
+                if faults.fired() == 0 {
+                    outcome.unwrap();
+                    break;
+                }
+                let name = format!("scene '{}', to {to}, sync {call}, {outcome:?}", scene.name);
+                assert_eq!(driver.state(), State::Failed, "{name}");
+                assert!(driver.pwrite(0, &[8; 512], Durability::Later).is_err(), "{name}");
+                failed[usize::from(scene.data.is_some())] += 1;
+            }
+        }
+    }
+    assert!(failed.iter().all(|failed| *failed > 20), "{failed:?} syncs failed");
+}
+
+/// A write of the size that fails may be there all the same: as long as the image is written on, the header has the size
+/// that the guest was left with, and what it flushes is found again.
+#[test]
+fn a_size_that_may_be_in_the_header_takes_nothing_away() {
+    let (mut gone_on, mut failed) = (0, 0);
+    for scene in &scenes() {
+        for to in [40 * 512, 3 << 20] {
+            for fault in
+                (0..).flat_map(|call| [false, true].map(|sticky| Fault { sticky, ..Fault::at(call) }))
+            {
+                let (log, faults) = (Log::new(), Faults::new());
+                let driver = crash::open_recorded(scene, &log, &|_, storage| faults.attach(storage));
+                let mut content = read_all(&*driver).unwrap();
+                driver.pwrite(0, &content[..512], Durability::Fua).unwrap();
+                faults.arm(Fault { class: Some(CallClass::Write), written_len: usize::MAX, ..fault });
+                let outcome = driver.resize(to);
+                let fired = faults.fired() > 0;
+                faults.disarm();
+                if !fired {
+                    break;
+                }
+                let name = format!("scene '{}', to {to}, {fault:?}, {outcome:?}", scene.name);
+                let mut other = content.clone();
+                let other_size = if driver.size() == to { SIZE } else { to };
+                content.resize(driver.size() as usize, 0);
+                other.resize(other_size as usize, 0);
+                let is_failed = driver.state() == State::Failed;
+                if !is_failed {
+                    let end = content.len() - 512;
+                    content[end..].fill(9);
+                    driver.pwrite(end as u64, &[9; 512], Durability::Fua).unwrap();
+                }
+                (gone_on, failed) = (gone_on + u64::from(!is_failed), failed + u64::from(is_failed));
+                drop(driver);
+                let left = Left::of(scene, |file| log.replay(file, log.len()));
+                let found = left.read(scene, !is_failed).unwrap();
+                // Of an image that is failed nobody was told anything since.
+                let same = found == content || is_failed && found == other;
+                assert!(same, "{name}: {}", first_difference(&found, &content));
+            }
+        }
+    }
+    assert!(gone_on > 50 && failed > 5, "{gone_on} have gone on, {failed} are failed");
 }
 
 /// Sectors before each end of the disk that are zeroed as long as it is the end.
@@ -396,9 +458,6 @@ fn what_is_not_resized_offline_is_not_resized_live() {
         let error = driver.resize(size).unwrap_err();
         assert_eq!((error.kind(), driver.size()), (kind, before), "{error}");
     };
-    let scene = Scene::mixed("bitmaps", "refcount_bits=64", None, true).with_bitmaps();
-    let driver = scene.open(scene.storage(&scene.image)).unwrap();
-    refused(&*driver, 1 << 20, ErrorKind::Unsupported);
     let on_device = |scene: &Scene| scene.data_device_len.is_some();
     for scene in Scene::with_data_file().into_iter().filter(on_device) {
         let storages = scene.storages(&scene.files());

@@ -7,18 +7,18 @@ mod support;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use nbd_img_formats::storage::{Fate, Fault, Faults, FileId, Log, MemoryStorage, Storage};
+use nbd_img_formats::storage::{Fault, Log, MemoryStorage, Storage};
 use nbd_img_formats::sync::Arc;
 use nbd_img_formats::{BlockDriver, Durability, ErrorKind};
 use support::checker;
-use support::crash::{DATA, IMAGE, content_of};
 use support::image::Image;
 use support::maker::Maker;
-use support::offline::{files_of, kept, repaired, resize_files, resized};
+use support::offline::{
+    Failing, crashed, each_call, files_of, kept, repaired, resize_failing, resize_files, resized,
+};
 use support::random::Random;
 use support::scene::{CLUSTER, Files, SIZE, Scene, open_parts};
 use support::steps::read_all;
-use support::wrapped::{NeverClosed, Wrapped};
 
 /// States looked at after each cut.
 const STATES_PER_CUT: u64 = 4;
@@ -142,13 +142,13 @@ fn a_crash_leaves_one_size_or_the_other() {
                 let old_data_len = files.data.as_ref().map_or(0, |data| data.len() as u64);
                 for cut in 0..=log.len() {
                     for number in 0..STATES_PER_CUT {
-                        let left = crashed(scene, &log, cut, number, &mut random);
+                        let left = crashed(scene, &log, cut, number == 0, &mut random).files();
                         let looked = look_at(scene, &left, [&before, &after], &mut random);
                         looked.unwrap_or_else(|what| panic!("{}, cut {cut}: {what}", said()));
                         states += 1;
                     }
                 }
-                files = crashed(scene, &log, log.len(), 0, &mut random);
+                files = crashed(scene, &log, log.len(), true, &mut random).files();
                 check_files(scene, &files, &[&after]).unwrap_or_else(|what| panic!("{}: {what}", said()));
                 check_length(scene, &files, (before.len() as u64, old_data_len), *to);
                 let report = checker::check(&files.image).unwrap();
@@ -159,21 +159,6 @@ fn a_crash_leaves_one_size_or_the_other() {
         }
     }
     eprintln!("{states} states of {resizes} resizes");
-}
-
-/// What a crash leaves of the files: of one of them all may be there, and of the other nothing.
-fn crashed(scene: &Scene, log: &Log, cut: usize, number: u64, random: &mut Random) -> Files {
-    let mut file = |file: FileId| {
-        let style = if number == 0 { 0 } else { random.below(4) };
-        let left = log.after_crash(file, cut, |_, _| match (style, random.below(4)) {
-            (0, _) | (3, 0) => Fate::Kept,
-            (1, _) | (3, 1) => Fate::Lost,
-            (_, 2) => Fate::Prefix(random.below(64)),
-            (_, _) => Fate::Scattered(random.next()),
-        });
-        content_of(&left)
-    };
-    Files { image: file(IMAGE), data: scene.data.is_some().then(|| file(DATA)) }
 }
 
 fn look_at(scene: &Scene, left: &Files, disks: [&[u8]; 2], random: &mut Random) -> Result<(), String> {
@@ -221,14 +206,7 @@ fn a_call_that_fails_leaves_one_size_or_the_other() {
             if scene.data_device_len.is_some_and(|len| len < to) {
                 continue;
             }
-            for sticky in [false, true] {
-                for call in 0.. {
-                    if !fail_at(scene, to, Fault { sticky, ..Fault::at(call) }) {
-                        break;
-                    }
-                    failed += 1;
-                }
-            }
+            failed += each_call(|fault| fail_at(scene, to, fault));
         }
     }
     assert!(failed > 1000, "only {failed} calls failed");
@@ -236,17 +214,9 @@ fn a_call_that_fails_leaves_one_size_or_the_other() {
 
 /// Returns whether the call came to be.
 fn fail_at(scene: &Scene, to: u64, fault: Fault) -> bool {
-    let storages = scene.storages(&scene.files());
-    let faults = Faults::new();
-    let attach = |storage: Arc<MemoryStorage>| faults.attach(Wrapped::new(storage, NeverClosed));
-    let (image, data) = (attach(storages.image.clone()), storages.data.clone().map(attach));
-    faults.arm(fault);
-    let outcome = resize_files(scene, image, data.map(|data| data as Arc<dyn Storage>), to);
-    let fired = faults.fired() > 0;
+    let Failing { outcome, fired, files } = resize_failing(scene, to, fault);
     let said = || format!("{}, to {to}, {fault:?}, {outcome:?}", scene.name);
-    assert!(fired || outcome.is_ok(), "{}: nothing failed", said());
     let after = resized(&scene.content, to);
-    let files = files_of(&storages.image, storages.data.as_ref());
     let allowed: &[&[u8]] = if outcome.is_ok() { &[&after] } else { &[&scene.content, &after] };
     let finished = check_files(scene, &files, allowed).and_then(|content| finish(scene, &files, &content));
     finished.unwrap_or_else(|what| panic!("{}: {what}", said()));

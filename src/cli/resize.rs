@@ -15,9 +15,10 @@ use crate::server::control::protocol::Request;
 ///
 /// What a larger disk has more reads as zeroes; a raw data file loses what it held there. Internal snapshots keep their
 /// size; a data file becomes at least as long as the disk, and is cut where the disk becomes smaller; a device has to be
-/// long enough. Dirty bitmaps follow where nobody uses the disk. A crash or failure in the middle leaves a disk of either
-/// size, and may cost the dirty bitmaps: begin with a full backup then. It may also leave a data file that is too long,
-/// which --shrink with the size that the disk has cuts.
+/// long enough. Dirty bitmaps follow: what is new is clean, and one that is in use has to be removed first. A crash or
+/// failure in the middle, and a crash of the server before it has stored them, leaves a disk of either size, and may cost
+/// the dirty bitmaps: begin with a full backup then. It may also leave a data file that is too long, which --shrink with
+/// the size that the disk has cuts.
 #[derive(Debug, clap::Args)]
 pub struct ResizeArgs {
     /// The image file; none with --control
@@ -53,7 +54,7 @@ pub struct ResizeArgs {
     #[arg(long, value_name = "PATH|none")]
     pub backing: Option<PathBuf>,
 
-    /// Also take backing files from below this folder (repeatable) [default: the image's own]
+    /// Also take backing and data files from below this folder (repeatable) [default: the image's own]
     #[arg(long, value_name = "FOLDER")]
     pub allow_dir: Vec<PathBuf>,
 

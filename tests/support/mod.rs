@@ -14,6 +14,7 @@ pub mod proc;
 pub mod qcow2;
 pub mod qmp;
 pub mod rng;
+pub mod served;
 pub mod server;
 pub mod tls;
 pub mod tls_rig;

@@ -269,6 +269,30 @@ fn a_status_against_a_close_that_fails() {
     explore_on(spilled(), Recorded::new, |recorded| status_against_close(recorded, true));
 }
 
+/// Two close at the same time, and a write may fail for either: the bitmaps are stored, or somebody is told.
+#[test]
+fn closes_against_each_other() {
+    explore_both(|recorded| {
+        write(&*recorded.stage.driver, 12 * CLUSTER, CLUSTER, 1);
+        let call = shuttle::rand::thread_rng().gen_range(0..16);
+        recorded.stage.faults.arm(Fault { class: Some(CallClass::Write), ..Fault::at(call) });
+        let closers = [0, 1].map(|_| {
+            let driver = Arc::clone(&recorded.stage.driver);
+            thread::spawn(move || driver.close().is_ok())
+        });
+        let told = closers.map(|closer| closer.join().unwrap());
+        recorded.stage.faults.disarm();
+        let file = file_of(&*recorded.stage.storage);
+        let report = checker::check(&file).unwrap();
+        assert!(report.is_sound(), "{report}");
+        let disk = recorded.stage.scene.read(&file).unwrap();
+        recorded.stage.scene.check_bitmaps(&file, &disk).unwrap();
+        let image = Image::parse(&file).unwrap();
+        let stored = image.bitmaps.iter().all(|bitmap| bitmap.flags != 3 || bitmap.name == "stale");
+        assert!(stored || told != [true; 2], "the bitmaps are not stored, and nobody was told");
+    });
+}
+
 /// In `on`, and in `new` if there is that: it is finer, and has no other marks.
 fn is_dirty(driver: &dyn BlockDriver, at: u64) -> bool {
     is_dirty_in(driver, "on", at) && (!driver.offer_bitmap("new").unwrap() || is_dirty_in(driver, "new", at))

@@ -2,6 +2,7 @@
 
 #![allow(dead_code)] // Each test program uses its own part of it.
 
+pub mod bitmaps;
 pub mod checker;
 pub mod crash;
 pub mod gallery;

@@ -31,6 +31,11 @@ pub trait Hooks: Send + Sync + 'static {
     /// Called in the middle of what takes time on a real device.
     fn pauses(&self) {}
 
+    /// Whether the storage is said to be past the page cache.
+    fn is_direct(&self) -> bool {
+        false
+    }
+
     /// Whether a close gets through.
     fn closes(&self) -> bool {
         true
@@ -43,6 +48,15 @@ pub struct NeverClosed;
 impl Hooks for NeverClosed {
     fn closes(&self) -> bool {
         false
+    }
+}
+
+/// Past the page cache, as far as anybody can tell.
+pub struct PastTheCache;
+
+impl Hooks for PastTheCache {
+    fn is_direct(&self) -> bool {
+        true
     }
 }
 
@@ -121,13 +135,16 @@ impl Hooks for Limited {
 /// The storage.
 pub struct Wrapped<H> {
     inner: Arc<dyn Storage>,
+    facts: StorageFacts,
     pub hooks: H,
 }
 
 impl<H: Hooks> Wrapped<H> {
     /// `inner` as far as `hooks` lets it.
     pub fn new(inner: Arc<dyn Storage>, hooks: H) -> Arc<Self> {
-        Arc::new(Wrapped { inner, hooks })
+        let facts = inner.facts().clone();
+        let facts = StorageFacts { direct: facts.direct || hooks.is_direct(), ..facts };
+        Arc::new(Wrapped { inner, facts, hooks })
     }
 
     fn check_room(&self, at: u64, len: u64) -> io::Result<()> {
@@ -137,7 +154,7 @@ impl<H: Hooks> Wrapped<H> {
 
 impl<H: Hooks> Storage for Wrapped<H> {
     fn facts(&self) -> &StorageFacts {
-        self.inner.facts()
+        &self.facts
     }
 
     fn len(&self) -> io::Result<u64> {

@@ -87,11 +87,14 @@ pub struct Directory {
 }
 
 impl Directory {
-    /// Where the flags of entry number `index` stand, and what they are.
-    pub fn flags_of(&self, index: usize) -> Option<(HostOffset, Flags)> {
-        let before: u64 = self.entries.iter().take(index).map(|entry| entry.bytes().len() as u64).sum();
-        let entry = self.entries.get(index)?;
-        Some((HostOffset(self.at.0 + before + FLAGS_AT), entry.flags))
+    /// The number of each entry, where its flags stand, and what they are.
+    pub fn all_flags(&self) -> impl Iterator<Item = (usize, HostOffset, Flags)> {
+        let mut next = self.at.0;
+        self.entries.iter().enumerate().map(move |(index, entry)| {
+            let at = HostOffset(next + FLAGS_AT);
+            next += entry.len();
+            (index, at, entry.flags)
+        })
     }
 
     /// Whether it can be written. The error says why not.
@@ -240,6 +243,11 @@ impl Entry {
     /// Bytes of its table.
     pub fn table_len(&self) -> u64 {
         u64::from(self.table_entries) * 8
+    }
+
+    /// Bytes of the entry in the file, with its padding.
+    fn len(&self) -> u64 {
+        ((ENTRY_LEN + self.extra.len() + self.name.len()).next_multiple_of(ENTRY_UNIT)) as u64
     }
 
     /// The entry as it stands in the file, with its padding.

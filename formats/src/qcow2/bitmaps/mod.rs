@@ -32,6 +32,10 @@ use page::Runs;
 pub use page::visit;
 pub use table::{Stored, StoredBitmap};
 
+/// Most bytes of tables over all bitmaps of an image that is written. Our choice: all that bitmaps may have that are
+/// removed one by one (2^23 clusters of bits), and what a machine can spare for an image.
+const TABLES_LEN_MAX: u64 = 64 << 20;
+
 /// The directory of an image's bitmaps, and the tables that it leads to, in the same order.
 pub struct Tables {
     /// The directory.
@@ -97,6 +101,15 @@ impl Bitmaps {
     /// kept as its flags want it.
     pub fn load_tables(&self, storage: &Arc<dyn Storage>, header: &Header) -> Result<Tables> {
         self.check_directory(storage, "use --read-only, or repair it (qemu-img check)")?;
+        // Before memory is taken for any: several may lie in the same place of a short file.
+        let tables_len: u64 = self.directory.entries.iter().map(Entry::table_len).sum();
+        if tables_len > TABLES_LEN_MAX {
+            let text = format!(
+                "the tables of the image's dirty bitmaps have {tables_len} bytes together, and {TABLES_LEN_MAX} are \
+                 the most for it to be written; use --read-only, or remove some (qemu-img bitmap --remove)"
+            );
+            return Err(Error::new(ErrorKind::Unsupported, text).with_path(&storage.facts().path));
+        }
         let load = |entry: &Entry| {
             check_shape(storage, header, entry)?;
             if entry.records() {

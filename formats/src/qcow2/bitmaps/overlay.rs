@@ -58,6 +58,19 @@ impl NewBits {
         }
     }
 
+    /// Clears those from bit `count` on, of a page of `page_bits`; `None` if no other is set.
+    fn cut(self, count: u64, page_bits: u64) -> Option<NewBits> {
+        let mut words = match self {
+            NewBits::All => vec![u64::MAX; usize::try_from(page_bits / WORD_BITS).unwrap_or(0)].into(),
+            NewBits::Some(words) => words,
+        };
+        for (number, word) in (0..).zip(words.iter_mut()) {
+            let kept = count.saturating_sub(number * WORD_BITS).min(WORD_BITS);
+            *word &= if kept == 0 { 0 } else { u64::MAX >> (WORD_BITS - kept) };
+        }
+        words.iter().any(|word| *word != 0).then_some(NewBits::Some(words))
+    }
+
     /// What is left when the file has `stored` of it; `None` if nothing is.
     fn without(self, stored: &NewBits) -> Option<NewBits> {
         match (self, stored) {
@@ -141,6 +154,22 @@ impl Overlay {
         self.moved.insert(cluster, to);
     }
 
+    /// Nothing is new from this bit on, and clusters of bits have not moved from cluster number `clusters` on; returns where
+    /// those were that had.
+    pub fn cut(&mut self, bits: u64, clusters: usize) -> Vec<Stored> {
+        for (_, gone) in self.pages.split_off(&bits.div_ceil(self.page_bits)) {
+            self.recount(gone.held_len(), 0);
+        }
+        let (last, kept) = (bits / self.page_bits, bits % self.page_bits);
+        if let Some(page) = self.pages.remove(&last) {
+            let len_before = page.held_len();
+            let rest = page.cut(kept, self.page_bits);
+            self.recount(len_before, rest.as_ref().map_or(0, NewBits::held_len));
+            self.pages.extend(rest.map(|rest| (last, rest)));
+        }
+        self.moved.split_off(&clusters).into_values().collect()
+    }
+
     fn recount(&self, before: u64, now: u64) {
         self.held_len.fetch_add(now, Ordering::SeqCst);
         self.held_len.fetch_sub(before, Ordering::SeqCst);
@@ -201,6 +230,26 @@ mod tests {
         assert_eq!((overlay.next_from(2), overlay.next_from(3), other.next_from(10)), (Some(2), None, None));
         drop(overlay);
         assert_eq!(held.load(Ordering::SeqCst), ENTRY_LEN + 16);
+    }
+
+    #[test]
+    fn what_is_cut_off_is_not_new_any_more() {
+        let (mut overlay, held) = nothing_new();
+        for page in 0..4 {
+            overlay.set(page, 0, 128);
+        }
+        overlay.set(5, 70, 3);
+        overlay.moves(2, Stored::Ones);
+        overlay.moves(3, Stored::Zeroes);
+        assert_eq!(overlay.cut(128 * 5 + 72, 3), [Stored::Zeroes]);
+        assert_eq!((bits(&overlay, 5), overlay.moved(2)), (Some(some([0, 3 << 6])), Some(Stored::Ones)));
+        assert_eq!(overlay.cut(128 * 5 + 70, 3), []);
+        assert_eq!(bits(&overlay, 5), None);
+        overlay.cut(128 * 2 + 65, 1);
+        assert_eq!((bits(&overlay, 1), bits(&overlay, 2)), (Some(NewBits::All), Some(some([u64::MAX, 1]))));
+        assert_eq!((overlay.next_from(3), held.load(Ordering::SeqCst)), (None, 3 * ENTRY_LEN + 16));
+        overlay.cut(128 * 2, 1);
+        assert_eq!((overlay.next_from(2), held.load(Ordering::SeqCst)), (None, 2 * ENTRY_LEN));
     }
 
     #[test]

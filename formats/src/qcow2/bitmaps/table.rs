@@ -164,10 +164,28 @@ impl StoredBitmap {
         self.table.get(cluster).map_or(Stored::Zeroes, |raw| Stored::decode(*raw))
     }
 
-    /// The bytes of bits that page number `page` has.
+    /// How many clusters of bits there are.
+    pub fn clusters_len(&self) -> usize {
+        self.table.len()
+    }
+
+    /// The same of a disk with so many bits, where what is new is clear. What a last cluster that stays has behind its last
+    /// bit is not looked at.
+    pub fn resized(&self, bits: u64) -> Self {
+        let clusters = |bits: u64| {
+            let clusters = bits.div_ceil(8).div_ceil(self.geometry.cluster_len());
+            usize::try_from(clusters).unwrap_or(usize::MAX)
+        };
+        let mut table = self.table.to_vec();
+        table.truncate(clusters(bits));
+        table.resize(clusters(bits), Stored::Zeroes.encode());
+        StoredBitmap { bits, table: table.into(), ..*self }
+    }
+
+    /// The bytes of bits that page number `page` has; none behind the end.
     pub fn bytes_of_page(&self, page: u64) -> Range<u64> {
         let start = page * PAGE_LEN;
-        start..(start + PAGE_LEN).min(self.bits.div_ceil(8))
+        start..(start + PAGE_LEN).min(self.bits.div_ceil(8)).max(start)
     }
 
     /// The clusters that these bytes of bits lie in.

@@ -9,9 +9,11 @@
 use super::super::bitmaps::{Bitmaps, Directory, Stored, StoredBitmap, Tables};
 use super::super::check::ledger::{Ledger, sync, write};
 use super::super::header::{Autoclear, Header};
+use super::super::types::Geometry;
 use super::super::write::AUTOCLEAR_AT;
-use super::super::write::bitmaps::DIRECTORY_OFFSET_AT;
+use super::super::write::bitmaps::{DIRECTORY_OFFSET_AT, check_clusters};
 use super::super::write::metadata_map::Kind;
+use super::super::write::options::WriteOptions;
 use super::SIZE_AT;
 use crate::address::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
@@ -44,28 +46,20 @@ struct NewTable {
 /// one of them cannot be kept, as who does not know what it says.
 pub fn plan(image: &Arc<dyn Storage>, header: &Header, size: u64) -> Result<Option<Change>> {
     let bitmaps = Bitmaps::load(image, header);
-    let Tables { directory, stored } = bitmaps.load_tables(image, header)?;
+    let tables = bitmaps.load_tables(image, header)?;
+    let resized = resized_directory(image, header, (&bitmaps, &tables.directory), size)?;
+    let max = WriteOptions::default().bitmap_clusters_max;
+    if size > header.virtual_size {
+        check_clusters(image, header.geometry, (&resized, &tables.stored), max)?;
+    }
+    let Tables { directory, stored } = tables;
     if !directory.entries.is_empty() && !directory.extension_at.0.is_multiple_of(8) {
         let text = "images with header extensions that are not aligned are not resized yet (qemu-img resize)";
         return Err(Error::new(ErrorKind::Unsupported, text));
     }
-    let (mut tables, mut old, mut len) = (Vec::new(), vec![(directory.at, directory.len)], 0);
+    let (mut tables, mut old) = (Vec::new(), vec![(directory.at, directory.len)]);
     for (number, (entry, stored)) in directory.entries.iter().zip(&stored).enumerate() {
-        bitmaps.check_usable(image, header, entry)?;
-        let mut resized = entry.clone();
-        let bits = size.div_ceil(stored.granularity());
-        let words = bits.div_ceil(8).div_ceil(header.geometry.cluster_len());
-        resized.table_entries = u32::try_from(words).unwrap_or(u32::MAX);
-        len += resized.table_len();
-        let too_long = || (len > TABLES_LEN_MAX).then(|| "all tables together are too long".to_owned());
-        if let Some(why) = resized.check(header.geometry).err().or_else(too_long) {
-            let name = entry.shown_name();
-            let text = format!(
-                "the bitmap '{name}' cannot be that of a disk of {size} bytes: {why} (nbd-img bitmap remove)"
-            );
-            return Err(Error::new(ErrorKind::Unsupported, text));
-        }
-        let table = NewTable::of(image, stored, number, (bits, words))?;
+        let table = NewTable::of(image, stored, number, size)?;
         if table.differs(stored) {
             old.push((HostOffset(entry.table_at), entry.table_len()));
             old.extend(table.replaced(stored).map(|at| (at, header.geometry.cluster_len())));
@@ -75,15 +69,42 @@ pub fn plan(image: &Arc<dyn Storage>, header: &Header, size: u64) -> Result<Opti
     Ok((!tables.is_empty()).then_some(Change { directory, tables, old }))
 }
 
+/// The directory with tables as long as a disk of `size` bytes needs them. Fails, naming it, if one of the bitmaps cannot be
+/// that of such a disk, or cannot be kept, as who does not know what it says.
+pub fn resized_directory(
+    image: &Arc<dyn Storage>,
+    header: &Header,
+    (bitmaps, directory): (&Bitmaps, &Directory),
+    size: u64,
+) -> Result<Directory> {
+    let (mut resized, mut len) = (directory.clone(), 0);
+    for entry in &mut resized.entries {
+        bitmaps.check_usable(image, header, entry)?;
+        let words = clusters_for(size.div_ceil(entry.granularity()), header.geometry);
+        entry.table_entries = u32::try_from(words).unwrap_or(u32::MAX);
+        len += entry.table_len();
+        let too_long = || (len > TABLES_LEN_MAX).then(|| "all tables together are too long".to_owned());
+        if let Some(why) = entry.check(header.geometry).err().or_else(too_long) {
+            let name = entry.shown_name();
+            let text = format!(
+                "the bitmap '{name}' cannot be that of a disk of {size} bytes: {why} (nbd-img bitmap remove)"
+            );
+            return Err(Error::new(ErrorKind::Unsupported, text));
+        }
+    }
+    Ok(resized)
+}
+
+fn clusters_for(bits: u64, geometry: Geometry) -> u64 {
+    bits.div_ceil(8).div_ceil(geometry.cluster_len())
+}
+
 impl NewTable {
-    /// That of a bitmap with so many bits, in so many clusters.
-    fn of(
-        image: &Arc<dyn Storage>,
-        stored: &StoredBitmap,
-        entry: usize,
-        (bits, clusters): (u64, u64),
-    ) -> Result<Self> {
+    /// That of the bitmap for a disk of `size` bytes.
+    fn of(image: &Arc<dyn Storage>, stored: &StoredBitmap, entry: usize, size: u64) -> Result<Self> {
         let cluster_len = stored.geometry().cluster_len();
+        let bits = size.div_ceil(stored.granularity());
+        let clusters = clusters_for(bits, stored.geometry());
         let common = bits.min(stored.bits());
         let whole = index(common / (cluster_len * 8));
         let mut words: Vec<u64> = stored.clusters().take(whole).map(Stored::encode).collect();
@@ -173,7 +194,7 @@ impl Change {
 }
 
 /// The bytes of a cluster of bits. What the file does not have reads as zeroes.
-fn read_cluster(image: &Arc<dyn Storage>, stored: Stored, cluster_len: u64) -> Result<Vec<u8>> {
+pub fn read_cluster(image: &Arc<dyn Storage>, stored: Stored, cluster_len: u64) -> Result<Vec<u8>> {
     let mut bytes = vec![if stored == Stored::Ones { u8::MAX } else { 0 }; index(cluster_len)];
     if let Stored::At(at) = stored {
         let read = image.pread(&mut bytes, at);
@@ -183,7 +204,7 @@ fn read_cluster(image: &Arc<dyn Storage>, stored: Stored, cluster_len: u64) -> R
 }
 
 /// The first so many bits, and zeroes behind them.
-fn first_bits(bytes: &[u8], count: u64) -> Vec<u8> {
+pub fn first_bits(bytes: &[u8], count: u64) -> Vec<u8> {
     let mut kept = bytes.to_vec();
     let whole = index(count / 8);
     kept.get_mut(index(count.div_ceil(8))..).unwrap_or_default().fill(0);

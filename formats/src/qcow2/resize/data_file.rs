@@ -26,7 +26,8 @@ pub fn check_room(data: &Arc<dyn Storage>, size: u64) -> Result<()> {
 }
 
 /// Makes the data file ready for a disk that had `from` bytes and is to have `to`: at least as long, as QEMU leaves it,
-/// and a raw one has zeroes where the disk becomes longer, whatever was there. Durable on return. Bytes behind `to` stay.
+/// and a raw one has zeroes where the disk becomes longer, whatever was there. Bytes behind `to` stay. A [`sync`] has to
+/// follow.
 pub fn lengthen(data: &Arc<dyn Storage>, kind: DataFile, from: u64, to: u64) -> Result<()> {
     let facts = data.facts();
     let len = length(data)?;
@@ -43,24 +44,29 @@ pub fn lengthen(data: &Arc<dyn Storage>, kind: DataFile, from: u64, to: u64) -> 
             data.zero(stale, Provision::Unmap, false).map_err(fail)?;
         }
     }
-    sync(data)
+    Ok(())
 }
 
-/// Takes from the data file what it has behind `size`, where no disk has anything, durably. A device keeps it: who makes
-/// the disk longer again zeroes it.
+/// Takes from the data file what it has behind `size`, where no disk has anything; a [`sync`] has to follow. A device
+/// keeps it: who makes the disk longer again zeroes it.
 pub fn cut(data: &Arc<dyn Storage>, size: u64) -> Result<()> {
     if !data.facts().grows || length(data)? <= size {
         return Ok(());
     }
     let fail = |e| storage_error(data, "cannot cut off the end of the data file", HostOffset(size), e);
-    data.set_len(size).map_err(fail)?;
-    sync(data)
+    data.set_len(size).map_err(fail)
 }
 
-/// After a change that failed before the image knew of it: the data file is not longer than `len` any more. If that
+/// Makes the data file's length and content durable. Whoever uses it goes on from a failure with nothing: past the page
+/// cache the storage does not see to that.
+pub fn sync(data: &Arc<dyn Storage>) -> Result<()> {
+    data.sync().map_err(|e| storage_error(data, "cannot make the data file durable", HostOffset(0), e))
+}
+
+/// After a change that failed before the image knew of it, the data file was to get its old length back. Where that
 /// cannot be, it stays too long, which harms nobody.
-pub fn take_back(data: &Arc<dyn Storage>, len: u64) {
-    if let Err(error) = cut(data, len) {
+pub fn note_taken_back(taken_back: Result<()>) {
+    if let Err(error) = taken_back {
         tracing::warn!(%error, "a data file stays longer than its disk (resize --shrink to the disk's size cuts it)");
     }
 }
@@ -68,8 +74,4 @@ pub fn take_back(data: &Arc<dyn Storage>, len: u64) {
 /// How many bytes the data file or device has.
 pub fn length(data: &Arc<dyn Storage>) -> Result<u64> {
     data.len().map_err(|e| storage_error(data, "cannot tell the data file's length", HostOffset(0), e))
-}
-
-fn sync(data: &Arc<dyn Storage>) -> Result<()> {
-    data.sync().map_err(|e| storage_error(data, "cannot make the data file durable", HostOffset(0), e))
 }

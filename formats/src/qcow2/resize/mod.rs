@@ -5,7 +5,7 @@
 //! nothing leads to any more, and cuts off the data file last. A crash in between leaves an image of either size, and
 //! leaks at worst, or a data file that is longer than the disk. Shrinking to the size that the disk has finishes that.
 
-mod bitmaps;
+pub(super) mod bitmaps;
 pub(super) mod data_file;
 
 use super::check::ledger::{Ledger, clear_unknown, sync, write};
@@ -137,6 +137,12 @@ pub(super) fn refuse_growth(header: &Header, foreign: bool) -> Result<()> {
     Err(Error::new(ErrorKind::InvalidInput, text))
 }
 
+/// Takes from the data file what it has behind `size`, durably.
+fn cut(data: &Arc<dyn Storage>, size: u64) -> Result<()> {
+    data_file::cut(data, size)?;
+    data_file::sync(data)
+}
+
 struct Resizer<'a> {
     parts: &'a ResizeParts,
     image: &'a Arc<dyn Storage>,
@@ -169,8 +175,9 @@ impl Resizer<'_> {
         let Some(data) = &self.parts.data_file else { return self.zero_behind(header, old_size) };
         let old_len = data_file::length(data)?;
         data_file::lengthen(data, header.geometry.data_file(), old_size, self.size)
+            .and_then(|()| data_file::sync(data))
             .and_then(|()| self.zero_behind(header, old_size))
-            .inspect_err(|_| data_file::take_back(data, old_len.max(old_size)))
+            .inspect_err(|_| data_file::note_taken_back(cut(data, old_len.max(old_size))))
     }
 
     /// Puts a longer L1 table behind everything else, if the new size needs one.
@@ -276,7 +283,7 @@ impl Resizer<'_> {
         let header = Header::load(self.image)?;
         self.drop_entries(&header)?;
         check::free_unused(self.image, &header, self.snapshots)?;
-        self.parts.data_file.as_ref().map_or(Ok(()), |data| data_file::cut(data, self.size))
+        self.parts.data_file.as_ref().map_or(Ok(()), |data| cut(data, self.size))
     }
 
     /// Clears the L1 entries behind the new end, and those of the L2 table that it lies in. A table that a

@@ -1,6 +1,6 @@
 //! Storing the new bits of dirty bitmaps: when they are too many to stay in memory, and at the close.
 //!
-//! Nobody reads the bits of an enabled bitmap out of the file once the image has been changed, until it is closed: the
+//! Nobody else reads the bits of an enabled bitmap out of the file once the image has been changed, until it is closed: the
 //! bitmap was durably marked as in use before, and after a crash counts as inconsistent, whatever its clusters
 //! hold. So new bits are simply added to them where they lie. Where there is no cluster, or others count on
 //! it, too, one is allocated: memory remembers it, and the table that leads to it is written at the close. After a
@@ -114,7 +114,8 @@ fn store_cluster(
     Ok(bits.held_len())
 }
 
-/// Whether nothing else counts on the cluster: a snapshot of an image that contradicts itself might.
+/// Whether nothing else counts on the cluster: a snapshot of an image that contradicts itself might. A refcount of 1 is
+/// trusted, as it is where data is written in place.
 fn is_sole(driver: &Qcow2Driver, writer: &Writer, at: HostOffset) -> Result<bool> {
     loop {
         let count = writer.lock().allocator.refcounts.get(writer.geometry.host_index(at));
@@ -172,8 +173,13 @@ fn write_elsewhere(
         return Ok(Stored::Ones);
     }
     now.resize(usize::try_from(cluster_len).unwrap_or(0), 0);
+    write_cluster(driver, writer, &now)
+}
+
+/// Writes a cluster of bits to a new place, which nothing leads to yet.
+pub fn write_cluster(driver: &Qcow2Driver, writer: &Writer, bits: &[u8]) -> Result<Stored> {
     let at = allocate(driver, writer)?.start();
-    match write(driver, at, &now) {
+    match write(driver, at, bits) {
         Ok(()) => Ok(Stored::At(at)),
         Err(error) => {
             free(writer, Stored::At(at));
@@ -192,7 +198,8 @@ fn allocate(driver: &Qcow2Driver, writer: &Writer) -> Result<HostCluster> {
     }
 }
 
-fn free(writer: &Writer, stored: Stored) {
+/// Lets go of a place that nothing leads to.
+pub fn free(writer: &Writer, stored: Stored) {
     match stored {
         Stored::At(at) => writer.lock().free(writer.geometry.host_index(at), 1, Content::Metadata),
         Stored::Zeroes | Stored::Ones => {}

@@ -158,7 +158,8 @@ impl Changing<'_, '_> {
             entry.flags.insert(Flags::AUTO);
         }
         let stored = self.writer.bitmaps.all_stored();
-        bitmaps::check_clusters(self.driver, (&worst, stored), self.writer.options.bitmap_clusters_max)
+        let max = self.writer.options.bitmap_clusters_max;
+        bitmaps::check_clusters(self.driver.image(), self.header.geometry, (&worst, stored), max)
     }
 
     fn new_entry(&mut self, name: &str, granularity: Option<u64>, enabled: bool) -> Result<Entry> {

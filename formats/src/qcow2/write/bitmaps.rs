@@ -20,7 +20,7 @@ use crate::address::{GuestRange, HostOffset};
 use crate::driver::StatusVisitor;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{check_writable, storage_error};
-use crate::storage::Durability;
+use crate::storage::{Durability, Storage};
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex};
 
@@ -29,10 +29,15 @@ pub const DIRECTORY_OFFSET_AT: u64 = 16;
 
 /// The bitmaps of an image that is written.
 pub struct Recorder {
-    live: Vec<LiveBitmap>,
+    /// Those that record changes, in the directory's order.
+    recording: Vec<LiveBitmap>,
+    /// Those that record nothing and are not in use, likewise: they change only with the size of the disk.
+    pub(super) others: Vec<LiveBitmap>,
     tables: Tables,
-    /// Some may be marked as in use because of us.
+    /// Some may be marked as in use because of us, until all are stored.
     marked: AtomicBool,
+    /// So may be those that record nothing, as the disk gets another size.
+    all_marked: AtomicBool,
     /// Bytes of new bits in memory.
     held_len: Arc<AtomicU64>,
     /// So many may be before some are stored: the budget, or more after a failure.
@@ -57,18 +62,24 @@ pub type Places = Vec<(HostOffset, u64, Kind)>;
 impl Recorder {
     /// Records in the enabled bitmaps of `tables`. `budget`: bytes of new bits that may stay in memory.
     pub fn new(tables: Tables, budget: u64) -> Self {
-        let enabled = |index: usize| tables.directory.entries.get(index).is_some_and(Entry::records);
-        let chosen: Vec<_> = tables.stored.iter().enumerate().filter(|(index, _)| enabled(*index)).collect();
+        let entries = &tables.directory.entries;
         let held_len = Arc::new(AtomicU64::new(0));
-        let count = chosen.len();
-        let live = chosen
-            .into_iter()
-            .map(|(index, stored)| LiveBitmap::new(index, Arc::clone(stored), count, Arc::clone(&held_len)));
-        let live = live.collect();
+        let count = entries.iter().filter(|entry| entry.records()).count();
+        let (mut recording, mut others) = (Vec::new(), Vec::new());
+        for (index, (entry, stored)) in entries.iter().zip(&tables.stored).enumerate() {
+            let (stored, held_len) = (Arc::clone(stored), Arc::clone(&held_len));
+            if entry.records() {
+                recording.push(LiveBitmap::new(index, stored, count, held_len));
+            } else if !entry.flags.contains(Flags::IN_USE) {
+                others.push(LiveBitmap::at_rest(index, stored, held_len));
+            }
+        }
         Recorder {
-            live,
+            recording,
+            others,
             tables,
             marked: AtomicBool::new(false),
+            all_marked: AtomicBool::new(false),
             held_len,
             limit: AtomicU64::new(budget),
             storing: Mutex::new(Cursor::default()),
@@ -95,13 +106,13 @@ impl Recorder {
     /// The next cluster with new bits in its turn.
     pub fn next_changed(&self, cursor: &mut Cursor) -> Option<(&LiveBitmap, usize)> {
         // Where it began is looked at again, from its start.
-        for _ in 0..=self.live.len() {
-            let bitmap = self.live.get(cursor.bitmap)?;
+        for _ in 0..=self.recording.len() {
+            let bitmap = self.recording.get(cursor.bitmap)?;
             if let Some(cluster) = bitmap.next_changed(cursor.cluster) {
                 cursor.cluster = cluster + 1;
                 return Some((bitmap, cluster));
             }
-            *cursor = Cursor { bitmap: (cursor.bitmap + 1) % self.live.len(), cluster: 0 };
+            *cursor = Cursor { bitmap: (cursor.bitmap + 1) % self.recording.len(), cluster: 0 };
         }
         None
     }
@@ -116,28 +127,33 @@ impl Recorder {
     /// The bits will not be stored, and nobody may ask for them any more.
     fn lose(&self, writer: &Writer) {
         self.lost.store(true, Ordering::SeqCst);
-        self.live.iter().for_each(|bitmap| bitmap_bits::give_back(writer, bitmap));
+        self.all().for_each(|bitmap| bitmap_bits::give_back(writer, bitmap));
     }
 
     /// Whether no bitmap records anything.
     pub fn is_idle(&self) -> bool {
-        self.live.is_empty()
+        self.recording.is_empty()
     }
 
     /// Marks what `range` touches in all enabled bitmaps.
     pub fn mark(&self, range: GuestRange) {
-        for bitmap in &self.live {
+        for bitmap in &self.recording {
             bitmap.set(range);
         }
     }
 
-    /// The enabled bitmap of this name.
+    /// The bitmaps that are not in use.
+    pub fn all(&self) -> impl Iterator<Item = &LiveBitmap> {
+        self.recording.iter().chain(&self.others)
+    }
+
+    /// The bitmap of this name, if it is one of those.
     fn live(&self, name: &str) -> Option<&LiveBitmap> {
         let named = |bitmap: &&LiveBitmap| {
             let entry = self.tables.directory.entries.get(bitmap.entry);
             entry.is_some_and(|entry| *entry.name == *name.as_bytes())
         };
-        self.live.iter().find(named)
+        self.all().find(named)
     }
 
     /// The directory as it was when the image was opened.
@@ -158,16 +174,39 @@ impl Recorder {
     /// Says in the file that the enabled bitmaps are in use; a sync has to follow. Each flag word lies in
     /// one sector, so it is there or not.
     pub fn mark_in_use(&self, driver: &Qcow2Driver) -> Result<()> {
-        self.marked.store(!self.live.is_empty(), Ordering::Release);
-        for bitmap in &self.live {
-            let Some((at, flags)) = self.tables.directory.flags_of(bitmap.entry) else { continue };
-            write(driver, at, &(flags | Flags::IN_USE).bits().to_be_bytes())?;
+        if !self.is_idle() {
+            self.marked.store(true, Ordering::Release);
+        }
+        self.write_marks(driver, &self.recording)
+    }
+
+    /// Says the same of those that record nothing, before their bits in the file change all the same; a sync has to follow.
+    pub fn mark_others_in_use(&self, driver: &Qcow2Driver) -> Result<()> {
+        self.all_marked.store(true, Ordering::Release);
+        self.marked.store(true, Ordering::Release);
+        self.write_marks(driver, &self.others)
+    }
+
+    fn write_marks(&self, driver: &Qcow2Driver, chosen: &[LiveBitmap]) -> Result<()> {
+        // Both are in the directory's order.
+        let mut chosen = chosen.iter().map(|bitmap| bitmap.entry).peekable();
+        for (index, at, flags) in self.tables.directory.all_flags() {
+            if chosen.next_if_eq(&index).is_some() {
+                write(driver, at, &(flags | Flags::IN_USE).bits().to_be_bytes())?;
+            }
         }
         Ok(())
     }
+
+    /// Those that the close has to store: they may be marked.
+    fn stored_at_close(&self) -> impl Iterator<Item = &LiveBitmap> {
+        let all = self.all_marked.load(Ordering::Acquire);
+        self.recording.iter().chain(self.others.iter().filter(move |_| all))
+    }
 }
 
-/// Visits the runs of `range` in the enabled bitmap of this name as it is now. `false`: there is none.
+/// Visits the runs of `range` in the bitmap of this name as it is now, in an image that is written. `false`: there is none
+/// that may be used.
 pub fn visit(
     driver: &Qcow2Driver,
     writer: Option<&Arc<Writer>>,
@@ -193,18 +232,19 @@ pub fn visit(
 /// what would not be kept as the specification wants it, and bitmaps that could come to take more than `clusters_max`.
 pub fn load_tables(driver: &Qcow2Driver, header: &Header, clusters_max: u64) -> Result<Tables> {
     let tables = driver.bitmaps().load_tables(driver.image(), header)?;
-    check_clusters(driver, (&tables.directory, &tables.stored), clusters_max)?;
+    check_clusters(driver.image(), header.geometry, (&tables.directory, &tables.stored), clusters_max)?;
     Ok(tables)
 }
 
 /// Fails if these bitmaps could come to take more than `max` clusters. For one that records changes all of its bits
 /// count, and not those that it has: an image that is written must not grow into one that is refused the next time.
 pub fn check_clusters(
-    driver: &Qcow2Driver,
+    image: &Arc<dyn Storage>,
+    geometry: Geometry,
     (directory, stored): (&Directory, &[Arc<StoredBitmap>]),
     max: u64,
 ) -> Result<()> {
-    let clusters_of = |len: u64| driver.geometry().host_span(HostOffset(0), len).1;
+    let clusters_of = |len: u64| geometry.host_span(HostOffset(0), len).1;
     let bits_of = |index: usize, entry: &Entry| match stored.get(index) {
         Some(stored) if !entry.records() => stored.clusters().filter(Stored::has_place).count() as u64,
         Some(_) | None => u64::from(entry.table_entries),
@@ -219,7 +259,7 @@ pub fn check_clusters(
         "the image's dirty bitmaps could come to take {clusters} clusters, and only {max} are kept track of while it \
          is written; remove or disable some (nbd-img bitmap remove, disable), or use --read-only"
     );
-    Err(Error::new(ErrorKind::Unsupported, text).with_path(&driver.image().facts().path))
+    Err(Error::new(ErrorKind::Unsupported, text).with_path(&image.facts().path))
 }
 
 /// Where the directory, the tables and the bits lie.
@@ -245,8 +285,11 @@ pub fn store(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     let recorder = &writer.bitmaps;
     // Who gets it after this finds the image closed.
     let _storing = recorder.storing.lock();
-    // Two may close it at the same time: the second finds nothing to do.
-    if !recorder.marked.swap(false, Ordering::AcqRel) {
+    // Two may close it at the same time: the second finds what the first has come to.
+    if recorder.lost.load(Ordering::SeqCst) {
+        return Err(not_stored(lost()));
+    }
+    if !recorder.marked.load(Ordering::Acquire) {
         return Ok(());
     }
     check_writable(driver)?;
@@ -257,7 +300,13 @@ pub fn store(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
         Ok(directory_at)
     });
     match stored {
-        Ok(directory_at) => storing.switch(directory_at).map_err(not_stored),
+        Ok(directory_at) => {
+            // If this fails, nobody knows what the header leads to: nothing is given back, or tried again.
+            let switched = storing.switch(directory_at);
+            recorder.lost.store(switched.is_err(), Ordering::SeqCst);
+            recorder.marked.store(switched.is_err(), Ordering::Release);
+            switched.map_err(not_stored)
+        }
         Err(error) => {
             recorder.lose(writer);
             storing.give_back();
@@ -266,12 +315,15 @@ pub fn store(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     }
 }
 
-/// Leaves the bits unstored, for a close whose last commit has failed: what was allocated for them is let go.
+/// Leaves the bits unstored, for a close whose last commit has failed: what was allocated for them is let go. Unless
+/// another close has stored them.
 pub fn give_up(writer: &Writer) {
     let recorder = &writer.bitmaps;
     // As `store` does.
     let _storing = recorder.storing.lock();
-    recorder.lose(writer);
+    if recorder.marked.load(Ordering::Acquire) && !recorder.lost.load(Ordering::SeqCst) {
+        recorder.lose(writer);
+    }
 }
 
 /// Clusters that bits, tables and a directory are written to.
@@ -320,9 +372,10 @@ impl<'a> Storing<'a> {
     fn prepare(&mut self, recorder: &Recorder) -> Result<HostCluster> {
         let mut directory = recorder.directory().clone();
         self.replace(directory.at, directory.len);
-        for bitmap in &recorder.live {
+        for bitmap in recorder.stored_at_close() {
             let Some(entry) = directory.entries.get_mut(bitmap.entry) else { continue };
             entry.flags.remove(Flags::IN_USE);
+            entry.table_entries = u32::try_from(bitmap.stored().clusters_len()).unwrap_or(u32::MAX);
             bitmap_bits::store_all(self.driver, self.writer, bitmap, OldClusters::Overwritten)?;
             if let Some(table) = self.write_table_of(bitmap)? {
                 entry.table_at = table.start().0;
@@ -331,17 +384,20 @@ impl<'a> Storing<'a> {
         self.write_new(&directory.bytes(), Kind::BitmapDirectory)
     }
 
-    /// Writes the table of a bitmap, if clusters of its bits have moved; the old ones are to be let go.
+    /// Writes the table of a bitmap, if it is another one than the file has; the clusters of bits that it does not lead to
+    /// any more are to be let go.
     pub fn write_table_of(&mut self, bitmap: &LiveBitmap) -> Result<Option<HostCluster>> {
-        let moved = bitmap.moved();
-        if moved.is_empty() {
+        let Some(before) = self.writer.bitmaps.stored(bitmap.entry) else { return Ok(None) };
+        let table = bitmap.table();
+        if before.clusters().map(Stored::encode).eq(table.iter().copied()) {
             return Ok(None);
         }
-        for (_, before, _) in moved {
+        let now = table.iter().map(Some).chain(std::iter::repeat(None));
+        for (before, _) in before.clusters().zip(now).filter(|(before, now)| *now != Some(&before.encode())) {
             self.replace_cluster(before);
         }
         self.replace_table_of(bitmap.entry);
-        self.write_table(&bitmap.table()).map(Some)
+        self.write_table(&table).map(Some)
     }
 
     /// Clusters that bits of a bitmap have moved to are among the new ones.

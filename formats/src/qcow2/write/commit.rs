@@ -97,6 +97,8 @@ pub fn flush_and_reclaim(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
 /// For the end: no plan is made any more, and what old ones still read is not reused.
 pub fn settle(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     writer.begin_close();
+    // Who is changing the disk's size comes to an end: the size and the bitmaps are those of one disk then.
+    drop(writer.resizing.lock());
     // What fails here leaves the bitmaps marked as in use; the rest is done all the same.
     let stored = match flush_and_reclaim(driver, writer) {
         Ok(()) => bitmaps::store(driver, writer),

@@ -221,12 +221,16 @@ pub fn map_places(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange)
 }
 
 /// Makes a raw data file as long as the guest's disk: it is to be read as that.
-pub fn lengthen(driver: &Qcow2Driver) -> Result<()> {
+pub fn lengthen(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     let storage = driver.data_storage();
     let fail = |e| storage_error(storage, "cannot make the data file as long as the disk", HostOffset(0), e);
     if storage.len().map_err(fail)? < driver.disk_end() {
         storage.set_len(driver.disk_end()).map_err(fail)?;
-        storage.sync().map_err(fail)?;
+        // The next one who looks finds it long enough, and would not sync it.
+        storage
+            .sync()
+            .inspect_err(|_| writer.fail("a sync has failed, so nobody knows what is durable"))
+            .map_err(fail)?;
     }
     Ok(())
 }

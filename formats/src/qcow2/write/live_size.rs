@@ -8,13 +8,13 @@
 //! change to the same size.
 
 use super::super::driver::Qcow2Driver;
-use super::super::header::Header;
 use super::super::resize::{L1_POINTER_AT, SIZE_AT, data_file, refuse, refuse_growth};
 use super::super::types::{DataFile, HostCluster};
+use super::bitmap_size::Prepared;
 use super::data_file as places;
 use super::meta::Content;
 use super::metadata_map::Kind;
-use super::{Writer, begin_changes, check_changing, commit, satisfy, zero};
+use super::{Writer, begin_changes, bitmap_size, check_changing, commit, satisfy, zero};
 use crate::address::{GuestRange, HostOffset};
 use crate::driver::{BlockDriver, ZeroRequest};
 use crate::error::{Error, ErrorKind, Result};
@@ -28,23 +28,32 @@ use std::time::Duration;
 const PLANS_PAUSE: Duration = Duration::from_millis(5);
 const PLANS_TRIES: u32 = 2000;
 
+const SYNC_FAILED: &str = "a sync has failed, so nobody knows what is durable";
+
 /// See [`BlockDriver::resize`].
 pub fn change(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<()> {
-    if size == driver.size() && !driver.geometry().is_external() {
+    let _resizing = writer.resizing.lock();
+    let old_size = driver.size();
+    if size == old_size && !driver.geometry().is_external() {
         return Ok(());
     }
     let (header, snapshots) = driver.opened_as();
     refuse(header, snapshots, size)?;
-    refuse_bitmaps(header)?;
+    bitmap_size::check(driver, writer, header, (old_size, size))?;
+    if size > old_size {
+        let foreign = writer.options.foreign_backing || driver.backing().is_none();
+        refuse_growth(header, foreign)?;
+    }
     if driver.geometry().is_external() {
         data_file::check_room(driver.data_storage(), size)?;
     }
     begin_changes(driver, writer)?;
-    let _resizing = writer.resizing.lock();
-    let old_size = driver.size();
+    // A close waits for who has come this far.
+    check_changing(driver, writer, &writer.lock())?;
+    if size != old_size {
+        bitmap_size::mark(driver, writer)?;
+    }
     if size > old_size {
-        let foreign = writer.options.foreign_backing || driver.backing().is_none();
-        refuse_growth(header, foreign)?;
         grow(driver, writer, size)
     } else if size < old_size {
         shrink(driver, writer, old_size, size)
@@ -54,31 +63,25 @@ pub fn change(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<(
     }
 }
 
-/// Fails if the image has dirty bitmaps: what is recorded of them while it is used is that of a disk of one size.
-fn refuse_bitmaps(header: &Header) -> Result<()> {
-    if header.extensions.bitmaps.is_some_and(|bitmaps| bitmaps.count > 0) {
-        let text = "an image with persistent dirty bitmaps is not resized while it is served (nbd-img resize IMAGE \
-                    does it when nobody uses it)";
-        return Err(Error::new(ErrorKind::Unsupported, text));
-    }
-    Ok(())
-}
-
 fn grow(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<()> {
     let old_size = driver.size();
     grow_l1(driver, writer, size)?;
     let data = driver.geometry().is_external().then(|| driver.data_storage());
     let old_len = data.map(data_file::length).transpose()?;
-    let lengthen = |data| data_file::lengthen(data, driver.geometry().data_file(), old_size, size);
+    let lengthen = |data| {
+        data_file::lengthen(data, driver.geometry().data_file(), old_size, size)?;
+        sync_data(writer, data)
+    };
     // Nobody writes behind the old end of the disk before that moves.
     let prepared = data.map_or(Ok(()), lengthen).and_then(|()| {
         move_disk_end(driver, writer, size);
         wait_for_plans(driver, writer)?;
-        zero_behind(driver, writer, old_size, size)
+        zero_behind(driver, writer, old_size, size)?;
+        bitmap_size::prepare(driver, writer, size)
     });
     // Once the size is on its way nobody knows which one the header has, and the data file has to do for either.
     let old_len = old_len.filter(|_| prepared.is_err());
-    let grown = prepared.and_then(|()| write_size(driver, writer, size));
+    let grown = prepared.and_then(|bitmaps| change_size(driver, writer, (old_size, size), bitmaps));
     if grown.is_err() {
         // What is mapped behind it by now is found again by the next who makes the disk longer.
         move_disk_end(driver, writer, old_size);
@@ -93,10 +96,19 @@ fn grow(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<()> {
 
 /// Cuts off what the data file was made longer by, once nobody counts on it any more; else it stays.
 fn take_back(driver: &Qcow2Driver, writer: &Writer, data: &Arc<dyn Storage>, len: u64) {
-    match check_writable(driver).and_then(|()| wait_for_plans(driver, writer)) {
-        Ok(()) => data_file::take_back(data, len),
-        Err(error) => tracing::warn!(%error, "a data file stays longer than its disk"),
-    }
+    let free = check_writable(driver).and_then(|()| wait_for_plans(driver, writer));
+    data_file::note_taken_back(free.and_then(|()| cut_data(writer, data, len)));
+}
+
+/// Takes from the data file what it has behind `size`, durably.
+fn cut_data(writer: &Writer, data: &Arc<dyn Storage>, size: u64) -> Result<()> {
+    data_file::cut(data, size)?;
+    sync_data(writer, data)
+}
+
+/// A sync that fails is final, as in a commit.
+fn sync_data(writer: &Writer, data: &Arc<dyn Storage>) -> Result<()> {
+    data_file::sync(data).inspect_err(|_| writer.fail(SYNC_FAILED))
 }
 
 /// From here on the last cluster of the disk is another one. Who decided before that his piece of the old one was
@@ -244,7 +256,8 @@ fn check_unknown(driver: &Qcow2Driver, table: &[u8], known: usize) -> Result<()>
 }
 
 fn shrink(driver: &Qcow2Driver, writer: &Arc<Writer>, old_size: u64, size: u64) -> Result<()> {
-    write_size(driver, writer, size)?;
+    let bitmaps = bitmap_size::prepare(driver, writer, size)?;
+    change_size(driver, writer, (old_size, size), bitmaps)?;
     move_disk_end(driver, writer, size);
     driver.set_size(size);
     if let Err(error) = drop_behind(driver, writer, old_size, size) {
@@ -278,9 +291,34 @@ fn drop_behind(driver: &Qcow2Driver, writer: &Arc<Writer>, old_size: u64, size: 
     if driver.geometry().is_external() {
         // Who decided before that all of the last cluster has a place may still be writing there.
         wait_for_plans(driver, writer)?;
-        data_file::cut(driver.data_storage(), size)?;
+        cut_data(writer, driver.data_storage(), size)?;
     }
     Ok(())
+}
+
+/// Makes the new size durable. One that has failed may be in the header all the same: it has the old one again then,
+/// durably, or nothing is written any more. Else whoever opens the image next could find a shorter disk, and what was
+/// answered for since would be gone with its end.
+/// With it the dirty bitmaps become those of such a disk.
+fn change_size(
+    driver: &Qcow2Driver,
+    writer: &Writer,
+    (from, to): (u64, u64),
+    bitmaps: Prepared<'_>,
+) -> Result<()> {
+    let changed = check_writable(driver).and_then(|()| write_size(driver, writer, to));
+    match changed {
+        Ok(()) => bitmaps.apply(),
+        Err(_) => bitmaps.give_back(),
+    }
+    if changed.is_err()
+        && check_writable(driver).is_ok()
+        && let Err(error) = write_size(driver, writer, from)
+    {
+        tracing::error!(%error, "the old size could not be written back");
+        writer.fail("nobody knows which size the header has");
+    }
+    changed
 }
 
 /// Makes the size durable that the next one to open the image finds.
@@ -301,7 +339,7 @@ fn write(driver: &Qcow2Driver, at: HostOffset, bytes: &[u8]) -> Result<()> {
 fn sync(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     let image = driver.image();
     image.sync().map_err(|e| {
-        writer.fail("a sync has failed, so nobody knows what is durable");
+        writer.fail(SYNC_FAILED);
         storage_error(image, "cannot make the image durable", HostOffset(0), e)
     })
 }

@@ -14,6 +14,7 @@
 //! | `commit`, `reclaim` | making changes durable in an order that a crash cannot hurt; letting clusters go |
 //! | `live_size` | another size for the disk while it is used |
 //! | `bitmaps`, `bitmap_bits` | recording changes in dirty bitmaps, and storing these; their bits |
+//! | `bitmap_size` | dirty bitmaps of a disk that gets another size while it is used |
 //! | `bitmap_change`, `bitmap_header` | adding, removing, ... bitmaps; the header's way to them |
 //! | `options` | what is chosen at open |
 //! | `begin`, `repair` | what happens to an image that is opened for writing |
@@ -25,6 +26,7 @@ pub mod begin;
 mod bitmap_bits;
 pub mod bitmap_change;
 mod bitmap_header;
+mod bitmap_size;
 pub mod bitmaps;
 pub mod commit;
 mod compress;
@@ -53,6 +55,7 @@ use super::header::{Autoclear, Header, Incompatible};
 use super::tables::TableSlice;
 use super::types::{DataFile, Geometry};
 use crate::address::{GuestRange, HostOffset};
+use crate::driver::BlockDriver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{check_writable, read_exact, storage_error};
 use crate::plan::{Pin, PinHolder};
@@ -216,8 +219,10 @@ impl Writer {
     }
 
     /// Marks a range that is about to be changed in the enabled dirty bitmaps; to be called before any of it
-    /// is. Fails when the image is being closed: these bits might not be stored any more.
-    fn record(&self, range: GuestRange) -> Result<()> {
+    /// is. Fails when the image is being closed: these bits might not be stored any more. What is zeroed behind the end that
+    /// the guest knows, as the disk is to become longer, is no change of its disk.
+    fn record(&self, driver: &Qcow2Driver, range: GuestRange) -> Result<()> {
+        let range = range.prefix(driver.size().saturating_sub(range.offset()));
         if self.bitmaps.is_idle() || range.is_empty() {
             return Ok(());
         }
@@ -336,7 +341,7 @@ fn begin_changes(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
         return Err(closed());
     }
     if writer.short_data_file.load(Ordering::Acquire) {
-        data_file::lengthen(driver)?;
+        data_file::lengthen(driver, writer)?;
         writer.short_data_file.store(false, Ordering::Release);
     }
     if writer.begun.load(Ordering::Acquire) {

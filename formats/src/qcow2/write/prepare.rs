@@ -41,7 +41,7 @@ pub fn prepare(
         push_slow(plan, range, SlowReason::Allocate);
         return Ok(());
     }
-    writer.record(range)?;
+    writer.record(driver, range)?;
     // Before any look at a mapping.
     let slot = SlotGuard { writer, slot: writer.pins.pin() };
     let mut pass = Pass { driver, writer, mode, claims: Vec::new(), slow: None, settled: true };

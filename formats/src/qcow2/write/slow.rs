@@ -23,7 +23,7 @@ use crate::sync::Arc;
 pub fn write(driver: &Qcow2Driver, writer: &Arc<Writer>, offset: u64, buf: &[u8]) -> Result<()> {
     make_ready(driver, writer)?;
     let range = mapped_range(driver, offset, buf.len() as u64)?;
-    writer.record(range)?;
+    writer.record(driver, range)?;
     match &writer.compressing {
         Some(compressing) => compress::write(driver, writer, compressing, range, buf),
         None => write_clusters(driver, writer, offset, buf),

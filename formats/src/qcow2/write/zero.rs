@@ -49,7 +49,7 @@ pub fn write_zeroes(
     make_ready(driver, writer)?;
     let request = ZeroRequest { provision: provision_of(driver, writer, request), ..request };
     if zeroes_data_file(driver) && request.provision != Provision::Allocate {
-        writer.record(range)?;
+        writer.record(driver, range)?;
         return zero_data_file(driver, range, request);
     }
     let whole = match request.provision {
@@ -60,7 +60,7 @@ pub fn write_zeroes(
         let what = "zeroing this range takes writing zeroes";
         return Err(Error::new(ErrorKind::WouldBeSlow, what).with_path(&driver.image().facts().path));
     }
-    writer.record(range)?;
+    writer.record(driver, range)?;
     let (head, tail) = ends(range, whole);
     for part in [head, tail] {
         zero_part(driver, writer, part, request.provision)?;
@@ -92,7 +92,7 @@ pub fn try_write_zeroes(
     if !writer.is_ready() {
         return Ok(false);
     }
-    writer.record(range)?;
+    writer.record(driver, range)?;
     try_change_clusters(driver, writer, whole, goal)
 }
 
@@ -104,7 +104,7 @@ pub fn try_discard(driver: &Qcow2Driver, writer: &Writer, range: GuestRange) -> 
     if zeroes_data_file(driver) || !writer.is_ready() {
         return Ok(false);
     }
-    writer.record(range)?;
+    writer.record(driver, range)?;
     try_change_clusters(driver, writer, whole_clusters(driver, range), Goal::Discard)
 }
 
@@ -115,7 +115,7 @@ pub fn discard(driver: &Qcow2Driver, writer: &Arc<Writer>, range: GuestRange) ->
     }
     make_ready(driver, writer)?;
     // As QEMU does: also what is too short to be given back.
-    writer.record(range)?;
+    writer.record(driver, range)?;
     if zeroes_data_file(driver) {
         return discard_data_file(driver, whole_clusters(driver, range));
     }
