@@ -46,6 +46,11 @@ mod checked {
         pub fn lock(&self) -> shuttle::sync::MutexGuard<'_, T> {
             self.0.lock().unwrap_or_else(PoisonError::into_inner)
         }
+
+        /// The lock, if nobody holds it.
+        pub fn try_lock(&self) -> Option<shuttle::sync::MutexGuard<'_, T>> {
+            self.0.try_lock().ok()
+        }
     }
 
     /// A reader-writer lock that does not poison.

@@ -1,6 +1,5 @@
-//! [`LiveBitmap`]: an enabled bitmap of an image that is written, in which changes of the disk are recorded.
-//!
-//! (One that records nothing is here, too, as the disk may get another size.)
+//! [`LiveBitmap`]: a bitmap of an image that is written. Changes of the disk are recorded in it if it is enabled; if not it
+//! is here because the disk may get another size.
 //!
 //! Its bits are those of the file and those of an [`Overlay`] over it, whose pages go into the file when they
 //! are too many, and at the end. Nothing in here writes: who stores bits takes a look at the new ones of a cluster,
@@ -22,10 +21,12 @@ const PAGE_LEN_MAX: u64 = 4 << 10;
 /// Most words of what is known to be recorded, over all bitmaps of an image: 1 MiB. Our choice: at 64 KiB of disk
 /// for a bit they cover 256 GiB at a time, as the table cache does.
 const KNOWN_WORDS_MAX: usize = 1 << 17;
+/// Least words of it for one bitmap, if there are so many: 8 GiB at 64 KiB of disk for a bit. Our choice.
+const KNOWN_WORDS_MIN: usize = 1 << 12;
 /// Bits that such a word has; above them is the number of the group of bits, counted from 1.
 const GROUP_BITS: u64 = 32;
 
-/// An enabled bitmap.
+/// A bitmap that is not in use by others.
 pub struct LiveBitmap {
     /// The index of its entry in the directory.
     pub entry: usize,
@@ -33,7 +34,7 @@ pub struct LiveBitmap {
     granularity_bits: u8,
     page_bits: u64,
     /// Bits that are known to be recorded, each group in the one word that its number leads to. What is recorded
-    /// stays so, in memory or in the file, so what a word says never becomes wrong.
+    /// stays so, in memory or in the file, as long as the disk has it.
     known: Box<[AtomicU64]>,
     /// Held for work in memory only.
     state: Mutex<State>,
@@ -76,7 +77,8 @@ impl LiveBitmap {
         let page_bits = stored.geometry().cluster_len().min(PAGE_LEN_MAX) * 8;
         let groups = usize::try_from(stored.bits().div_ceil(GROUP_BITS)).unwrap_or(usize::MAX);
         let share = (KNOWN_WORDS_MAX / count.next_power_of_two()).max(1);
-        let words = groups.clamp(1, share).next_power_of_two();
+        // Not too few for a disk that becomes longer.
+        let words = groups.max(KNOWN_WORDS_MIN).min(share).next_power_of_two();
         let known = (0..words).map(|_| AtomicU64::new(0)).collect();
         LiveBitmap {
             entry,
@@ -113,17 +115,19 @@ impl LiveBitmap {
     /// stores bits meanwhile, nor marks any that one of the disks does not have. Returns the places that were the writer's
     /// own, and lead nowhere now.
     pub fn resize(&self, bits: u64, trimmed: Option<(usize, Stored)>) -> Vec<Stored> {
+        // Nobody else changes it.
+        let before = self.stored();
+        let common = bits.min(before.bits());
+        // First without what is cut, so that it does not come back.
+        let stored = Arc::new(before.resized(common).resized(bits));
         let mut state = self.state.lock();
-        let common = bits.min(state.stored.bits());
         let clusters = common.div_ceil(self.geometry.cluster_len() * 8);
         let mut left = state.overlay.cut(common, usize::try_from(clusters).unwrap_or(usize::MAX));
         if let Some((cluster, place)) = trimmed {
             left.extend(state.overlay.moved(cluster));
             state.overlay.moves(cluster, place);
         }
-        // First without what is cut, so that it does not come back.
-        let stored = state.stored.resized(common).resized(bits);
-        state.stored = Arc::new(stored);
+        state.stored = stored;
         for word in &self.known {
             let before = word.load(Ordering::SeqCst);
             let Some(group) = (before >> GROUP_BITS).checked_sub(1) else { continue };

@@ -34,7 +34,7 @@ pub use table::{Stored, StoredBitmap};
 
 /// Most bytes of tables over all bitmaps of an image that is written. Our choice: all that bitmaps may have that are
 /// removed one by one (2^23 clusters of bits), and what a machine can spare for an image.
-const TABLES_LEN_MAX: u64 = 64 << 20;
+pub const TABLES_LEN_MAX: u64 = 64 << 20;
 
 /// The directory of an image's bitmaps, and the tables that it leads to, in the same order.
 pub struct Tables {

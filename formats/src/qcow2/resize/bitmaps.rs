@@ -6,7 +6,7 @@
 //! bitmaps are known to whoever wrote last is off meanwhile: a crash between them costs the bitmaps, and leaves none that
 //! lies. Where no table has to change (most of the time a disk grows) there is nothing of that.
 
-use super::super::bitmaps::{Bitmaps, Directory, Stored, StoredBitmap, Tables};
+use super::super::bitmaps::{Bitmaps, Directory, Stored, StoredBitmap, TABLES_LEN_MAX, Tables};
 use super::super::check::ledger::{Ledger, sync, write};
 use super::super::header::{Autoclear, Header};
 use super::super::types::Geometry;
@@ -20,10 +20,6 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::mover::storage_error;
 use crate::storage::Storage;
 use crate::sync::Arc;
-
-/// Most bytes of new tables over all bitmaps. Our choice: a thousand bitmaps at 64 KiB of a disk of 64 TiB, with clusters
-/// of 64 KiB, need half of it.
-const TABLES_LEN_MAX: u64 = 32 << 20;
 
 /// The bitmaps of an image whose disk gets another size, where any of their tables has to change.
 pub struct Change {

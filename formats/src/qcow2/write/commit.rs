@@ -98,7 +98,11 @@ pub fn flush_and_reclaim(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
 pub fn settle(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
     writer.begin_close();
     // Who is changing the disk's size comes to an end: the size and the bitmaps are those of one disk then.
-    drop(writer.resizing.lock());
+    if writer.resizing.try_lock().is_none() {
+        // That may take longer than whoever closes has got. What is wrong shows below.
+        let _ = flush_and_reclaim(driver, writer);
+        drop(writer.resizing.lock());
+    }
     // What fails here leaves the bitmaps marked as in use; the rest is done all the same.
     let stored = match flush_and_reclaim(driver, writer) {
         Ok(()) => bitmaps::store(driver, writer),

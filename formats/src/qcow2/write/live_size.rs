@@ -50,9 +50,6 @@ pub fn change(driver: &Qcow2Driver, writer: &Arc<Writer>, size: u64) -> Result<(
     begin_changes(driver, writer)?;
     // A close waits for who has come this far.
     check_changing(driver, writer, &writer.lock())?;
-    if size != old_size {
-        bitmap_size::mark(driver, writer)?;
-    }
     if size > old_size {
         grow(driver, writer, size)
     } else if size < old_size {
@@ -306,7 +303,9 @@ fn change_size(
     (from, to): (u64, u64),
     bitmaps: Prepared<'_>,
 ) -> Result<()> {
-    let changed = check_writable(driver).and_then(|()| write_size(driver, writer, to));
+    let changed = check_writable(driver)
+        .and_then(|()| bitmap_size::mark(driver, writer))
+        .and_then(|()| write_size(driver, writer, to));
     match changed {
         Ok(()) => bitmaps.apply(),
         Err(_) => bitmaps.give_back(),
