@@ -16,7 +16,7 @@ use support::offline::{
     Failing, crashed, each_call, files_of, kept, repaired, resize_failing, resize_files, resized,
 };
 use support::random::Random;
-use support::scene::{CLUSTER, Files, SIZE, Scene};
+use support::scene::{CLUSTER, Files, Scene};
 
 /// States looked at after each cut.
 const STATES_PER_CUT: u64 = 3;

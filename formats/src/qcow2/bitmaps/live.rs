@@ -1,6 +1,5 @@
-//! [`LiveBitmap`]: an enabled bitmap of an image that is written, in which changes of the disk are recorded.
-//!
-//! (One that records nothing is here, too, as the disk may get another size.)
+//! [`LiveBitmap`]: a bitmap of an image that is written. In one that is enabled changes of the disk are recorded; another
+//! one changes only with the size of the disk.
 //!
 //! Its bits are those of the file and those of an [`Overlay`] over it, whose pages go into the file when they
 //! are too many, and at the end. Nothing in here writes: who stores bits takes a look at the new ones of a cluster,
@@ -25,7 +24,7 @@ const KNOWN_WORDS_MAX: usize = 1 << 17;
 /// Bits that such a word has; above them is the number of the group of bits, counted from 1.
 const GROUP_BITS: u64 = 32;
 
-/// An enabled bitmap.
+/// A bitmap of an image that is written.
 pub struct LiveBitmap {
     /// The index of its entry in the directory.
     pub entry: usize,
