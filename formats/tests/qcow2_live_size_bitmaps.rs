@@ -249,6 +249,57 @@ fn a_crash_leaves_bitmaps_that_are_in_use_or_right() {
     assert!(usable > runs && usable < states / 2);
 }
 
+/// What was marked behind an end is clean when the disk is there again, and is marked again by who writes there.
+#[test]
+fn what_was_cut_off_is_marked_again() {
+    for scene in &scenes() {
+        let log = Log::new();
+        let driver = crash::open_recorded(scene, &log, &|_, storage| storage);
+        let mut model = initial(scene);
+        let size = driver.size();
+        for less in [1, 7, 33, 70] {
+            for round in 0..2 {
+                for sector in [1, 2, 6, 7, 8, 30, 33, 34, 60] {
+                    let at = size - sector * 512;
+                    driver.pwrite(at, &[7; 512], Durability::Later).unwrap();
+                    mark(&mut model, at, 512);
+                }
+                assert_told(&driver, &model, &format!("{}, {less}, round {round}", scene.name));
+                for to in [size - less * 512, size] {
+                    driver.resize(to).unwrap();
+                    model = of_size(&model, to);
+                    assert_told(&driver, &model, &format!("{}, {less}, to {to}", scene.name));
+                }
+            }
+        }
+        driver.close().unwrap();
+        let left = Left::of(scene, |file| log.replay(file, log.len()));
+        assert!(told(&Image::parse(&left.image).unwrap()).unwrap() == model, "{}: closed", scene.name);
+    }
+}
+
+/// Zeroing what would come to light behind the old end, in a cluster and a granule that it is in the middle of, is no
+/// change of what the guest has.
+#[test]
+fn a_disk_that_only_grows_is_not_dirty() {
+    let maker = Maker::new("cluster_size=64k", 300 * 512);
+    maker.write(0, &[5; 300 * 512], false);
+    maker::run("qemu-img", &["bitmap", "--add", "-g", "64k", maker::text(&maker.path()), "coarse"]);
+    let image = maker.bytes();
+    let scene = Scene { image, ..Scene::empty("clean", "refcount_bits=16") };
+    let log = Log::new();
+    let driver = crash::open_recorded(&scene, &log, &|_, storage| storage);
+    let mut model = initial(&scene);
+    for to in [301 * 512, 1 << 20, 555 * 512, 2 << 20] {
+        driver.resize(to).unwrap();
+        model = of_size(&model, to);
+        assert_told(&driver, &model, &format!("to {to}"));
+    }
+    driver.close().unwrap();
+    let now = told(&Image::parse(&log.replay(crash::IMAGE, log.len())).unwrap()).unwrap();
+    assert!(now == model && !now[0].3.contains(&true));
+}
+
 /// Any call of the storage fails, once or for good: the bitmaps tell of the disk as it is, and the close stores them.
 #[test]
 fn a_call_that_fails_leaves_bitmaps_that_are_in_use_or_right() {

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `directory` | the list of an image's bitmaps |
 //! | `table` | the bits of one in the file |
-//! | `live`, `overlay` | one that is recorded: the bits that the file does not have yet |
+//! | `live`, `overlay` | one of an image that is written: the bits that the file does not have yet |
 //! | `page` | pages of bits and their runs |
 //!
 //! A reader of the disk does not depend on bitmaps: a directory that makes no sense yields an empty list

@@ -5,7 +5,7 @@
 //! longer data file; then the mapping reaches farther than the guest may go, so that what would come to light can be
 //! zeroed; when that is durable the header gets the size, and when that is, the guest. Shrinking: the size first, in the
 //! header and then in memory; then nothing behind it is mapped any more, and a data file is cut off, if need be by the next
-//! change to the same size.
+//! change to the same size. Dirty bitmaps (`bitmap_size`) become those of the new disk between the header and the guest.
 
 use super::super::driver::Qcow2Driver;
 use super::super::resize::{L1_POINTER_AT, SIZE_AT, data_file, refuse, refuse_growth};
@@ -28,6 +28,7 @@ use std::time::Duration;
 const PLANS_PAUSE: Duration = Duration::from_millis(5);
 const PLANS_TRIES: u32 = 2000;
 
+/// What is said of an image that is failed.
 const SYNC_FAILED: &str = "a sync has failed, so nobody knows what is durable";
 
 /// See [`BlockDriver::resize`].
@@ -295,8 +296,7 @@ fn drop_behind(driver: &Qcow2Driver, writer: &Arc<Writer>, old_size: u64, size: 
 
 /// Makes the new size durable. One that has failed may be in the header all the same: it has the old one again then,
 /// durably, or nothing is written any more. Else whoever opens the image next could find a shorter disk, and what was
-/// answered for since would be gone with its end.
-/// With it the dirty bitmaps become those of such a disk.
+/// answered for since would be gone with its end. With the size the dirty bitmaps become those of such a disk.
 fn change_size(
     driver: &Qcow2Driver,
     writer: &Writer,
