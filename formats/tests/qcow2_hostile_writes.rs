@@ -8,9 +8,11 @@ mod support;
 
 use hostile::bounded;
 use nbd_img_formats::qcow2::WriteOptions;
-use nbd_img_formats::storage::MemoryStorage;
+use nbd_img_formats::storage::{MemoryStorage, Provision};
 use nbd_img_formats::sync::Arc;
-use nbd_img_formats::{BlockDriver, Durability, ErrorKind, GuestRange, HostOffset, State, Storage};
+use nbd_img_formats::{
+    BlockDriver, Durability, ErrorKind, GuestRange, HostOffset, State, Storage, ZeroRequest,
+};
 use support::image::{Bytes, COPIED, Image, OFFSET_MASK};
 use support::maker::{self, Maker};
 use support::scene::open_over;
@@ -189,6 +191,60 @@ fn data_does_not_get_into_a_table_that_came_to_lie_there() {
             let _ = driver.close();
         }
     }
+}
+
+/// The same within one request: what one of its clusters takes, a refcount block, comes to lie where the entry of another
+/// one leads, be it looked at after that or, where places are only collected at first, before.
+#[test]
+fn a_request_does_not_get_into_the_metadata_that_it_makes() {
+    const CLUSTER: u64 = 512;
+    const COUNTS_OF_A_BLOCK: u64 = CLUSTER / 8;
+    let mut met = [0; 2];
+    for filled in 1..COUNTS_OF_A_BLOCK - 4 {
+        let maker = Maker::new("cluster_size=512,refcount_bits=64", 64 * CLUSTER);
+        maker.io(&[&format!("write -q -P 7 0 {}", filled * CLUSTER)]);
+        let good = maker.bytes();
+        let parsed = Image::parse(&good).unwrap();
+        let table = good.be64(parsed.l1_at) & OFFSET_MASK;
+        // Behind the end of the file, where a block may come to lie.
+        let end = (good.len() as u64).next_multiple_of(CLUSTER);
+        for (way, host) in
+            [(0, end + CLUSTER), (0, end + 2 * CLUSTER), (1, end + CLUSTER), (1, end + 2 * CLUSTER)]
+        {
+            let led = if way == 0 { 63 } else { 61 };
+            let mut bytes = good.clone();
+            let entry = (table + led * 8) as usize;
+            bytes[entry..entry + 8].copy_from_slice(&(host | COPIED).to_be_bytes());
+            let storage = Wrapped::new(MemoryStorage::copy_of(&bytes).unwrap(), NeverClosed);
+            let driver = open_over(storage.clone(), None, Some(WriteOptions::default()), 1 << 20).unwrap();
+            // With the table in memory, and room in the file, the request has to wait for nothing.
+            driver.pwrite(60 * CLUSTER, &[6; CLUSTER as usize], Durability::Later).unwrap();
+            let written = match way {
+                0 => driver.pwrite(61 * CLUSTER, &[0x5a; 3 * CLUSTER as usize], Durability::Later),
+                _ => {
+                    let (provision, durability) = (Provision::Allocate, Durability::Later);
+                    let request = ZeroRequest { provision, fast: false, durability };
+                    driver.write_zeroes(GuestRange::new(61 * CLUSTER, 3 * CLUSTER).unwrap(), request)
+                }
+            };
+            let flushed = driver.flush();
+            let file: &dyn Storage = &*storage;
+            let now = Image::parse(&file).unwrap();
+            if written.is_ok() && flushed.is_ok() {
+                // One may have come there when the request was through with the place.
+                let is_block = now.refcount_table.iter().any(|block| block & OFFSET_MASK == host);
+                let count = file.be64(host + host / CLUSTER % COUNTS_OF_A_BLOCK * 8);
+                assert!(!is_block || count == 1, "way {way}, {filled}: data is in a refcount block");
+            } else {
+                let kind = written.and(flushed).err().map(|error| error.kind());
+                assert_eq!(kind, Some(ErrorKind::Corrupt), "way {way}, {filled}");
+                assert!(now.is_corrupt(), "way {way}, {filled}: it does not say so");
+                met[way] += 1;
+            }
+            let _ = driver.close();
+        }
+    }
+    assert!(met.iter().all(|met| *met > 0), "no block came to lie there: {met:?}");
 }
 
 /// The tables of all bitmaps may be said to lie in the same place of a short file: what they take together is counted before

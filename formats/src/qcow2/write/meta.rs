@@ -17,6 +17,9 @@ use super::data_file::Places;
 use super::pins::Epoch;
 use crate::sync::Arc;
 
+/// Why nothing is written through an entry.
+pub const INTO_METADATA: &str = "an L2 entry points into metadata";
+
 /// The state of a writable image.
 pub struct Meta {
     /// Refcounts, metadata and free clusters.
@@ -282,7 +285,7 @@ impl Meta {
         }
         let metadata = |index| self.allocator.map.kind(HostIndex(index)).is_some();
         if (first.0..first.0 + len).any(metadata) {
-            return Err("an L2 entry points into metadata");
+            return Err(INTO_METADATA);
         }
         Ok((first, len))
     }

@@ -224,6 +224,9 @@ impl Pass<'_> {
                 let unit_len = geometry.unit_len();
                 let whole = within.is_multiple_of(unit_len) && piece.len().is_multiple_of(unit_len);
                 host = changing.place(self, cluster, units, whole);
+                // What was allocated may have brought metadata to where a later entry leads.
+                self.writer.look_with_lock(&changing.meta, slice);
+                changing.possible &= !slice.is_suspect();
             }
             let Some(host) = host else {
                 self.slow = Some(SlowReason::Allocate);

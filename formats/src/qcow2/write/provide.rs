@@ -8,9 +8,9 @@
 use super::super::driver::Qcow2Driver;
 use super::super::map;
 use super::super::tables::{SliceKey, TableSlice};
-use super::super::types::{ALL_UNITS, GuestCluster, HostCluster};
+use super::super::types::{ALL_UNITS, GuestCluster, HostCluster, HostIndex};
 use super::allocator::Need;
-use super::meta::{Claim, Meta};
+use super::meta::{Claim, INTO_METADATA, Meta};
 use super::zero::by_cluster;
 use super::{Writer, closed, commit, corrupt, prepare, satisfy, slow, zero};
 use crate::address::{GuestRange, HostOffset, HostRange};
@@ -19,6 +19,7 @@ use crate::mover::storage_error;
 use crate::plan::MapMode;
 use crate::storage::Provision;
 use crate::sync::Arc;
+use crate::sync::atomic::Ordering;
 
 /// Most clusters that are claimed at a time. Our choice: 64 MiB of the usual size, and others who want one of
 /// them do not wait for long.
@@ -107,6 +108,7 @@ fn gather(
     if !owned || !driver.tables().hold(key, slice) {
         return Ok(Gathered::Batch);
     }
+    let version = meta.allocator.map.version().load(Ordering::Acquire);
     let mut stopped = None;
     for piece in by_cluster(driver, part) {
         let cluster = geometry.cluster_of(piece.offset());
@@ -123,6 +125,9 @@ fn gather(
         batch.len += piece.len();
     }
     slice.release();
+    if meta.allocator.map.version().load(Ordering::Acquire) != version && batch.hits_metadata(driver, &meta) {
+        stopped = Some(Stop::Fault(INTO_METADATA));
+    }
     match stopped {
         Some(Stop::Fault(what)) => {
             drop(meta);
@@ -220,6 +225,17 @@ impl Batch<'_> {
             }
             Some(_) | None => self.runs.push(Run { at: host.start(), len: cluster_len, zeroed }),
         }
+    }
+
+    /// Whether metadata has come to lie where an entry led that was looked at before.
+    fn hits_metadata(&self, driver: &Qcow2Driver, meta: &Meta) -> bool {
+        let geometry = driver.geometry();
+        let kept = self.runs.iter().filter(|_| !geometry.is_external());
+        kept.flat_map(|run| {
+            let (first, count) = geometry.host_span(run.at, run.len);
+            (first.0..first.0 + count).map(HostIndex)
+        })
+        .any(|index| meta.allocator.map.kind(index).is_some())
     }
 
     fn publish(mut self, driver: &Qcow2Driver) -> Result<()> {
