@@ -229,7 +229,8 @@ pub trait BlockDriver: Send + Sync {
 
     /// Gives the disk another size while it is used: what it is longer by reads as zeroes, what it is shorter by is
     /// lost. When it returns, that is durable, and `size` tells it; a failure leaves the old size, or a crash either of
-    /// them, and where nobody can know which one is in the file, the image is failed. Requests may go on meanwhile, but
+    /// them, and where nobody can know which one is in the file, the image is failed (a raw file without the page cache has
+    /// the new size when only its sync has failed). Requests may go on meanwhile, but
     /// none may reach behind the new end of a disk that becomes shorter. One call at a time. To be given
     /// [`stored_size`](Self::stored_size) makes it follow its file or device; the size that it has, give back what an
     /// earlier call left behind the end.

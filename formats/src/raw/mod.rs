@@ -271,6 +271,10 @@ impl BlockDriver for RawDriver {
         let grows = self.storage().facts().grows;
         let _growing = self.growing.lock();
         let len = self.checked_len(0)?;
+        if self.storage().is_failed() {
+            // Its length may be one that could not be made durable.
+            check_writable(self)?;
+        }
         if size == size_of_len(len, self.exact_size || !grows)? && size != self.size() {
             self.follow(len, size);
             return Ok(());

@@ -303,9 +303,11 @@ fn change_size(
     (from, to): (u64, u64),
     bitmaps: Prepared<'_>,
 ) -> Result<()> {
-    let changed = check_writable(driver)
-        .and_then(|()| bitmap_size::mark(driver, writer))
-        .and_then(|()| write_size(driver, writer, to));
+    if let Err(error) = check_writable(driver).and_then(|()| bitmap_size::mark(driver, writer)) {
+        bitmaps.give_back();
+        return Err(error);
+    }
+    let changed = write_size(driver, writer, to);
     match changed {
         Ok(()) => bitmaps.apply(),
         Err(_) => bitmaps.give_back(),
