@@ -159,3 +159,26 @@ fn a_lock_of_the_whole_file_is_in_the_way_too() {
     let error = open(&path, LockMode::Reader).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Locked, "{error}");
 }
+
+/// A process that another thread has forked has the descriptor, too, until it starts its program.
+#[test]
+fn locks_go_with_the_storage_whoever_else_has_the_description() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = image(folder.path(), "raw");
+    let storage = open(&path, LockMode::Writer).unwrap();
+    let own =
+        rustix::process::pidfd_open(rustix::process::getpid(), rustix::process::PidfdFlags::empty()).unwrap();
+    let is_image =
+        |number: &String| std::fs::read_link(format!("/proc/self/fd/{number}")).is_ok_and(|to| to == path);
+    let numbers =
+        std::fs::read_dir("/proc/self/fd").unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    let numbers: Vec<_> = numbers.filter(is_image).map(|number| number.parse().unwrap()).collect();
+    assert!(!numbers.is_empty());
+    let flags = rustix::process::PidfdGetfdFlags::empty();
+    let others: Vec<_> =
+        numbers.into_iter().map(|n| rustix::process::pidfd_getfd(&own, n, flags).unwrap()).collect();
+    assert_eq!(open(&path, LockMode::Writer).err().map(|e| e.kind()), Some(ErrorKind::Locked));
+    drop(storage);
+    open(&path, LockMode::Writer).unwrap();
+    drop(others);
+}

@@ -4,7 +4,7 @@
 //! bytes mean is not its business, nor who may open which file.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, Mode, OFlags, SeekFrom};
@@ -14,7 +14,7 @@ use super::calls::{pread_full, pwrite_all, retry, try_pread_full};
 use super::changes::{Changes, Changing};
 use super::direct::{Direct, Files};
 use super::known_data::KnownData;
-use super::lock::{self, LockMode};
+use super::lock::{self, LockMode, LockedFile};
 use super::range_lock::{Held, Hold};
 use super::room::{Room, Target};
 use super::{
@@ -46,7 +46,7 @@ pub struct FileOptions {
 /// A regular file or a block device.
 pub struct FileStorage {
     facts: StorageFacts,
-    file: OwnedFd,
+    file: LockedFile,
     /// A second open description with O_DSYNC, for FUA. It is a description of its own because each one
     /// is told of a writeback error once: a failed FUA write must not use up what the next sync of `file`
     /// has to see. `None` when it cannot be had; then a FUA write is a write and a sync.
@@ -99,6 +99,7 @@ impl FileStorage {
         let flags = if options.direct { OFlags::DIRECT } else { OFlags::empty() };
         rustix::fs::fcntl_setfl(&file, flags).map_err(|e| no_direct(e, path))?;
         lock::acquire(file.as_fd(), path, options.lock)?;
+        let file = LockedFile::new(file);
         let direct = options.direct.then(|| Direct::new(file.as_fd(), kind));
         let mut facts =
             facts_of(&file, path, kind, options).map_err(|e| fail("cannot look at the file", e))?;
@@ -158,15 +159,15 @@ impl FileStorage {
     }
 
     /// Writes by way of one of the two descriptions.
-    fn write_to(&self, file: &OwnedFd, buf: &[u8], at: HostOffset) -> io::Result<()> {
+    fn write_to(&self, file: BorrowedFd<'_>, buf: &[u8], at: HostOffset) -> io::Result<()> {
         match &self.direct {
-            None => pwrite_all(file.as_fd(), buf, at),
+            None => pwrite_all(file, buf, at),
             Some(direct) => direct.pwrite(self.files(file), buf, at),
         }
     }
 
-    fn files<'a>(&'a self, write: &'a OwnedFd) -> Files<'a> {
-        Files { read: self.file.as_fd(), write: write.as_fd() }
+    fn files<'a>(&'a self, write: BorrowedFd<'a>) -> Files<'a> {
+        Files { read: self.file.as_fd(), write }
     }
 
     /// Gives a change of room what it needs: the length, how to write, and under O_DIRECT the range.
@@ -182,12 +183,12 @@ impl FileStorage {
             return change(Target { file, len: self.len()?, write: &write });
         };
         let _guard = direct.lock_change(file, range.at().0, range.end().0, Hold::Exclusive)?;
-        let write = |bytes: &[u8], at: HostOffset| direct.write_held(self.files(&self.file), bytes, at.0);
+        let write = |bytes: &[u8], at: HostOffset| direct.write_held(self.files(file), bytes, at.0);
         change(Target { file, len: self.len()?, write: &write })
     }
 
     fn write_durable(&self, durable: &OwnedFd, buf: &[u8], at: HostOffset) -> io::Result<()> {
-        self.write_to(durable, buf, at).map_err(|error| self.durable_failure(error))
+        self.write_to(durable.as_fd(), buf, at).map_err(|error| self.durable_failure(error))
     }
 
     /// The failure of a write that was to be durable: that of a sync, unless nothing was written for lack
@@ -323,10 +324,10 @@ impl Storage for FileStorage {
     fn pwrite(&self, buf: &[u8], at: HostOffset, durability: Durability) -> io::Result<()> {
         let changing = self.begin_change()?;
         match (durability, &self.durable) {
-            (Durability::Later, _) => self.write_to(&self.file, buf, at),
+            (Durability::Later, _) => self.write_to(self.file.as_fd(), buf, at),
             (Durability::Fua, Some(durable)) => self.write_durable(durable, buf, at),
             (Durability::Fua, None) => {
-                self.write_to(&self.file, buf, at)?;
+                self.write_to(self.file.as_fd(), buf, at)?;
                 drop(changing);
                 self.sync()
             }
@@ -436,7 +437,7 @@ impl Storage for FileStorage {
 }
 
 fn facts_of(
-    file: &OwnedFd,
+    file: &LockedFile,
     path: &Path,
     kind: StorageKind,
     options: &FileOptions,
@@ -463,10 +464,9 @@ fn facts_of(
 }
 
 /// The file once more, under a description whose writes are durable.
-fn open_durable(file: &OwnedFd, flags: OFlags) -> Option<OwnedFd> {
-    use std::os::fd::AsRawFd;
+fn open_durable(file: &LockedFile, flags: OFlags) -> Option<OwnedFd> {
     // By its name the file could be another by now.
-    let name = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let name = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
     rustix::fs::open(name, OFlags::WRONLY | OFlags::DSYNC | OFlags::CLOEXEC | flags, Mode::empty()).ok()
 }
 

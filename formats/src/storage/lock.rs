@@ -9,7 +9,7 @@
 mod holder;
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -53,6 +53,29 @@ impl LockMode {
             LockMode::Off | LockMode::ForceShare => &[],
             LockMode::Reader | LockMode::Writer => &[WRITE, RESIZE],
         }
+    }
+}
+
+/// An open file whose locks go with it. By closing it alone they would stay while somebody else has the description: a
+/// process that another thread has forked, until it starts its program.
+pub(super) struct LockedFile(OwnedFd);
+
+impl LockedFile {
+    /// The file, on which [`acquire`] has succeeded.
+    pub(super) fn new(file: OwnedFd) -> Self {
+        LockedFile(file)
+    }
+}
+
+impl AsFd for LockedFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Drop for LockedFile {
+    fn drop(&mut self) {
+        release(self.0.as_fd());
     }
 }
 
