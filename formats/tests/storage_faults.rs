@@ -215,6 +215,25 @@ fn a_longer_file_that_is_not_durable_gets_its_length_back() {
 }
 
 #[test]
+fn the_length_of_a_failed_file_is_not_followed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    std::fs::write(&path, vec![1; FILE_LEN]).unwrap();
+    let options = FileOptions { writable: true, direct: false, lock: LockMode::Writer };
+    let faults = Faults::new();
+    let storage = faults.attach(FileStorage::open(&path, &options).unwrap());
+    let disk = RawDriver::open(storage, RawOptions::default()).unwrap();
+    let size = disk.size();
+    faults.arm(Fault { class: Some(CallClass::Sync), ..Fault::at(0) });
+    disk.resize(2 * SIZE as u64).unwrap_err();
+    assert_eq!((disk.size(), disk.state()), (size, State::Failed));
+    // The file may have that length by now, but nobody has made it durable.
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(2 * SIZE as u64).unwrap();
+    let error = disk.resize(2 * SIZE as u64).unwrap_err();
+    assert_eq!((error.kind(), disk.size()), (ErrorKind::Failed, size), "{error}");
+}
+
+#[test]
 fn a_full_disk_fails_the_request_and_not_the_image() {
     let faults = Faults::new();
     let disk = open(&faults);
