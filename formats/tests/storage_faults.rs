@@ -178,15 +178,20 @@ fn a_failed_sync_is_final_and_reading_goes_on() {
     assert_eq!(buf, [9; 10]);
 }
 
-#[test]
-fn without_a_page_cache_the_next_sync_counts() {
+/// A disk in the file "disk" of a new folder.
+fn open_file(faults: &Arc<Faults>, len: usize, direct: bool) -> (tempfile::TempDir, Arc<RawDriver>) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("disk");
-    std::fs::write(&path, vec![1; SIZE]).unwrap();
-    let options = FileOptions { writable: true, direct: true, lock: LockMode::Writer };
-    let faults = Faults::new();
+    std::fs::write(&path, vec![1; len]).unwrap();
+    let options = FileOptions { writable: true, direct, lock: LockMode::Writer };
     let storage = faults.attach(FileStorage::open(&path, &options).unwrap());
-    let disk = RawDriver::open(storage, RawOptions::default()).unwrap();
+    (folder, RawDriver::open(storage, RawOptions::default()).unwrap())
+}
+
+#[test]
+fn without_a_page_cache_the_next_sync_counts() {
+    let faults = Faults::new();
+    let (_folder, disk) = open_file(&faults, SIZE, true);
     faults.arm(Fault { class: Some(CallClass::Sync), ..Fault::at(0) });
     assert_eq!(disk.flush().unwrap_err().errno(), libc::EIO);
     assert_eq!(disk.state(), State::Live);
@@ -196,14 +201,10 @@ fn without_a_page_cache_the_next_sync_counts() {
 
 #[test]
 fn a_longer_file_that_is_not_durable_gets_its_length_back() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk");
-    std::fs::write(&path, vec![1; FILE_LEN]).unwrap();
-    let len = || std::fs::metadata(&path).unwrap().len();
-    let options = FileOptions { writable: true, direct: true, lock: LockMode::Writer };
     let faults = Faults::new();
-    let storage = faults.attach(FileStorage::open(&path, &options).unwrap());
-    let disk = RawDriver::open(storage, RawOptions::default()).unwrap();
+    let (folder, disk) = open_file(&faults, FILE_LEN, true);
+    let path = folder.path().join("disk");
+    let len = || std::fs::metadata(&path).unwrap().len();
     let size = disk.size();
     faults.arm(Fault { class: Some(CallClass::Sync), ..Fault::at(0) });
     let error = disk.resize(2 * SIZE as u64).unwrap_err();
@@ -216,13 +217,9 @@ fn a_longer_file_that_is_not_durable_gets_its_length_back() {
 
 #[test]
 fn the_length_of_a_failed_file_is_not_followed() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk");
-    std::fs::write(&path, vec![1; FILE_LEN]).unwrap();
-    let options = FileOptions { writable: true, direct: false, lock: LockMode::Writer };
     let faults = Faults::new();
-    let storage = faults.attach(FileStorage::open(&path, &options).unwrap());
-    let disk = RawDriver::open(storage, RawOptions::default()).unwrap();
+    let (folder, disk) = open_file(&faults, FILE_LEN, false);
+    let path = folder.path().join("disk");
     let size = disk.size();
     faults.arm(Fault { class: Some(CallClass::Sync), ..Fault::at(0) });
     disk.resize(2 * SIZE as u64).unwrap_err();

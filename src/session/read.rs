@@ -73,7 +73,6 @@ impl Session {
             self.read_ahead();
             self.decompress_ahead();
         }
-        let needed = framed_len(&runs, framing);
         if arrived.is_none() && framing == Framing::Chunks && self.await_tables(request, range) {
             return Ok(());
         }
@@ -83,6 +82,7 @@ impl Session {
             Sending::Later if may_wait && self.await_bytes(request, range) => return Ok(()),
             Sending::Later | Sending::Never => {}
         }
+        let needed = framed_len(&runs, framing);
         if !self.out.make_room_for(needed) {
             self.send_all().await?;
             if !self.out.make_room_for(needed) {

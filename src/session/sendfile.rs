@@ -45,7 +45,11 @@ impl Session {
     /// plain.
     pub(super) fn sending(&self, runs: &[Run], framing: Framing) -> Sending {
         let driver = self.cell.export.driver();
-        if runs.first().is_none_or(|run| run.len < SEND_LEN_MIN) || !self.may_send() {
+        if runs.first().is_none_or(|run| run.len < SEND_LEN_MIN) || !driver.facts().sendable {
+            return Sending::Never;
+        }
+        if self.socket.get_ref().tls().is_some() {
+            // What goes out has to be encrypted here.
             return Sending::Never;
         }
         let mut sending = Sending::Now;
@@ -63,11 +67,6 @@ impl Session {
             }
         }
         sending
-    }
-
-    /// Whether plans can be sent at all: what goes out by TLS has to be encrypted here.
-    pub(super) fn may_send(&self) -> bool {
-        self.cell.export.driver().facts().sendable && self.socket.get_ref().tls().is_none()
     }
 
     /// Has a read, whose plan can be sent but for its bytes not being in memory, wait until they are. Returns
