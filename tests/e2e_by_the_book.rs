@@ -8,15 +8,14 @@ mod support;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use support::assert_same;
 use support::client::{Client, Request, Wishes, go_data, greet, is_hangup, option_bytes, read_option_reply};
 use support::in_process::{Disk, InProcess};
 use support::rng::Rng;
 use support::server::{Serve, Server};
 use support::wire::{self, command, command_flag, errno, option, option_reply, transmission};
+use support::{assert_same, wait_until};
 
 const DISK_LEN: usize = 80 << 20;
 const END: u64 = DISK_LEN as u64;
@@ -274,25 +273,25 @@ fn a_draining_server_answers_with_eshutdown() {
         let server = InProcess::serve(disk.clone(), 64 << 20);
         let mut client = Client::unix(server.socket(), "", form);
         client.read(4096, 4096);
-        disk.first_read_ms.store(1500, Ordering::Relaxed);
+        disk.hold(0);
         let slow = client.send(Request::new(command::READ, 0, 4096), &[]).unwrap();
-        std::thread::sleep(Duration::from_millis(200));
+        wait_until("the read is under way", || disk.held_up() == 1);
         server.shards.drain();
-        std::thread::sleep(Duration::from_millis(200));
+        // The connection's thread hears of it a moment later.
+        wait_until("it drains", || {
+            client.ask(Request::new(command::READ, 4096, 4096), &[]).error == errno::ESHUTDOWN
+        });
         let late = [
             client.send(Request::new(command::READ, 4096, 4096), &[]).unwrap(),
             client.send(Request::new(command::WRITE, 0, 4096), &[1; 4096]).unwrap(),
             client.send(Request::new(command::FLUSH, 0, 0), &[]).unwrap(),
         ];
-        let mut replies = Vec::new();
-        while client.in_flight() > 0 {
-            replies.push(client.reply().unwrap());
-        }
-        for reply in &replies {
-            let expected = if reply.cookie == slow { 0 } else { errno::ESHUTDOWN };
-            assert_eq!(reply.error, expected, "{form:?}");
-        }
+        let replies = late.map(|_| client.reply().unwrap());
+        assert!(replies.iter().all(|reply| reply.error == errno::ESHUTDOWN), "{form:?}: {replies:?}");
         assert!(late.iter().all(|cookie| replies.iter().any(|reply| reply.cookie == *cookie)));
+        disk.let_go(0);
+        let last = client.reply().unwrap();
+        assert_eq!((last.cookie, last.error), (slow, 0), "{form:?}");
         let mut rest = Vec::new();
         assert_eq!(client.stream().read_to_end(&mut rest).unwrap(), 0, "then the connection ends");
         server.assert_clean();
@@ -305,7 +304,7 @@ fn a_draining_server_tells_those_who_negotiate() {
     let folder = support::scratch("book-drain");
     let disk = folder.path().join("disk");
     File::create_new(&disk).unwrap().set_len(64 << 20).unwrap();
-    let mut server = Serve::image(&disk).format("raw").args(&["--drain-timeout", "8"]).start();
+    let mut server = Serve::image(&disk).format("raw").args(&["--drain-timeout", "60"]).start();
     let mut negotiating = fixed(&server);
     assert_eq!(ask(&mut negotiating, option::LIST, &[]), option_reply::ACK);
     // Replies that nobody reads keep a session from its end.
@@ -313,13 +312,16 @@ fn a_draining_server_tells_those_who_negotiate() {
     for at in 0..4 {
         deaf.send(Request::new(command::READ, at << 20, 16 << 20), &[]).unwrap();
     }
-    std::thread::sleep(Duration::from_millis(300));
+    // The first answer is on its way: its header is here.
+    deaf.stream().read_exact(&mut [0; 16]).unwrap();
     server.signal(rustix::process::Signal::TERM);
-    std::thread::sleep(Duration::from_millis(300));
+    wait_until("it drains", || {
+        ask(&mut negotiating, option::INFO, &go_data("")) == option_reply::ERR_SHUTDOWN
+    });
     assert_eq!(ask(&mut negotiating, option::GO, &go_data("")), option_reply::ERR_SHUTDOWN);
     assert_eq!(ask(&mut negotiating, option::ABORT, &[]), option_reply::ACK);
     drop(deaf);
-    assert!(server.wait(Duration::from_secs(20)).success());
+    assert!(server.wait(Duration::from_secs(70)).success());
 }
 
 /// GO without a word about block sizes, as old clients do; then a read and a write by hand.

