@@ -14,12 +14,15 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use support::client::{Client, Request, Wishes, greet, is_hangup};
 use support::images::{SMALL_DISK_LEN, small_disk};
-use support::scratch;
 use support::server::{Serve, Server};
 use support::tools::{run, tool};
 use support::wire::command;
+use support::{scratch, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(30);
+/// No end takes longer for which nobody is waited for, not even on a busy machine: a client that is waited for has
+/// three quarters of a drain time of 30 s or more.
+const END_MAX: Duration = Duration::from_secs(20);
 const PLAIN: Wishes = Wishes::SIMPLE;
 
 #[test]
@@ -31,18 +34,18 @@ fn sighup_is_ignored_and_a_second_sigterm_ends_it_at_once() {
     server.signal(Signal::HUP);
     Client::unix(server.socket(), "", PLAIN).disconnect();
     server.signal(Signal::TERM);
+    wait_until("the socket goes while the server drains", || !server.socket().exists());
     thread::sleep(Duration::from_millis(300));
     server.assert_alive();
-    assert!(!server.socket().exists(), "the socket stays while the server drains");
     server.signal(Signal::TERM);
-    assert_eq!(server.wait(Duration::from_secs(5)).code(), Some(4));
+    assert_eq!(server.wait(PATIENCE).code(), Some(4));
 }
 
 #[test]
 fn a_storm_of_signals_disturbs_nobody() {
     let folder = scratch("storm");
     let (path, content) = small_disk(folder.path());
-    let mut server = Serve::image(&path).format("raw").start();
+    let mut server = Serve::image(&path).format("raw").args(&["--drain-timeout", "60"]).start();
     let mut client = Client::unix(server.socket(), "", PLAIN);
     for _ in 0..100 {
         for _ in 0..100 {
@@ -57,21 +60,22 @@ fn a_storm_of_signals_disturbs_nobody() {
     let begin = Instant::now();
     server.signal(Signal::TERM);
     assert_eq!(server.wait(PATIENCE).code(), Some(0));
-    assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < END_MAX, "{:?}", begin.elapsed());
 }
 
 #[test]
 fn a_client_that_does_not_read_cannot_hold_up_the_end() {
     let folder = scratch("drain");
     let (path, _) = small_disk(folder.path());
-    let mut server = Serve::image(&path).format("raw").args(&["--drain-timeout", "1"]).start();
+    let mut server = Serve::image(&path).format("raw").args(&["--drain-timeout", "24"]).start();
     let _stuck = client_that_does_not_read(server.socket());
     let mut writer = Client::unix(server.socket(), "", PLAIN);
     writer.write(512, &[7; 512]);
     let begin = Instant::now();
     server.signal(Signal::TERM);
-    assert_eq!(server.wait(Duration::from_secs(5)).code(), Some(0), "{}", server.stderr());
-    assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+    // Three quarters of the time are the client's, and the rest is enough for a slow disk to flush.
+    assert_eq!(server.wait(Duration::from_secs(60)).code(), Some(0), "{}", server.stderr());
+    assert!(begin.elapsed() < Duration::from_secs(50), "{:?}", begin.elapsed());
     assert_eq!(fs::read(&path).unwrap()[512..1024], [7; 512]);
 }
 
@@ -80,14 +84,14 @@ fn a_client_that_does_not_read_cannot_hold_up_the_end() {
 fn a_signal_after_the_last_client_does_not_hurry_the_flush() {
     let folder = scratch("end-asked");
     let (path, _) = small_disk(folder.path());
-    let mut server = with_bad_syncs(&path, "delay_enter=5s", &["--exit-last", "--drain-timeout", "60"]);
+    let mut server = with_bad_syncs(&path, "delay_enter=15s", &["--exit-last", "--drain-timeout", "60"]);
     let mut client = Client::unix(server.socket(), "", PLAIN);
     client.write(0, &[1; 512]);
     client.disconnect();
     server.wait_for_log("the last client has gone");
     server.signal(Signal::TERM);
     server.wait_for_log("ending already");
-    assert_eq!(server.wait(PATIENCE).code(), Some(0), "{}", server.stderr());
+    assert_eq!(server.wait(Duration::from_secs(60)).code(), Some(0), "{}", server.stderr());
 }
 
 /// Runs the server under strace, which makes its syncs go wrong in the way that `how` says; the server keeps its own
@@ -103,7 +107,7 @@ fn with_bad_syncs(image: &Path, how: &str, args: &[&str]) -> Server {
 fn a_last_flush_that_fails_is_told_by_the_status() {
     let folder = scratch("flush-fails");
     let (path, _) = small_disk(folder.path());
-    let mut server = with_bad_syncs(&path, "error=EIO", &["--drain-timeout", "1"]);
+    let mut server = with_bad_syncs(&path, "error=EIO", &["--drain-timeout", "30"]);
     Client::unix(server.socket(), "", PLAIN).write(0, &[1; 512]);
     server.signal(Signal::TERM);
     assert_eq!(server.wait(PATIENCE).code(), Some(3));
@@ -115,7 +119,7 @@ fn a_last_flush_that_fails_is_told_by_the_status() {
 fn a_last_flush_that_hangs_is_left_behind_after_the_drain_time() {
     let folder = scratch("flush-hangs");
     let (path, _) = small_disk(folder.path());
-    let mut server = with_bad_syncs(&path, "delay_enter=5s", &["--drain-timeout", "1"]);
+    let mut server = with_bad_syncs(&path, "delay_enter=15s", &["--drain-timeout", "1"]);
     Client::unix(server.socket(), "", PLAIN).write(0, &[1; 512]);
     let begin = Instant::now();
     server.signal(Signal::TERM);
@@ -123,7 +127,7 @@ fn a_last_flush_that_hangs_is_left_behind_after_the_drain_time() {
     // The kernel keeps a zombie until strace lets go of the thread that hangs, so the end is looked at, not waited for.
     let stat = format!("/proc/{}/stat", server.pid());
     while !fs::read_to_string(&stat).unwrap().contains(") Z ") {
-        assert!(begin.elapsed() < Duration::from_secs(3), "the server does not end");
+        assert!(begin.elapsed() < Duration::from_secs(12), "the server does not end");
         thread::sleep(Duration::from_millis(5));
     }
     assert_eq!(server.wait(PATIENCE).code(), Some(3));
@@ -149,7 +153,7 @@ fn idle_clients_do_not_delay_the_end() {
     let begin = Instant::now();
     server.signal(Signal::TERM);
     assert_eq!(server.wait(PATIENCE).code(), Some(0));
-    assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < END_MAX, "{:?}", begin.elapsed());
     assert!(is_hangup(&idle[0].reply().unwrap_err()));
 }
 
@@ -198,7 +202,7 @@ fn connections_that_have_not_negotiated_do_not_delay_the_end() {
     let begin = Instant::now();
     server.signal(Signal::TERM);
     assert_eq!(server.wait(PATIENCE).code(), Some(0));
-    assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < END_MAX, "{:?}", begin.elapsed());
     drop(silent);
 }
 
