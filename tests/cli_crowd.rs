@@ -14,12 +14,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use support::client::{Client, Wishes, go_data, greet, is_hangup, option_bytes, read_option_reply};
-use support::proc::descriptors;
+use support::proc::descriptors_but_rings;
 use support::rng::Rng;
 use support::server::{Serve, Server};
 use support::wire::{option, option_reply};
 use support::{raise_file_limit, scratch};
 
+const PATIENCE: Duration = Duration::from_secs(30);
 const PLAIN: Wishes = Wishes::SIMPLE;
 const DISK_LEN: usize = 1 << 20;
 
@@ -35,17 +36,17 @@ fn start(name: &str, args: &[&str]) -> (tempfile::TempDir, Server, SocketAddr) {
         if let Some(uri) = stdout.lines().find_map(|line| line.strip_prefix("nbd://")) {
             break uri.trim_end_matches('/').parse().unwrap();
         }
-        assert!(begin.elapsed() < Duration::from_secs(10), "no TCP URI: {stdout}");
+        assert!(begin.elapsed() < PATIENCE, "no TCP URI: {stdout}");
         thread::sleep(Duration::from_millis(5));
     };
     (folder, server, address)
 }
 
 /// Runs `strangers` while a good client connects and reads again and again; wants that no round of it has to wait for the
-/// strangers' time to be over (10 s; alone it takes about a millisecond, and tests/bench/crowd.py measures it), and
+/// strangers' time to be over (a minute; alone it takes about a millisecond, and tests/bench/crowd.py measures it), and
 /// descriptors and log as before.
 fn beside_a_good_client(name: &str, strangers: impl FnOnce(&Server, SocketAddr)) {
-    let (_folder, mut server, address) = start(name, &[]);
+    let (_folder, mut server, address) = start(name, &["--handshake-timeout", "60"]);
     start_all_shards(&server);
     let before = settled_descriptors(&server, usize::MAX);
     let done = AtomicBool::new(false);
@@ -65,7 +66,7 @@ fn beside_a_good_client(name: &str, strangers: impl FnOnce(&Server, SocketAddr))
         done.store(true, Ordering::Relaxed);
         good.join().unwrap()
     });
-    assert!(slowest < Duration::from_secs(9), "a good client waited {slowest:?} (of {rounds} rounds)");
+    assert!(slowest < Duration::from_secs(50), "a good client waited {slowest:?} (of {rounds} rounds)");
     server.assert_alive();
     assert!(settled_descriptors(&server, before) <= before, "descriptors are left open");
     let log = server.stderr();
@@ -87,8 +88,8 @@ fn settled_descriptors(server: &Server, wanted: usize) -> usize {
     let begin = Instant::now();
     loop {
         thread::sleep(Duration::from_millis(50));
-        let now = descriptors(server.pid());
-        if (wanted < usize::MAX && now <= wanted) || begin.elapsed() > Duration::from_secs(3) {
+        let now = descriptors_but_rings(server.pid());
+        if (wanted < usize::MAX && now <= wanted) || begin.elapsed() > PATIENCE {
             return now;
         }
         if wanted == usize::MAX && begin.elapsed() > Duration::from_millis(300) {
@@ -177,14 +178,15 @@ fn the_oldest_of_too_many_silent_ones_give_way() {
 
 #[test]
 fn who_does_not_negotiate_in_time_is_closed() {
-    let (_folder, server, _) = start("timeout", &["--handshake-timeout", "0.5"]);
+    let (_folder, server, _) = start("timeout", &["--handshake-timeout", "2"]);
     let mut idle = Client::unix(server.socket(), "", PLAIN);
     let begin = Instant::now();
     let mut silent = greet(server.socket());
     let mut slow = greet(server.socket());
     let dripping = thread::spawn(move || {
-        let go = option_bytes(option::GO, &go_data(""));
-        for byte in [[0, 0, 0, 3].as_slice(), &go].concat() {
+        // Long enough to go on for half a minute.
+        let go = option_bytes(option::GO, &[0; 4096]);
+        for byte in [[0, 0, 0, 3].as_slice(), &go].concat().into_iter().take(300) {
             if slow.write_all(&[byte]).is_err() {
                 return true;
             }
@@ -195,7 +197,8 @@ fn who_does_not_negotiate_in_time_is_closed() {
     assert!(dripping.join().unwrap(), "one byte at a time went through");
     assert_eq!(silent.read(&mut [0; 1]).unwrap(), 0);
     let elapsed = begin.elapsed();
-    assert!(elapsed > Duration::from_millis(450) && elapsed < Duration::from_secs(3), "{elapsed:?}");
+    // The limit is 10 s unless told otherwise.
+    assert!(elapsed > Duration::from_millis(1900) && elapsed < Duration::from_secs(9), "{elapsed:?}");
     assert_eq!(idle.read(0, 512), [5; 512], "the limit is for negotiation only");
     server.stop();
 }
@@ -218,7 +221,7 @@ fn more_than_max_connections_are_refused_with_a_text() {
         assert_eq!(kind, option_reply::ERR_POLICY);
         assert!(String::from_utf8(text).unwrap().contains("--max-connections"));
     }
-    assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < PATIENCE, "{:?}", begin.elapsed());
     server.wait_for_log("clients refused");
     assert_eq!(server.stderr().matches("clients refused").count(), 1, "{}", server.stderr());
     assert_eq!(second.read(0, 512), [5; 512]);
@@ -230,7 +233,7 @@ fn more_than_max_connections_are_refused_with_a_text() {
         if go(&mut stream).0 != option_reply::ERR_POLICY {
             break;
         }
-        assert!(begin.elapsed() < Duration::from_secs(5), "a freed slot cannot be had");
+        assert!(begin.elapsed() < PATIENCE, "a freed slot cannot be had");
     }
     server.stop();
 }
@@ -276,9 +279,9 @@ fn without_descriptors_a_good_client_still_gets_through() {
     server.stop();
 }
 
-/// Negotiates unless the server does not answer.
+/// Negotiates unless the server does not answer, for which a busy one gets time: only the last client takes all of it.
 fn keep_if_served(mut stream: UnixStream) -> Option<UnixStream> {
-    stream.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(8))).unwrap();
     stream.read_exact(&mut [0; 18]).ok()?;
     (go(&mut stream).0 == option_reply::INFO).then_some(stream)
 }
@@ -295,7 +298,7 @@ fn slots_come_back_however_a_client_goes() {
                 break stream;
             }
             // The server learns a moment later that the one before has gone.
-            assert!(begin.elapsed() < Duration::from_secs(5), "round {i}: the slot is lost");
+            assert!(begin.elapsed() < PATIENCE, "round {i}: the slot is lost");
         };
         assert_eq!(go(&mut greet(server.socket())).0, option_reply::ERR_POLICY, "one slot was had twice");
         if i % 2 == 0 {

@@ -79,10 +79,8 @@ impl Scene {
         scene
     }
 
-    /// What is open, without the rings: a thread makes its own when it first has to wait for the disk, and keeps it.
     fn open_count(&self) -> usize {
-        let targets = proc::descriptor_targets(self.server.pid());
-        targets.iter().filter(|target| !target.contains("io_uring")).count()
+        proc::descriptors_but_rings(self.server.pid())
     }
 
     /// Each thread of an export keeps what it has opened.

@@ -13,6 +13,11 @@ pub fn descriptor_targets(pid: u32) -> Vec<String> {
     entries.filter_map(|entry| Some(fs::read_link(entry.ok()?.path()).ok()?.display().to_string())).collect()
 }
 
+/// Their number without rings: a thread makes its own when it first has to wait for the disk, and keeps it.
+pub fn descriptors_but_rings(pid: u32) -> usize {
+    descriptor_targets(pid).iter().filter(|target| !target.contains("io_uring")).count()
+}
+
 /// Resident memory of `pid` in bytes.
 pub fn resident_len(pid: u32) -> u64 {
     status_field(pid, "VmRSS:") * 1024
