@@ -23,7 +23,8 @@ use support::tools::{output, run, tool};
 use support::wire::{option, option_reply};
 use support::{assert_same, scratch};
 
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Longer than the drain time of these servers.
+const PATIENCE: Duration = Duration::from_secs(90);
 const PLAIN: Wishes = Wishes::SIMPLE;
 
 /// A server with its own pipes, killed on drop.
@@ -73,9 +74,10 @@ impl Drop for Running {
     }
 }
 
+/// With a drain time that is long enough for a busy disk.
 fn serve(image: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_nbd-img"));
-    command.args(["serve", "--format", "raw"]).arg(image);
+    command.args(["serve", "--format", "raw", "--drain-timeout", "60"]).arg(image);
     command
 }
 

@@ -25,12 +25,14 @@ use support::tools::{output, python_nbd, run, tool};
 use support::wire::command;
 use support::{assert_same, scratch, tls};
 
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Longer than the drain time of these servers.
+const PATIENCE: Duration = Duration::from_secs(90);
 const PLAIN: Wishes = Wishes::SIMPLE;
 
+/// With a drain time that is long enough for a busy disk.
 fn serve(image: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_nbd-img"));
-    command.args(["serve", "--format", "raw"]).arg(image).args(args);
+    command.args(["serve", "--format", "raw", "--drain-timeout", "60"]).arg(image).args(args);
     command
 }
 

@@ -18,6 +18,12 @@ use super::tools::tool;
 /// Long enough for a busy machine; a server that is not ready or gone by then hangs.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The drain time of servers whose end is not what a test is about, in seconds: a busy disk may flush for longer than
+/// the default.
+const DRAIN_TIME: &str = "60";
+/// Longer than that.
+const END_PATIENCE: Duration = Duration::from_secs(90);
+
 /// Whose server a run of the tests drives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Peer {
@@ -176,6 +182,9 @@ impl Serve {
     fn nbd_img(&self, socket: &Path) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_nbd-img"));
         command.arg("serve").arg("--socket").arg(socket).args(&self.args);
+        if !self.args.iter().any(|arg| arg.starts_with("--drain-timeout")) {
+            command.args(["--drain-timeout", DRAIN_TIME]);
+        }
         if let [export] = self.exports.as_slice() {
             if let Some(format) = &export.format {
                 command.args(["--format", format]);
@@ -308,7 +317,7 @@ impl Server {
     #[track_caller]
     pub fn stop(mut self) {
         self.signal(Signal::TERM);
-        let status = self.wait(PATIENCE);
+        let status = self.wait(END_PATIENCE);
         let log = self.stderr();
         assert!(status.success(), "on SIGTERM the server ended with {status}: {log}");
         assert!(!log.contains("panicked"), "a panic in the log: {log}");
@@ -344,7 +353,10 @@ impl Server {
         let begin = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
-                thread::sleep(Duration::from_millis(50)); // for the last of its log to be read
+                // The log has been read to its end when its reader has let go of it.
+                while Arc::strong_count(&self.stderr) > 1 && begin.elapsed() < PATIENCE {
+                    thread::sleep(Duration::from_millis(5));
+                }
                 return Err(Refusal { status, stderr: self.stderr() });
             }
             let ready = match self.peer {
