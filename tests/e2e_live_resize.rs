@@ -66,7 +66,7 @@ fn a_disk_grows_under_a_writer_and_a_kill() {
             let over = &over;
             let writing = scope.spawn(move || {
                 let mut round = 0_u64;
-                while !over.load(Ordering::Relaxed) {
+                while round == 0 || !over.load(Ordering::Relaxed) {
                     round += 1;
                     // New clusters all over the old part, and its very end.
                     writer.write(MIB + (round * 7919 % 1000) * 8000, &round.to_le_bytes());

@@ -11,8 +11,9 @@ use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use support::assert_same;
@@ -146,13 +147,14 @@ fn killed_servers_lose_nothing() {
             image = Some(Image::make(&KINDS[round / LIVES % KINDS.len()], &mut rng));
         }
         let image = image.as_mut().unwrap();
-        let tally = image.kill_once(&mut rng);
+        let tally = image.kill_once(&mut rng, &totals.lacks(round + 1));
         leaky += usize::from(image.verify(tally.replies > 0) == Health::Leaks);
         totals.add(&tally);
     }
     eprintln!("{kills} kills, {leaky} leaky images: {totals:?}");
     // A run in which nothing was under way would prove nothing.
-    assert!(totals.replies > kills * 50 && totals.flushes > kills * 4, "{totals:?}");
+    let lacks = totals.lacks(kills);
+    assert_eq!((lacks.replies, lacks.flushes), (0, 0), "{totals:?}");
     assert!(totals.open > kills * 100 && totals.in_flight > kills, "{totals:?}");
 }
 
@@ -172,6 +174,27 @@ impl Tally {
         self.flushes += other.flushes;
         self.in_flight += other.in_flight;
         self.open += other.open;
+    }
+
+    /// How many replies and flushes are missing for `kills` kills to have been in the middle of something.
+    fn lacks(&self, kills: usize) -> Self {
+        let lack = |wanted: usize, had: usize| (wanted + 1).saturating_sub(had);
+        let (replies, flushes) = (lack(kills * 50, self.replies), lack(kills * 4, self.flushes));
+        Self { replies, flushes, ..Self::default() }
+    }
+}
+
+/// What the clients of a server have come to so far.
+#[derive(Default)]
+struct Progress {
+    replies: AtomicUsize,
+    flushes: AtomicUsize,
+}
+
+impl Progress {
+    fn is_behind(&self, wanted: &Tally) -> bool {
+        self.replies.load(Ordering::Relaxed) < wanted.replies
+            || self.flushes.load(Ordering::Relaxed) < wanted.flushes
     }
 }
 
@@ -204,8 +227,9 @@ impl Image {
         Self { kind, folder, first, content, journals: Vec::new(), next_value: 1 }
     }
 
-    /// Serves the image to writing clients and kills the server.
-    fn kill_once(&mut self, rng: &mut Rng) -> Tally {
+    /// Serves the image to writing clients and kills the server, on a slow machine not before they have come to what is
+    /// `wanted`.
+    fn kill_once(&mut self, rng: &mut Rng, wanted: &Tally) -> Tally {
         let server = Serve::image(self.folder.path().join("disk")).format("qcow2");
         let mut server =
             server.args(&[self.kind.cache]).args(self.kind.own).qemu_args(&[self.kind.cache]).start();
@@ -215,11 +239,12 @@ impl Image {
         };
         let journals: Vec<Journal> =
             parts.map(|part| Journal::new(part.clone(), part.into_iter().map(value))).collect();
+        let progress = Progress::default();
         let mut writers: Vec<Writer> = journals
             .into_iter()
             .map(|journal| {
                 self.next_value += 1 << 32;
-                Writer::new(&server, journal, rng.fork(), self.next_value)
+                Writer::new(&server, journal, rng.fork(), self.next_value, &progress)
             })
             .collect();
         thread::scope(|scope| {
@@ -227,16 +252,20 @@ impl Image {
                 scope.spawn(|| writer.run());
             }
             thread::sleep(Duration::from_millis(rng.in_range(50..600)));
+            let begin = Instant::now();
+            while progress.is_behind(wanted) && begin.elapsed() < Duration::from_secs(30) {
+                thread::sleep(Duration::from_millis(1));
+            }
             server.signal(Signal::KILL);
             server.wait(Duration::from_secs(30));
         });
         qcow2::wait_until_let_go(self.folder.path(), "disk");
-        let mut tally = Tally::default();
-        for writer in &mut writers {
-            writer.tally.in_flight = writer.client.in_flight();
-            writer.tally.open = writer.journal.open();
-            tally.add(&writer.tally);
-        }
+        let tally = Tally {
+            replies: progress.replies.load(Ordering::Relaxed),
+            flushes: progress.flushes.load(Ordering::Relaxed),
+            in_flight: writers.iter().map(|writer| writer.client.in_flight()).sum(),
+            open: writers.iter().map(|writer| writer.journal.open()).sum(),
+        };
         self.journals = writers.into_iter().map(|writer| writer.journal).collect();
         tally
     }
@@ -284,20 +313,20 @@ fn sectors_of(client: usize, disk: usize) -> Vec<usize> {
 }
 
 /// A client that keeps a journal until its server dies.
-struct Writer {
+struct Writer<'a> {
     client: Client,
     journal: Journal,
     rng: Rng,
     value: Value,
     /// Requests in flight by cookie: where they write, their number in the journal, whether their reply makes them durable.
     sent: HashMap<u64, (Range<usize>, u64, bool)>,
-    tally: Tally,
+    progress: &'a Progress,
 }
 
-impl Writer {
-    fn new(server: &Server, journal: Journal, rng: Rng, value: Value) -> Self {
+impl<'a> Writer<'a> {
+    fn new(server: &Server, journal: Journal, rng: Rng, value: Value, progress: &'a Progress) -> Self {
         let client = Client::unix(server.socket(), "", Wishes::SIMPLE);
-        Self { client, journal, rng, value, sent: HashMap::new(), tally: Tally::default() }
+        Self { client, journal, rng, value, sent: HashMap::new(), progress }
     }
 
     fn run(&mut self) {
@@ -327,7 +356,7 @@ impl Writer {
             let reply = self.ask_flush()?;
             assert_eq!(reply, 0, "flush");
             self.journal.settle(0..self.journal.len(), request);
-            self.tally.flushes += 1;
+            self.progress.flushes.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -384,7 +413,7 @@ impl Writer {
         let reply = self.client.reply()?;
         let (range, number, fua) = self.sent.remove(&reply.cookie).unwrap();
         assert_eq!(reply.error, 0, "{range:?}: {}", reply.text);
-        self.tally.replies += 1;
+        self.progress.replies.fetch_add(1, Ordering::Relaxed);
         if fua {
             self.journal.settle(range, number);
         }

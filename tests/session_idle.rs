@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use support::client::{Client, Wishes};
 use support::in_process::{Disk, InProcess};
+use support::wait_until;
 
 /// How often the shards' threads have gone to sleep so far.
 fn sleeps() -> u64 {
@@ -37,14 +38,16 @@ fn an_idle_server_sleeps() {
         client.write(0, &vec![1; 512 << 10]);
         client.read(0, 512 << 10);
     }
-    // Longer than two sweeps, which give the buffers back.
-    std::thread::sleep(Duration::from_millis(1800));
-    assert_eq!(server.budget.left_len(), server.budget_len);
-    let before = sleeps();
-    assert!(before > 0, "the shards' threads are called something else now");
-    std::thread::sleep(Duration::from_secs(3));
-    let woken = sleeps() - before;
-    assert!(woken <= 2, "the shards of idle connections woke up {woken} times in 3 s");
+    wait_until("the sweeps give the buffers back", || server.budget.left_len() == server.budget_len);
+    assert!(sleeps() > 0, "the shards' threads are called something else now");
+    // On a busy machine the last sweeps may come late, but not for ever.
+    let mut woken = Vec::new();
+    while woken.len() < 5 && woken.last().is_none_or(|times| *times > 2) {
+        let before = sleeps();
+        std::thread::sleep(Duration::from_secs(3));
+        woken.push(sleeps() - before);
+    }
+    assert!(woken.last().is_some_and(|times| *times <= 2), "idle shards woke up {woken:?} times in 3 s");
     for mut client in clients {
         assert_eq!(client.read(0, 4096), vec![1; 4096]);
         client.disconnect();

@@ -2,8 +2,9 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -15,6 +16,9 @@ use super::wire::command;
 
 pub const DISK_LEN: usize = 48 << 20;
 
+/// More writes than this make a move one of a disk that is written to.
+const ENOUGH: usize = 10;
+
 /// The disk of a running guest moves into the export of `server`, as in a migration without shared storage: the guest (a
 /// client of the storage daemon) writes before, during and after the switch. Gives what the export must hold.
 pub fn mirror(folder: &Path, server: &Server, mut rng: Rng, copy_mode: &str) -> Vec<u8> {
@@ -23,16 +27,20 @@ pub fn mirror(folder: &Path, server: &Server, mut rng: Rng, copy_mode: &str) -> 
     fs::write(folder.join("source"), &shadow).unwrap();
     let mut daemon = start_daemon(folder, server);
 
-    let over = AtomicBool::new(false);
+    let (over, writes) = (AtomicBool::new(false), AtomicUsize::new(0));
     let guest = Client::unix(&folder.join("guest.sock"), "disk", Wishes::STRUCTURED);
     let (mut guest, mut shadow) = thread::scope(|scope| {
-        let writer = scope.spawn(|| write_until(guest, shadow, rng, &over));
+        let writer = scope.spawn(|| write_until(guest, shadow, rng, &over, &writes));
         daemon.execute(
             "blockdev-mirror",
             &json!({ "job-id": "move", "device": "source", "target": "target", "sync": "full", "copy-mode": copy_mode,
                 "buf-size": 1 << 20 }),
         );
         daemon.wait_for("BLOCK_JOB_READY");
+        let ready = Instant::now();
+        while writes.load(Ordering::Relaxed) <= ENOUGH && ready.elapsed() < Duration::from_secs(30) {
+            thread::sleep(Duration::from_millis(1));
+        }
         daemon.execute("block-job-complete", &json!({ "device": "move" }));
         let end = daemon.wait_for("BLOCK_JOB_COMPLETED");
         over.store(true, Ordering::Relaxed);
@@ -62,9 +70,14 @@ fn start_daemon(folder: &Path, server: &Server) -> Monitor {
     Monitor::storage_daemon(folder, &args)
 }
 
-/// Writes and zeroes until told to stop; gives back what the disk must hold.
-fn write_until(mut guest: Client, mut shadow: Vec<u8>, mut rng: Rng, over: &AtomicBool) -> (Client, Vec<u8>) {
-    let mut writes = 0;
+/// Writes and zeroes until told to stop, and counts that; gives back what the disk must hold.
+fn write_until(
+    mut guest: Client,
+    mut shadow: Vec<u8>,
+    mut rng: Rng,
+    over: &AtomicBool,
+    writes: &AtomicUsize,
+) -> (Client, Vec<u8>) {
     while !over.load(Ordering::Relaxed) {
         let len = usize::try_from(rng.in_range(1..100_000)).unwrap();
         let at = usize::try_from(rng.below((DISK_LEN - len) as u64)).unwrap();
@@ -77,8 +90,9 @@ fn write_until(mut guest: Client, mut shadow: Vec<u8>, mut rng: Rng, over: &Atom
             guest.write(at as u64, &data);
             shadow[at..at + len].copy_from_slice(&data);
         }
-        writes += 1;
+        writes.fetch_add(1, Ordering::Relaxed);
     }
-    assert!(writes > 10, "only {writes} writes during the move: it proves nothing");
+    let writes = writes.load(Ordering::Relaxed);
+    assert!(writes > ENOUGH, "only {writes} writes during the move: it proves nothing");
     (guest, shadow)
 }
