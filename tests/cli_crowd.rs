@@ -30,15 +30,7 @@ fn start(name: &str, args: &[&str]) -> (tempfile::TempDir, Server, SocketAddr) {
     let path = folder.path().join("disk.img");
     fs::write(&path, vec![5; DISK_LEN]).unwrap();
     let server = Serve::image(&path).format("raw").args(&["--listen", "127.0.0.1:0"]).args(args).start();
-    let begin = Instant::now();
-    let address = loop {
-        let stdout = server.stdout();
-        if let Some(uri) = stdout.lines().find_map(|line| line.strip_prefix("nbd://")) {
-            break uri.trim_end_matches('/').parse().unwrap();
-        }
-        assert!(begin.elapsed() < PATIENCE, "no TCP URI: {stdout}");
-        thread::sleep(Duration::from_millis(5));
-    };
+    let address = server.tcp_address();
     (folder, server, address)
 }
 

@@ -73,7 +73,7 @@ impl Scene {
         let image = folder.path().join("disk.qcow2");
         let common = ["--tls", "optional", "--max-connections", SLOTS, "--listen", "127.0.0.1:0"];
         let server = Serve::image(&image).format("qcow2").args(&common).args(args).start();
-        let address = tcp_address(&server);
+        let address = server.tcp_address();
         let mut scene = Scene { server, address, image, tls, descriptors: 0, folder };
         scene.descriptors = scene.descriptors_when_warm();
         scene
@@ -153,17 +153,6 @@ impl Scene {
         let again = Serve::image(&self.image).format("qcow2").start();
         assert_same("the disk again", &Client::unix(again.socket(), "", Wishes::SIMPLE).read_all(), &content);
         again.stop();
-    }
-}
-
-fn tcp_address(server: &Server) -> SocketAddr {
-    let begin = Instant::now();
-    loop {
-        if let Some(uri) = server.stdout().lines().find_map(|line| line.strip_prefix("nbd://")) {
-            return uri.trim_end_matches('/').parse().unwrap();
-        }
-        assert!(begin.elapsed() < PATIENCE, "no TCP URI: {}", server.stdout());
-        thread::sleep(Duration::from_millis(5));
     }
 }
 

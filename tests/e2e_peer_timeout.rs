@@ -5,7 +5,7 @@
 mod support;
 
 use std::fs;
-use std::net::{SocketAddr, TcpStream};
+use std::net::TcpStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -23,16 +23,8 @@ fn start(test: &str, args: &[&str]) -> (tempfile::TempDir, Server, TcpStream) {
     let disk = folder.path().join("disk");
     fs::write(&disk, vec![3; DISK_LEN]).unwrap();
     let server = Serve::image(&disk).format("raw").args(&["--listen", "127.0.0.1:0"]).args(args).start();
-    let begin = Instant::now();
-    let address: SocketAddr = loop {
-        let stdout = server.stdout();
-        if let Some(uri) = stdout.lines().find_map(|line| line.strip_prefix("nbd://")) {
-            break uri.trim_end_matches('/').parse().unwrap();
-        }
-        assert!(begin.elapsed() < PATIENCE, "no TCP URI: {stdout}");
-        thread::sleep(Duration::from_millis(5));
-    };
-    (folder, server, TcpStream::connect(address).unwrap())
+    let stream = TcpStream::connect(server.tcp_address()).unwrap();
+    (folder, server, stream)
 }
 
 /// A connection's timers as the kernel shows them: the keep-alive runs, and asks within half the time.
@@ -44,24 +36,27 @@ fn a_silent_client_is_asked_whether_it_is_there() {
     client.read(0, 512);
     let begin = Instant::now();
     // The acknowledgements of what was sent may still be under way.
-    while timer(local, remote).0 != 2 {
-        assert!(begin.elapsed() < PATIENCE, "no keep-alive: {:?}", timer(local, remote));
+    let ticks = loop {
+        match timer(local, remote) {
+            Some((2, ticks)) => break ticks,
+            other => assert!(begin.elapsed() < PATIENCE, "no keep-alive: {other:?}"),
+        }
         thread::sleep(Duration::from_millis(10));
-    }
-    let (_, ticks) = timer(local, remote);
+    };
     assert!(ticks <= 20 * 100, "the first question is {ticks} ticks away, not at most 20 s");
     client.disconnect();
     server.stop();
 }
 
-/// Kind and rest of the timer of one connection in /proc/net/tcp (proc(5)); 2 is keep-alive, a tick is 10 ms.
-fn timer(local: u16, remote: u16) -> (u32, u64) {
+/// Kind and rest of the timer of one connection in /proc/net/tcp (proc(5)); 2 is keep-alive, a tick is 10 ms. Who
+/// reads while other connections come and go may miss it.
+fn timer(local: u16, remote: u16) -> Option<(u32, u64)> {
     let table = fs::read_to_string("/proc/net/tcp").unwrap();
     let port = |address: &str| u16::from_str_radix(address.split_once(':').unwrap().1, 16).unwrap();
     let row = table.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
-    let row = row.into_iter().find(|row| port(row[1]) == local && port(row[2]) == remote).expect(&table);
+    let row = row.into_iter().find(|row| port(row[1]) == local && port(row[2]) == remote)?;
     let (kind, ticks) = row[5].split_once(':').unwrap();
-    (kind.parse().unwrap(), u64::from_str_radix(ticks, 16).unwrap())
+    Some((kind.parse().unwrap(), u64::from_str_radix(ticks, 16).unwrap()))
 }
 
 /// A client that takes no replies, and so stands for one whose machine has gone, is given up after --peer-timeout.

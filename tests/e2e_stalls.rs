@@ -5,7 +5,7 @@
 mod support;
 
 use std::fs;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -17,7 +17,7 @@ use support::fuse::SlowFile;
 use support::rng::Rng;
 use support::server::{Export, Serve, Server};
 use support::wire::command;
-use support::{assert_same, proc};
+use support::{assert_same, proc, wait_until};
 
 const READ_DELAY: Duration = Duration::from_secs(2);
 const SLOW_LEN: u64 = 1 << 30;
@@ -56,9 +56,21 @@ fn a_stalled_disk_delays_nobody_else() {
     let quick = folder.path().join("quick");
     let content = Rng::fixed(3).bytes(16 << 20);
     fs::write(&quick, &content).unwrap();
-    let slow = SlowFile::mount(SLOW_LEN, READ_DELAY);
-    let mut server = Serve::exports(exports(&slow, &quick)).args(&["--drain-timeout", "1"]).start();
+    // A machine that is busy with something else may be late with the end; one that waits for the disk always is.
+    let mut ends = Vec::new();
+    while ends.len() < 3 && ends.last().is_none_or(|elapsed| *elapsed > Duration::from_secs(2)) {
+        let slow = SlowFile::mount(SLOW_LEN, READ_DELAY);
+        let server = Serve::exports(exports(&slow, &quick)).args(&["--drain-timeout", "1"]).start();
+        ends.push(end_of_a_stalled_server(server, &content));
+    }
+    if support::is_nbd_img() {
+        let last = ends.last().unwrap();
+        assert!(*last <= Duration::from_secs(2), "the drain time is 1 s, and it took {ends:?} to end");
+    }
+}
 
+/// Serves clients of a stalled disk and one of a quick disk; how long the server takes to end then.
+fn end_of_a_stalled_server(mut server: Server, content: &[u8]) -> Duration {
     let (stop, answered) = (AtomicBool::new(false), AtomicUsize::new(0));
     let elapsed = thread::scope(|scope| {
         let stop_slow_clients = StopOnDrop(&stop);
@@ -67,7 +79,7 @@ fn a_stalled_disk_delays_nobody_else() {
             scope.spawn(move || stalled_client(server, &format!("slow{}", i % 2), i, stop, answered));
         }
         thread::sleep(Duration::from_millis(500)); // the reads are under way now
-        quick_reads_are_quick(&server, &content);
+        quick_reads_are_quick(&server, content);
         // The kernel has only some requests under way with FUSE's daemon, so the first answer may take several delays.
         let begin = Instant::now();
         while answered.load(Ordering::Relaxed) == 0 {
@@ -89,10 +101,10 @@ fn a_stalled_disk_delays_nobody_else() {
     });
     let status = server.wait(READ_DELAY * 10);
     if support::is_nbd_img() {
-        assert!(elapsed <= Duration::from_secs(2), "the drain time is 1 s, and it took {elapsed:?} to end");
         assert!(status.success(), "{status}");
     }
     eprintln!("ended {elapsed:?} after SIGTERM with {status}");
+    elapsed
 }
 
 /// Keeps 8 reads in flight, far apart, until the server hangs up.
@@ -124,11 +136,12 @@ fn stalled_client(server: &Server, export: &str, seed: u64, stop: &AtomicBool, a
 }
 
 /// 4 KiB reads at depth 1 over more than two of the slow reads' times, old and new connections. A machine that is busy
-/// with something else gets two more chances: a disk that holds others up takes them all.
+/// with something else gets two more chances, and is not taken for a disk that holds others up, which costs them whole
+/// delays.
 fn quick_reads_are_quick(server: &Server, content: &[u8]) {
     for chance in 1..=3 {
         let (connected, p99) = quick_reads(server, content);
-        if p99 < Duration::from_millis(5) && connected < Duration::from_millis(500) {
+        if p99 < READ_DELAY / 4 && connected < READ_DELAY / 4 {
             return;
         }
         assert!(
@@ -214,15 +227,12 @@ fn vanishing_clients_leave_nothing_behind() {
 
 #[test]
 fn resetting_tcp_clients_leave_nothing_behind() {
-    // A port that was free a moment ago.
-    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let listen = format!("tcp:{address}");
     if !support::is_nbd_img() {
         eprintln!("qemu-nbd does not listen on a Unix socket and TCP at once");
         return;
     }
-    resets("resets-tcp", &["--listen", &listen], |_, rng| {
-        let stream = TcpStream::connect(address).unwrap();
+    resets("resets-tcp", &["--listen", "127.0.0.1:0"], |server, rng| {
+        let stream = TcpStream::connect(server.tcp_address()).unwrap();
         // Closing sends RST and throws away what is queued.
         socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
         vanish_in_mid_request(&mut Client::tcp(stream, "", Wishes::SIMPLE), rng);
@@ -249,7 +259,13 @@ fn resets(test: &str, args: &[&str], reset: impl Fn(&Server, &mut Rng) + Sync) {
         thread::scope(|scope| {
             for _ in 0..WORKERS {
                 let (mut rng, server, reset) = (rng.fork(), &server, &reset);
-                scope.spawn(move || (0..rounds / WORKERS).for_each(|_| reset(server, &mut rng)));
+                scope.spawn(move || {
+                    for _ in 0..rounds / WORKERS {
+                        // Sessions that it has not ended yet keep their slots.
+                        wait_until("the server keeps up", || sockets(server) < 96);
+                        reset(server, &mut rng);
+                    }
+                });
             }
         });
     };
@@ -280,6 +296,11 @@ fn resets(test: &str, args: &[&str], reset: impl Fn(&Server, &mut Rng) + Sync) {
         &fs::read(&disk).unwrap()[RESET_DISK_LEN / 2..],
         &content[RESET_DISK_LEN / 2..],
     );
+}
+
+fn sockets(server: &Server) -> usize {
+    let targets = proc::descriptor_targets(server.pid());
+    targets.iter().filter(|target| target.starts_with("socket:")).count()
 }
 
 /// Descriptors, resident bytes and threads once the descriptors are down to `limit`, or have not changed for a second.

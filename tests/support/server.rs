@@ -4,6 +4,7 @@
 //! with the equivalent options: that shows what a rig is worth, and where the two servers differ. CI never sets it.
 
 use std::io::{BufRead, BufReader, Read};
+use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -282,6 +283,14 @@ impl Server {
     /// The URI of an export over the Unix socket.
     pub fn uri(&self, export: &str) -> String {
         format!("nbd+unix:///{export}?socket={}", self.socket.display())
+    }
+
+    /// Where the server listens on TCP. It says so a moment after it has told of its Unix socket.
+    #[track_caller]
+    pub fn tcp_address(&self) -> SocketAddr {
+        let uri = || Some(self.stdout().lines().find_map(|line| line.strip_prefix("nbd://"))?.to_owned());
+        super::wait_until("a TCP URI", || uri().is_some());
+        uri().unwrap().split('/').next().unwrap().parse().unwrap()
     }
 
     /// What the server wrote to its standard output so far.
