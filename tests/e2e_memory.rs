@@ -75,6 +75,8 @@ fn many_large_writes_at_once_stay_within_the_budget() {
         for index in 0..CONNECTIONS {
             scope.spawn(move || {
                 let mut client = Client::unix(socket, "", Wishes::SIMPLE);
+                // They wait for each other's memory, on a slow machine for long.
+                client.stream().set_patience(Some(Duration::from_secs(600))).unwrap();
                 let offset = (index % 2 * WRITE_LEN) as u64;
                 // Half of them are durable: those are never written in place, but held until they are.
                 let flags = if index % 4 < 2 { command_flag::FUA } else { 0 };

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use support::front::{BOTH, PATIENCE, Program, kill, text};
 use support::tools::{output, qemu_img, qemu_io, run, tool};
-use support::{assert_same, scratch};
+use support::{assert_same, qcow2, scratch};
 
 const DISK_LEN: u64 = 1 << 20;
 
@@ -385,17 +385,30 @@ fn a_certificate_is_no_answer_to_a_key() {
     }
 }
 
+/// Starts a server on TCP in the background and gives its port, which was free a moment before: when somebody else has
+/// taken it since, another one.
+fn forked_at_a_free_port(program: Program, folder: &Path, pid: &str) -> String {
+    for _ in 0..10 {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = free.local_addr().unwrap().port().to_string();
+        drop(free);
+        let line = ["-t", "-p", &port, "-e", "3", "--fork", "--pid-file", pid, "-f", "qcow2", "plain.qcow2"];
+        let (status, _, stderr) = program.ends(folder, &line);
+        if !stderr.contains("Address already in use") {
+            assert_eq!(status, Some(0), "{program:?}: {stderr}");
+            return port;
+        }
+    }
+    panic!("{program:?} finds no port")
+}
+
 /// Everybody's default: TCP at all addresses of the machine. (The port is another, so that tests can run side by side.)
 #[test]
 fn tcp_at_all_addresses() {
     let folder = images();
     for program in BOTH {
-        let port =
-            std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
         let pid = path(&folder, "p");
-        let line = ["-t", "-p", &port, "-e", "3", "--fork", "--pid-file", &pid, "-f", "qcow2", "plain.qcow2"];
-        let (status, _, stderr) = program.ends(folder.path(), &line);
-        assert_eq!(status, Some(0), "{program:?}: {stderr}");
+        let port = forked_at_a_free_port(program, folder.path(), &pid);
         // An address of loopback that nobody names in his options.
         run(tool("nbdinfo").args(["--size", &format!("nbd://127.0.0.2:{port}")]));
         // The second one at this port is refused.
@@ -405,11 +418,12 @@ fn tcp_at_all_addresses() {
         let pid: u32 = fs::read_to_string(&pid).unwrap().trim().parse().unwrap();
         kill(pid, Signal::TERM);
         let begin = Instant::now();
-        // The lock on the image goes with the process.
         while fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z ")) {
             assert!(begin.elapsed() < PATIENCE, "{program:?} does not end");
             thread::sleep(Duration::from_millis(5));
         }
+        // The lock goes with the last of its threads.
+        qcow2::wait_until_let_go(folder.path(), "plain.qcow2");
     }
 }
 

@@ -12,7 +12,7 @@ use support::client::{Client, Wishes};
 use support::proc::{descriptor_targets, resident_len};
 use support::server::{Export, Serve, Server};
 use support::tools::{output, qemu_img, qemu_io, run, tool};
-use support::{assert_same, scratch};
+use support::{assert_same, scratch, wait_until};
 
 fn names(folder: &Path) -> Vec<String> {
     fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
@@ -110,14 +110,9 @@ fn nothing_is_made_durable() {
     qemu_io(dir, "raw", &server.uri(""), &["write -P 9 1M 700k", "write -f -P 8 0 4k", "flush"]);
     server.stop();
     // The tracer sees the end a moment after us.
-    let ended = || fs::read_to_string(&trace).unwrap_or_default().contains("+++ exited with 0 +++");
-    for _ in 0..100 {
-        if ended() {
-            break;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(50));
-    }
-    assert!(ended(), "the tracer saw no end");
+    wait_until("the tracer sees the end", || {
+        fs::read_to_string(&trace).unwrap_or_default().contains("+++ exited with 0 +++")
+    });
     let trace = fs::read_to_string(trace).unwrap();
     assert!(!trace.contains("sync("), "{trace}");
 }
@@ -147,14 +142,9 @@ fn overlays(server: &Server, folder: &Path) -> usize {
 }
 
 /// What becomes of a connection that has ended takes the server a moment.
+#[track_caller]
 fn wait_for_overlays(server: &Server, folder: &Path, count: usize) {
-    for _ in 0..200 {
-        if overlays(server, folder) == count {
-            return;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(50));
-    }
-    panic!("there are {} overlays instead of {count}", overlays(server, folder));
+    wait_until(&format!("{count} overlays"), || overlays(server, folder) == count);
 }
 
 #[test]

@@ -88,7 +88,7 @@ fn only_clients_with_a_good_certificate_are_let_in() {
         tls::try_options(server.socket(), folder).unwrap_err();
         let begin = Instant::now();
         while !server.stderr().contains(why) {
-            assert!(begin.elapsed() < Duration::from_secs(10), "{what}: {why} is not in {}", server.stderr());
+            assert!(begin.elapsed() < Duration::from_secs(30), "{what}: {why} is not in {}", server.stderr());
             sleep(Duration::from_millis(20));
         }
     }
@@ -304,7 +304,7 @@ fn certificates_are_taken_anew() {
     // What cannot be used changes nothing.
     fs::write(rig.path("server/server-key.pem"), "nonsense").unwrap();
     wait_until("the complaint", || server.stderr().contains("stay in force"));
-    assert!(server.stderr().contains("server-key.pem"));
+    server.wait_for_log("server-key.pem");
     let other = rig.client("other", &rig.authority, Says { serial: 99, ..CLIENT });
     assert_eq!(tls::try_options(server.socket(), &other).unwrap(), option_reply::ACK);
     // On SIGHUP: another CA altogether.

@@ -208,19 +208,29 @@ fn hostile_blobs_are_bounded() {
                 let at = blobs.start + usize::try_from(random.below(blobs.len() as u64)).unwrap();
                 bytes[at] = random.byte();
             }
-            let opened = open_in_memory(&bytes, 0);
-            let start = processor_time();
-            let mut cluster = vec![0; 65536];
-            let (_, used) = allocations::count(|| {
-                for number in 0..16 {
-                    let _ = opened.driver.pread(number * 65536, &mut cluster);
-                }
-            });
-            let took = processor_time() - start;
-            assert!(took < good * 4, "round {round}: {took:?} against {good:?}");
-            assert!(used.largest <= 1 << 20, "round {round}: {used:?}");
+            // What shares a core with us can make us slower, but hardly each time.
+            let mut tries = Vec::new();
+            while tries.len() < 3 && tries.last().is_none_or(|took| *took >= good * 4) {
+                let (took, used) = time_to_read(&bytes);
+                tries.push(took);
+                assert!(used.largest <= 1 << 20, "round {round}: {used:?}");
+            }
+            assert!(tries.iter().any(|took| *took < good * 4), "round {round}: {tries:?} against {good:?}");
         }
     }
+}
+
+/// What reading 16 clusters of an image takes, whatever comes of it: processor time and memory.
+fn time_to_read(image: &[u8]) -> (Duration, allocations::Allocations) {
+    let opened = open_in_memory(image, 0);
+    let start = processor_time();
+    let mut cluster = vec![0; 65536];
+    let (_, used) = allocations::count(|| {
+        for number in 0..16 {
+            let _ = opened.driver.pread(number * 65536, &mut cluster);
+        }
+    });
+    (processor_time() - start, used)
 }
 
 fn processor_time() -> Duration {

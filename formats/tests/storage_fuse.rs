@@ -33,7 +33,7 @@ impl FuseFile {
             .spawn()
             .unwrap_or_else(|e| panic!("nbdfuse: {e}: install nbdfuse, nbdkit and fuse3"));
         let mounted = FuseFile { child, folder };
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + Duration::from_secs(60);
         while std::fs::metadata(&file).unwrap().len() == 0 {
             assert!(Instant::now() < end, "nbdfuse does not mount: it needs /dev/fuse, nbdkit and fuse3");
             std::thread::sleep(Duration::from_millis(20));
