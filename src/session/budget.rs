@@ -60,6 +60,11 @@ impl Lease {
         self.len
     }
 
+    /// Whether its budget [is scarce](Budget::is_scarce).
+    pub fn is_scarce(&self) -> bool {
+        self.budget.is_scarce()
+    }
+
     /// Whether it is for no byte at all.
     pub fn is_empty(&self) -> bool {
         self.len == 0

@@ -15,6 +15,7 @@ use tokio::io::unix::AsyncFd;
 use super::ahead::Ahead;
 use super::buffers::{InBuf, OutBuf};
 use super::end::End;
+use super::large_writes::Streaming;
 use super::linger::Linger;
 use super::pending::{Arrival, PENDING_MAX, Pending, Work};
 use super::poll::Poller;
@@ -67,6 +68,8 @@ pub struct Session {
     pub(super) poller: Poller,
     pub(super) linger: Linger,
     pub(super) ahead: Ahead,
+    /// While the session's writes are large ones that workers may carry out.
+    pub(super) streaming: Option<Streaming>,
     /// Reads whose bytes have come into memory.
     arrived: Vec<(Request, Arrival)>,
     /// Requests since the last park.
@@ -109,6 +112,7 @@ impl Session {
             poller: Poller::new(shard.times.poll),
             linger: Linger::default(),
             ahead: Ahead::default(),
+            streaming: None,
             arrived: Vec::new(),
             batch: 0,
             unsent: 0,
@@ -182,6 +186,7 @@ impl Session {
         }
         if self.shard.is_draining() && self.ending.is_none() && needs == Needs::Input {
             // What the socket holds was sent before the client could know; one more buffer of it.
+            self.input.expect_anything();
             if !std::mem::replace(&mut self.last_call, true) && self.receive()? > 0 {
                 return Ok(None);
             }

@@ -31,6 +31,7 @@ mod decompress;
 mod encrypted;
 pub mod end;
 pub mod engine;
+mod large_writes;
 mod layout;
 mod linger;
 mod park;

@@ -39,6 +39,9 @@ impl Session {
         if needs == Needs::Input && self.poll_socket(batch, begin)? {
             return Ok(());
         }
+        if self.streaming.is_some() && self.cell.pending.borrow().is_empty() {
+            self.end_streaming();
+        }
         self.note_memory();
         loop {
             tokio::select! {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nbd_img_formats::storage::{BufPool, Completed, IoBuf, Queue};
-use nbd_img_formats::workers::{Lane, Workers};
+use nbd_img_formats::workers::{Job, Lane, Workers};
 use nbd_img_formats::{BlockDriver, Effort, Error, ErrorKind, GuestRange, Result};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
@@ -160,9 +160,27 @@ impl Shard {
     where
         F: FnOnce(&Arc<dyn BlockDriver>, &mut IoBuf) -> Result<usize> + Send + 'static,
     {
+        // A job that cannot be run is dropped, and its answer says so.
+        drop(self.workers.spawn(lane, self.job(export, lane, token, buf, work)));
+    }
+
+    /// As [`call`](Self::call), for what may be done here where there is no worker for it.
+    pub fn call_or_run<F>(&self, export: &Export, lane: Lane, token: u64, buf: IoBuf, work: F)
+    where
+        F: FnOnce(&Arc<dyn BlockDriver>, &mut IoBuf) -> Result<usize> + Send + 'static,
+    {
+        if let Err(job) = self.workers.spawn(lane, self.job(export, lane, token, buf, work)) {
+            job();
+        }
+    }
+
+    fn job<F>(&self, export: &Export, lane: Lane, token: u64, buf: IoBuf, work: F) -> Job
+    where
+        F: FnOnce(&Arc<dyn BlockDriver>, &mut IoBuf) -> Result<usize> + Send + 'static,
+    {
         let answer = self.answer(token, buf);
         let driver = Arc::clone(export.driver());
-        let job = Box::new(move || {
+        Box::new(move || {
             let mut answer = answer;
             if let Some(mut buf) = answer.buf.take() {
                 let result = work(&driver, &mut buf);
@@ -173,9 +191,7 @@ impl Shard {
             if lane == Lane::Write {
                 driver.tidy();
             }
-        });
-        // A job that cannot be run is dropped, and its answer says so.
-        drop(self.workers.spawn(lane, job));
+        })
     }
 
     /// What is answered under `token` as soon as it goes: an error, unless somebody has said what.

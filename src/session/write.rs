@@ -1,5 +1,6 @@
 //! WRITE: out of the receive buffer in place where that does not wait, else from a copy that belongs to
-//! the operation; payloads larger than the buffer are streamed through it.
+//! the operation; payloads larger than the buffer are streamed through it. (Some have a worker instead, see
+//! [`large_writes`](super::large_writes).)
 
 use std::sync::Arc;
 
@@ -25,7 +26,11 @@ impl Session {
         let header_len = self.rules.form.request_header_len();
         let len = request.len as usize;
         let total = header_len + len;
+        let for_worker = self.is_for_worker(&request);
         if self.input.len() < total {
+            if for_worker && self.input.expect(total) {
+                return Ok(false);
+            }
             if self.input.make_room_for(total) {
                 return Ok(false);
             }
@@ -34,6 +39,9 @@ impl Session {
             return Ok(true);
         }
         self.input.consume(header_len);
+        if for_worker && self.give_to_worker(&request).await? {
+            return Ok(true);
+        }
         self.write_payload(request).await?;
         self.input.consume(len);
         Ok(true)
@@ -84,7 +92,7 @@ impl Session {
         (len > 0 && is_zero(self.payload(len))).then_some(provision)
     }
 
-    fn writes_in_place(&self) -> bool {
+    pub(super) fn writes_in_place(&self) -> bool {
         match self.cell.export.in_place().writes {
             InPlace::Always => true,
             InPlace::Ask => self.shard.watch.in_place(),
@@ -166,6 +174,9 @@ impl Session {
                 && let Some(lease) = self.shard.budget.try_lease(len)
             {
                 return Ok(Some(Admission(Some(lease))));
+            }
+            if self.input.forget_payloads() {
+                continue;
             }
             if held == 0 {
                 return Ok(None);

@@ -12,7 +12,8 @@
 //! | [`stdio`] | a client at stdin and stdout |
 //! | [`registration`] | both under tokio's event loop |
 //! | [`stream`] | one client's connection |
-//! | [`unread`] | how far a client has come with what was sent to it |
+//! | [`spare`] | receiving into memory that was not used yet |
+//! | [`unread`] | what waits in a connection |
 //! | [`peer`] | who is at the other end |
 //! | [`certificate`] | whom a certificate names |
 //! | [`distinguished_name`] | its subject in words |
@@ -32,8 +33,9 @@ pub mod listener;
 pub mod owner;
 pub mod peer;
 pub mod registration;
+pub mod spare;
 pub mod stdio;
-pub mod stream;
+mod stream;
 pub mod tcp;
 pub mod tls;
 pub mod unix;

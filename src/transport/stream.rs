@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, recv, send, sockopt};
 use socket2::{SockAddr, Socket};
 
+use super::spare::receive_at_most;
 use super::tcp;
 use super::tls::TlsStream;
 
@@ -103,6 +104,15 @@ impl Stream {
             None => {
                 recv(self, spare_capacity(buf), RecvFlags::empty()).map(|(got, _)| got).map_err(Into::into)
             }
+            Some(tls) => tls.receive(buf),
+        }
+    }
+
+    /// Receives once, appending at most `max` bytes to `buf`, which has room for them: 0 is the end of the stream. Under
+    /// TLS as much as comes with them.
+    pub fn receive_at_most(&self, buf: &mut Vec<u8>, max: usize) -> io::Result<usize> {
+        match self.tls() {
+            None => receive_at_most(self.as_fd(), buf, max),
             Some(tls) => tls.receive(buf),
         }
     }

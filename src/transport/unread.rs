@@ -1,4 +1,4 @@
-//! How far the other side of a Unix socket has come with what was sent to it.
+//! What waits in a socket, on either side.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -18,17 +18,25 @@ pub fn has_unread(stream: &Stream) -> io::Result<bool> {
     if result == 0 { Ok(waiting > 0) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Whether anything has come that was not received. Where the socket cannot tell (vsock before Linux 6.17) the answer
+/// is no.
+pub fn has_unreceived(stream: &Stream) -> bool {
+    rustix::io::ioctl_fionread(stream).is_ok_and(|len| len > 0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Read;
+    use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
     #[test]
     fn what_the_other_side_has_not_read_is_unread() {
         let (here, mut there) = UnixStream::pair().unwrap();
         let stream = Stream::Unix(here);
-        assert!(!has_unread(&stream).unwrap());
+        assert!(!has_unread(&stream).unwrap() && !has_unreceived(&stream));
+        there.write_all(&[2]).unwrap();
+        assert!(has_unreceived(&stream));
         assert_eq!(stream.send(&[1; 100], false).unwrap(), 100);
         assert!(has_unread(&stream).unwrap());
         there.read_exact(&mut [0; 60]).unwrap();

@@ -46,7 +46,9 @@ pub struct Disk {
     pub answers_at_once: AtomicBool,
     /// If not 0: data and holes, as far as it says, take turns of this many bytes.
     pub runs_of: AtomicU64,
-    /// Reads of these bytes wait until they are let go.
+    /// Writes wait and fail as reads do.
+    writes_wait: bool,
+    /// Reads of these bytes, and writes if `writes_wait`, wait until they are let go.
     held: Mutex<Held>,
     let_go: Condvar,
 }
@@ -67,6 +69,14 @@ impl Disk {
         Arc::new(Disk { sends: true, ..Self::waiting(content) })
     }
 
+    /// Memory that is written as fast as memory, but for writes that are held, and fails where it is told to.
+    pub fn quick_to_write(content: &[u8]) -> Arc<Self> {
+        let mut disk = Self::waiting(content);
+        disk.facts.writes = InPlace::Always;
+        disk.writes_wait = true;
+        Arc::new(disk)
+    }
+
     fn waiting(content: &[u8]) -> Self {
         let inner = MemoryStorage::copy_of(content).unwrap();
         let facts = StorageFacts { reads: InPlace::Never, writes: InPlace::Never, ..inner.facts().clone() };
@@ -82,6 +92,7 @@ impl Disk {
             sends: false,
             answers_at_once: AtomicBool::new(false),
             runs_of: AtomicU64::new(0),
+            writes_wait: false,
             held: Mutex::default(),
             let_go: Condvar::new(),
         }
@@ -166,6 +177,13 @@ impl Storage for Disk {
     }
 
     fn pwrite(&self, buf: &[u8], at: HostOffset, durability: Durability) -> io::Result<()> {
+        let end = at.0 + buf.len() as u64;
+        if self.writes_wait {
+            self.wait_for(at.0, end);
+            if end > self.fails_from.load(Ordering::Relaxed) {
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            }
+        }
         self.inner.pwrite(buf, at, durability)
     }
 
