@@ -148,9 +148,7 @@ impl InBuf {
     /// comes next.
     pub fn take_payload(&mut self, len: usize) -> Option<Payload> {
         let behind = self.len().checked_sub(len).filter(|behind| *behind <= MOVED_LEN_MAX)?;
-        if self.lease.is_none() {
-            return None;
-        }
+        self.lease.as_ref()?;
         let mut other = self.other_memory(len + HEADER_LEN_MAX)?;
         let (start, end) = (self.start, self.start + len);
         other.bytes.extend_from_slice(self.bytes.get(end..end + behind)?);
