@@ -26,6 +26,7 @@ FIO = {
     "mixed-4k-q16": ("randrw", "4k", 16, 1),
     "read-256k-q8": ("read", "256k", 8, 1),
     "write-256k-q8": ("write", "256k", 8, 1),
+    "write-1m-q8": ("write", "1m", 8, 1),
     "read-1m-q4": ("read", "1m", 4, 1),
 }
 COPY_SECONDS_MAX = 300

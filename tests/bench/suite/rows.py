@@ -38,6 +38,7 @@ TITLES = {
     "read-256k-q8": "256 KiB sequential read",
     "read-1m-q4": "1 MiB sequential read",
     "write-256k-q8": "256 KiB sequential write",
+    "write-1m-q8": "1 MiB sequential write",
     "nbdcopy": "nbdcopy to null:",
     "convert-out": "qemu-img convert out of the export",
     "convert-in": "qemu-img convert into the export",
@@ -59,7 +60,7 @@ GROUPS = {
 }
 READS = ("rread-4k-q1", "rread-4k-q1-x4", "rread-4k-q16", "rread-4k-q64", "rread-4k-q16-x4")
 LARGE = ("read-256k-q8", "read-1m-q4")
-WRITES = ("rwrite-4k-q16", "write-256k-q8")
+WRITES = ("rwrite-4k-q16", "write-256k-q8", "write-1m-q8")
 
 
 def all_rows():
