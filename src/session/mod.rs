@@ -6,6 +6,7 @@
 //! | [`shard`] | one thread: its sessions, and the answers on their way to them |
 //! | [`engine`], `park` | one session's life: receive, work, send, park |
 //! | `read`, `sendfile`, `write`, `status`, `calls` | how each command is served; `layout` frames reads |
+//! | `large_writes` | those that workers carry out while the session receives the next ones |
 //! | `ahead` | what a client that reads from front to back will want next |
 //! | `cold` | planning reads, and the tables that this takes |
 //! | `decompress` | compressed clusters, on all cores and ahead of the client |
