@@ -5,6 +5,7 @@
 #[allow(dead_code)]
 mod support;
 
+use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
@@ -53,13 +54,14 @@ fn writes(client: &mut Client, data: &[u8], count: usize) -> (Vec<u64>, Vec<u8>)
 
 /// Whether all others of six writes are answered while the one at index `held` is held.
 fn others_are_answered(server: &InProcess, disk: &Disk, data: &[u8], held: usize) -> bool {
-    let mut client = Client::unix(server.socket(), "", Wishes::SIMPLE);
+    let socket = UnixStream::connect(server.socket()).unwrap();
+    let sending = socket.try_clone().unwrap();
+    let mut client = Client::over(Box::new(socket.try_clone().unwrap()), "", Wishes::SIMPLE);
     let at = (held * MIB) as u64;
     disk.hold(at);
     let (cookies, all) = writes(&mut client, data, 6);
-    let mut sender = client.stream().duplicate().unwrap();
-    let sender = std::thread::spawn(move || sender.write_all(&all).unwrap());
-    client.stream().set_patience(Some(Duration::from_secs(2))).unwrap();
+    let sender = std::thread::spawn(move || (&sending).write_all(&all).unwrap());
+    socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
     let mut answered = Vec::new();
     while answered.len() < 5
         && let Ok(reply) = client.reply()
@@ -68,7 +70,7 @@ fn others_are_answered(server: &InProcess, disk: &Disk, data: &[u8], held: usize
     }
     let others = answered.len();
     disk.let_go(at);
-    client.stream().set_patience(Some(Duration::from_secs(60))).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     while answered.len() < 6 {
         answered.push(client.reply().unwrap().cookie);
     }
@@ -89,6 +91,42 @@ fn the_next_writes_are_received_and_answered_while_one_is_carried_out() {
     let mut rng = Rng::fixed(3);
     let seen = (0..10).any(|chance| others_are_answered(&server, &disk, &rng.bytes(6 * MIB), chance % 4));
     assert!(seen, "a write that waits holds up those behind it");
+    server.assert_clean();
+}
+
+/// Whether a read is answered although all writes in front of it are held.
+fn a_read_passes_held_writes(server: &InProcess, disk: &Disk, data: &[u8]) -> bool {
+    let socket = UnixStream::connect(server.socket()).unwrap();
+    let mut sending = socket.try_clone().unwrap();
+    let mut client = Client::over(Box::new(socket.try_clone().unwrap()), "", Wishes::SIMPLE);
+    (0..4).for_each(|index| disk.hold(index * MIB as u64));
+    let (_, mut all) = writes(&mut client, data, 4);
+    let request = Request::new(command::READ, 8 * MIB as u64, 4096);
+    let read = client.register(request);
+    all.extend(client.header(request, read));
+    let sender = std::thread::spawn(move || sending.write_all(&all).unwrap());
+    socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    let first = client.reply();
+    (0..4).for_each(|index| disk.let_go(index * MIB as u64));
+    socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let passed = first.is_ok_and(|reply| reply.cookie == read);
+    while client.in_flight() > 0 {
+        client.reply().unwrap();
+    }
+    sender.join().unwrap();
+    assert_same("the disk", &client.read(0, 4 * MIB), data);
+    client.disconnect();
+    passed
+}
+
+#[test]
+fn reads_pass_writes_that_a_slow_disk_holds_up() {
+    let _alone = alone();
+    let disk = Disk::watched_to_write(&vec![0; DISK_LEN]);
+    let server = InProcess::serve(disk.clone(), 256 * MIB);
+    let mut rng = Rng::fixed(6);
+    let passed = (0..10).any(|_| a_read_passes_held_writes(&server, &disk, &rng.bytes(4 * MIB)));
+    assert!(passed, "a slow disk holds up what does not need it");
     server.assert_clean();
 }
 

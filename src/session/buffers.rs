@@ -37,6 +37,9 @@ const MOVED_LEN_MAX: usize = 64 << 10;
 /// A payload's header is received with it.
 const HEADER_LEN_MAX: usize = 32;
 
+/// Longest payload that can be taken.
+pub const PAYLOAD_TAKEN_LEN_MAX: usize = IN_LEN_MAX - HEADER_LEN_MAX;
+
 /// Bytes from the socket that have not been worked on yet.
 pub struct InBuf {
     budget: Arc<Budget>,
@@ -153,6 +156,8 @@ impl InBuf {
         let (start, end) = (self.start, self.start + len);
         other.bytes.extend_from_slice(self.bytes.get(end..end + behind)?);
         let memory = self.replace(other);
+        // What comes next may be another one. More than this behind its header would have to be moved.
+        self.limit = Some(MOVED_LEN_MAX);
         Some(Payload { memory, start, end, home: Arc::downgrade(&self.spares) })
     }
 
@@ -215,14 +220,17 @@ impl InBuf {
 
     /// Memory for `len` bytes: what has come back, else new if the budget is far from used up.
     fn other_memory(&self, len: usize) -> Option<Memory> {
+        let size = len.next_power_of_two();
+        if size > IN_LEN_MAX {
+            return None;
+        }
         let spare = self.spares.0.lock().pop();
         if let Some(spare) = spare
             && spare.bytes.capacity() >= len
         {
             return Some(spare);
         }
-        let size = len.next_power_of_two();
-        if size > IN_LEN_MAX || self.budget.is_scarce() {
+        if self.budget.is_scarce() {
             return None;
         }
         let lease = self.budget.try_lease(size)?;

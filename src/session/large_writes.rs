@@ -8,11 +8,13 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use nbd_img_formats::storage::IoBuf;
 use nbd_img_formats::workers::Lane;
 use nbd_img_formats::{BlockDriver, Durability, Error, ErrorKind};
 
+use super::buffers::PAYLOAD_TAKEN_LEN_MAX;
 use super::end::End;
 use super::engine::Session;
 use super::pending::Work;
@@ -28,8 +30,12 @@ const GIVEN_LEN_MIN: u64 = 1 << 20;
 /// would only stand in the way of other sessions' (four brought no more).
 const GIVEN_MAX: usize = 2;
 
-/// Sessions of the process whose last write was a large one for a worker, and that have not slept since with nothing to
-/// do.
+/// How long a session waits for one of these writes before it takes the disk for slow and goes on in the way of slow
+/// disks, which holds nobody up (its requests behind this one, even cached reads, wait meanwhile). Our choice: several
+/// times what the largest takes where it does not wait.
+const WAIT_TIME_MAX: Duration = Duration::from_millis(10);
+
+/// Sessions of the process that give large writes to workers.
 static STREAMING: AtomicUsize = AtomicUsize::new(0);
 
 /// Counts a session among those that write large requests until it is dropped.
@@ -41,12 +47,12 @@ impl Streaming {
         Streaming(())
     }
 
-    /// Whether each session that writes large requests has two processors to itself.
-    fn has_room() -> bool {
+    /// Whether each session that gives writes to workers has two processors to itself; for one that is among them.
+    fn has_room(among: bool) -> bool {
         static STREAMING_MAX: OnceLock<usize> = OnceLock::new();
         let streaming_max = *STREAMING_MAX
             .get_or_init(|| std::thread::available_parallelism().map_or(0, |cores| cores.get() / 2));
-        STREAMING.load(Ordering::Relaxed) <= streaming_max
+        STREAMING.load(Ordering::Relaxed) - usize::from(among) < streaming_max
     }
 }
 
@@ -60,7 +66,7 @@ impl Session {
     /// Whether the write at the head of the input is one to be received for a worker.
     pub(super) fn is_for_worker(&mut self, request: &Request) -> bool {
         let export = &self.cell.export;
-        if request.len < GIVEN_LEN_MIN
+        if !(GIVEN_LEN_MIN..=PAYLOAD_TAKEN_LEN_MAX as u64).contains(&request.len)
             || export.durability(request.flags.contains(CommandFlags::FUA)) != Durability::Later
             || export.detect_zeroes() != DetectZeroes::Off
             // Its bytes are copied when they are decrypted, as they come.
@@ -72,23 +78,24 @@ impl Session {
             }
             return false;
         }
-        self.streaming.get_or_insert_with(Streaming::begin);
-        Streaming::has_room()
+        Streaming::has_room(self.streaming.is_some())
     }
 
     /// Gives the write whose payload is at the head of the input to a worker, if that is of use; returns whether it
     /// did.
     pub(super) async fn give_to_worker(&mut self, request: &Request) -> Result<bool, End> {
-        if self.input.payload_count() == 0 && !has_unreceived(self.socket.get_ref()) {
+        let len = usize::try_from(request.len).unwrap_or(usize::MAX);
+        let is_followed = self.input.len() > len || has_unreceived(self.socket.get_ref());
+        if self.input.payload_count() == 0 && !is_followed {
             return Ok(false);
         }
-        // To write here meanwhile would be to wait for the workers at the file's lock.
-        while self.input.payload_count() >= GIVEN_MAX {
-            self.wait_for_answer().await?;
+        self.streaming.get_or_insert_with(Streaming::begin);
+        if !self.wait_for_a_worker().await? {
+            self.shard.watch.note_slow();
+            return Ok(false);
         }
         // An error is told where the request is served in the usual way.
         let Ok(range) = self.cell.export.range(request.offset, request.len) else { return Ok(false) };
-        let len = usize::try_from(request.len).unwrap_or(usize::MAX);
         let Some(payload) = self.input.take_payload(len) else { return Ok(false) };
         // The memory is leased with the input, so the request holds none of its own.
         let token = self.insert_call(*request, Work::Call, 0, None);
@@ -100,6 +107,22 @@ impl Session {
             driver.pwrite(at, payload.bytes(), Durability::Later).map(|()| len)
         };
         self.shard.call_or_run(&self.cell.export, Lane::Write, token, IoBuf::default(), write);
+        Ok(true)
+    }
+
+    /// Waits until less than [`GIVEN_MAX`] writes are under way. To write here meanwhile would be to wait for the workers
+    /// at the file's lock. Returns whether it was so in time.
+    async fn wait_for_a_worker(&mut self) -> Result<bool, End> {
+        let end = tokio::time::Instant::now() + WAIT_TIME_MAX;
+        while self.input.payload_count() >= GIVEN_MAX && !self.cell.pending.borrow().is_empty() {
+            self.answer_ready().await?;
+            self.send_all().await?;
+            if self.input.payload_count() >= GIVEN_MAX
+                && tokio::time::timeout_at(end, self.cell.wake.notified()).await.is_err()
+            {
+                return Ok(false);
+            }
+        }
         Ok(true)
     }
 

@@ -39,7 +39,7 @@ impl Session {
         if needs == Needs::Input && self.poll_socket(batch, begin)? {
             return Ok(());
         }
-        if self.streaming.is_some() && self.cell.pending.borrow().is_empty() {
+        if self.streaming.is_some() && self.input.payload_count() == 0 {
             self.end_streaming();
         }
         self.note_memory();

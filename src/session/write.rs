@@ -114,8 +114,11 @@ impl Session {
         let payload = self.input.bytes().get(..len).unwrap_or_default();
         let plan = &self.write_plan;
         let written = match self.cell.export.in_place().writes {
-            InPlace::Ask => self.shard.watch.observe(|| write_pieces(&driver, plan, payload)),
-            InPlace::Always | InPlace::Never => write_pieces(&driver, plan, payload),
+            // Behind a worker's write of this session it may wait for the file's lock, which says nothing of the disk.
+            InPlace::Ask if self.input.payload_count() == 0 => {
+                self.shard.watch.observe(|| write_pieces(&driver, plan, payload))
+            }
+            InPlace::Ask | InPlace::Always | InPlace::Never => write_pieces(&driver, plan, payload),
         };
         let finished = driver.finish_write(&mut self.write_plan, written.is_ok());
         Some(written.and(finished))
@@ -170,13 +173,13 @@ impl Session {
             if held.saturating_add(len) <= FLOOR_LEN {
                 return Ok(Some(Admission(None)));
             }
-            if held.saturating_add(len) <= CONNECTION_LEN_MAX
-                && let Some(lease) = self.shard.budget.try_lease(len)
-            {
-                return Ok(Some(Admission(Some(lease))));
-            }
-            if self.input.forget_payloads() {
-                continue;
+            if held.saturating_add(len) <= CONNECTION_LEN_MAX {
+                if let Some(lease) = self.shard.budget.try_lease(len) {
+                    return Ok(Some(Admission(Some(lease))));
+                }
+                if self.input.forget_payloads() {
+                    continue;
+                }
             }
             if held == 0 {
                 return Ok(None);

@@ -77,6 +77,13 @@ impl Disk {
         Arc::new(disk)
     }
 
+    /// The same as a disk is written whose writes have to be watched.
+    pub fn watched_to_write(content: &[u8]) -> Arc<Self> {
+        let mut disk = Arc::into_inner(Self::quick_to_write(content)).unwrap();
+        disk.facts.writes = InPlace::Ask;
+        Arc::new(disk)
+    }
+
     fn waiting(content: &[u8]) -> Self {
         let inner = MemoryStorage::copy_of(content).unwrap();
         let facts = StorageFacts { reads: InPlace::Never, writes: InPlace::Never, ..inner.facts().clone() };
