@@ -5,11 +5,10 @@
 //! pages. They parse nothing.
 
 use std::io;
-use std::sync::{Arc, Weak};
-
-use nbd_img_formats::sync::Mutex;
+use std::sync::Arc;
 
 use super::budget::{Budget, FLOOR_LEN, Lease};
+use super::payload::{Memory, Payload, Spares};
 use crate::transport::Stream;
 
 /// First size of the receive buffer: holds some 2,000 read requests or a full 32 KiB write with more
@@ -49,44 +48,6 @@ pub struct InBuf {
     /// So many bytes are to wait here, no more: the request that they are is to be taken out.
     limit: Option<usize>,
     spares: Arc<Spares>,
-}
-
-/// A request's payload in the memory that it was received into, of which the buffer hears again when this is dropped,
-/// on whatever thread.
-pub struct Payload {
-    memory: Option<Memory>,
-    start: usize,
-    end: usize,
-    home: Weak<Spares>,
-}
-
-/// Memory for a receive buffer, and its share of the budget.
-struct Memory {
-    bytes: Vec<u8>,
-    lease: Lease,
-}
-
-/// Memory that has come back from payloads. New memory would cost a page fault for every 4 KiB.
-#[derive(Default)]
-struct Spares(Mutex<Vec<Memory>>);
-
-impl Payload {
-    /// The payload's bytes.
-    pub fn bytes(&self) -> &[u8] {
-        self.memory.as_ref().and_then(|memory| memory.bytes.get(self.start..self.end)).unwrap_or_default()
-    }
-}
-
-impl Drop for Payload {
-    fn drop(&mut self) {
-        if let Some(home) = self.home.upgrade()
-            && let Some(mut memory) = self.memory.take()
-            && !memory.lease.is_scarce()
-        {
-            memory.bytes.clear();
-            home.0.lock().push(memory);
-        }
-    }
 }
 
 impl InBuf {
@@ -158,7 +119,7 @@ impl InBuf {
         let memory = self.replace(other);
         // What comes next may be another one. More than this behind its header would have to be moved.
         self.limit = Some(MOVED_LEN_MAX);
-        Some(Payload { memory, start, end, home: Arc::downgrade(&self.spares) })
+        Some(Payload::new(memory, start..end, &self.spares))
     }
 
     /// Payloads that were taken and have not come back.
@@ -215,7 +176,7 @@ impl InBuf {
 
     /// Gives back the memory that has come back from payloads; returns whether there was any.
     pub fn forget_payloads(&mut self) -> bool {
-        !std::mem::take(&mut *self.spares.0.lock()).is_empty()
+        self.spares.forget()
     }
 
     /// Memory for `len` bytes: what has come back, else new if the budget is far from used up.
@@ -224,7 +185,7 @@ impl InBuf {
         if size > IN_LEN_MAX {
             return None;
         }
-        let spare = self.spares.0.lock().pop();
+        let spare = self.spares.take();
         if let Some(spare) = spare
             && spare.bytes.capacity() >= len
         {

@@ -14,7 +14,7 @@
 //! | `encrypted` | what TLS adds to sending and receiving |
 //! | [`pending`] | requests that wait for the disk |
 //! | `submit` | handing their operations to storages in batches |
-//! | [`buffers`], [`budget`] | their memory |
+//! | [`buffers`], [`payload`], [`budget`] | their memory |
 //! | [`times`] | how long sessions wait for their clients |
 //! | [`poll`] | looking at a socket a little longer before sleeping |
 //! | `linger` | leaving a socket alone for a moment, so that requests gather |
@@ -36,6 +36,7 @@ mod large_writes;
 mod layout;
 mod linger;
 mod park;
+pub mod payload;
 pub mod pending;
 pub mod poll;
 mod read;
