@@ -35,7 +35,7 @@ pub mod peer;
 pub mod registration;
 pub mod spare;
 pub mod stdio;
-mod stream;
+pub mod stream;
 pub mod tcp;
 pub mod tls;
 pub mod unix;
