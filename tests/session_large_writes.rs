@@ -10,6 +10,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use support::assert_same;
@@ -52,16 +53,27 @@ fn writes(client: &mut Client, data: &[u8], count: usize) -> (Vec<u64>, Vec<u8>)
     (cookies, all)
 }
 
+/// A client, and the socket that it uses.
+fn connect(server: &InProcess) -> (UnixStream, Client) {
+    let socket = UnixStream::connect(server.socket()).unwrap();
+    let client = Client::over(Box::new(socket.try_clone().unwrap()), "", Wishes::SIMPLE);
+    (socket, client)
+}
+
+/// Sends `all` on a thread of its own, for the server may not take all of it yet, and has replies missed after 2 s.
+fn send_apart(socket: &UnixStream, all: Vec<u8>) -> JoinHandle<()> {
+    socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    let mut socket = socket.try_clone().unwrap();
+    std::thread::spawn(move || socket.write_all(&all).unwrap())
+}
+
 /// Whether all others of six writes are answered while the one at index `held` is held.
 fn others_are_answered(server: &InProcess, disk: &Disk, data: &[u8], held: usize) -> bool {
-    let socket = UnixStream::connect(server.socket()).unwrap();
-    let sending = socket.try_clone().unwrap();
-    let mut client = Client::over(Box::new(socket.try_clone().unwrap()), "", Wishes::SIMPLE);
+    let (socket, mut client) = connect(server);
     let at = (held * MIB) as u64;
     disk.hold(at);
     let (cookies, all) = writes(&mut client, data, 6);
-    let sender = std::thread::spawn(move || (&sending).write_all(&all).unwrap());
-    socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    let sender = send_apart(&socket, all);
     let mut answered = Vec::new();
     while answered.len() < 5
         && let Ok(reply) = client.reply()
@@ -96,16 +108,13 @@ fn the_next_writes_are_received_and_answered_while_one_is_carried_out() {
 
 /// Whether a read is answered although all writes in front of it are held.
 fn a_read_passes_held_writes(server: &InProcess, disk: &Disk, data: &[u8]) -> bool {
-    let socket = UnixStream::connect(server.socket()).unwrap();
-    let mut sending = socket.try_clone().unwrap();
-    let mut client = Client::over(Box::new(socket.try_clone().unwrap()), "", Wishes::SIMPLE);
+    let (socket, mut client) = connect(server);
     (0..4).for_each(|index| disk.hold(index * MIB as u64));
     let (_, mut all) = writes(&mut client, data, 4);
     let request = Request::new(command::READ, 8 * MIB as u64, 4096);
     let read = client.register(request);
     all.extend(client.header(request, read));
-    let sender = std::thread::spawn(move || sending.write_all(&all).unwrap());
-    socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    let sender = send_apart(&socket, all);
     let first = client.reply();
     (0..4).for_each(|index| disk.let_go(index * MIB as u64));
     socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
@@ -197,8 +206,7 @@ fn a_client_that_goes_leaves_its_writes_and_no_memory_behind() {
     for half in [true, false] {
         let disk = Disk::quick_to_write(&vec![0; DISK_LEN]);
         let server = InProcess::serve(disk.clone(), 256 * MIB);
-        let socket = UnixStream::connect(server.socket()).unwrap();
-        let mut client = Client::over(Box::new(socket.try_clone().unwrap()), "", Wishes::SIMPLE);
+        let (socket, mut client) = connect(&server);
         let data = Rng::fixed(5).bytes(3 * MIB);
         disk.hold(2 * MIB as u64);
         let (cookies, all) = writes(&mut client, &data, 3);

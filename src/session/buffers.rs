@@ -96,7 +96,7 @@ impl InBuf {
     /// Prepares for [`take_payload`](Self::take_payload) of the request at the head, `len` bytes of which some have not
     /// come yet: until they have, nothing is received behind them, so that it need not be moved then. Returns whether
     /// there is memory for that.
-    pub fn expect(&mut self, len: usize) -> bool {
+    pub fn prepare_for(&mut self, len: usize) -> bool {
         if self.lease.is_none() || self.bytes.capacity() < len {
             let Some(mut memory) = self.other_memory(len) else { return false };
             memory.bytes.extend_from_slice(self.bytes());
@@ -154,7 +154,7 @@ impl InBuf {
     }
 
     /// From now on everything that has come is received.
-    pub fn expect_anything(&mut self) {
+    pub fn receive_anything(&mut self) {
         self.limit = None;
     }
 
@@ -401,7 +401,7 @@ mod tests {
         let there = Stream::Unix(there);
         let mut input = InBuf::new(Arc::clone(&budget), b"head".to_vec());
         let len = 300 << 10;
-        assert!(input.expect(4 + len));
+        assert!(input.prepare_for(4 + len));
         let sent: Vec<u8> = (0..3 * len).map(|i| (i % 251) as u8).collect();
         let mut taken = Vec::new();
         std::thread::scope(|scope| {
@@ -413,7 +413,7 @@ mod tests {
                 input.consume(if taken.is_empty() { 4 } else { 0 });
                 assert_eq!(input.len(), len, "more than was expected");
                 taken.push(input.take_payload(len).unwrap());
-                assert!(input.expect(len));
+                assert!(input.prepare_for(len));
             }
         });
         for (index, payload) in taken.iter().enumerate() {
@@ -434,7 +434,7 @@ mod tests {
         let len = 300 << 10;
         let budget = Budget::new(1 << 20);
         let mut input = InBuf::new(Arc::clone(&budget), Vec::new());
-        assert!(input.expect(len));
+        assert!(input.prepare_for(len));
         let (mut here, there) = UnixStream::pair().unwrap();
         there.set_nonblocking(true).unwrap();
         let there = Stream::Unix(there);

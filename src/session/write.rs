@@ -28,7 +28,7 @@ impl Session {
         let total = header_len + len;
         let for_worker = self.is_for_worker(&request);
         if self.input.len() < total {
-            if for_worker && self.input.expect(total) {
+            if for_worker && self.input.prepare_for(total) {
                 return Ok(false);
             }
             if self.input.make_room_for(total) {
