@@ -329,3 +329,36 @@ fn a_revocation_list_that_is_out_of_date_lets_nobody_in() {
     tls::try_options(server.socket(), &rig.path("client")).unwrap_err();
     server.stop();
 }
+
+/// What a client sends behind its goodbye is for nobody; a record layer that takes in no more must not be asked for ever.
+#[test]
+fn bytes_behind_a_goodbye_disturb_nobody() {
+    let rig = Rig::new("tls-goodbye");
+    let mut server = rig.serve(&[]);
+    for version in [&TLS12, &TLS13] {
+        for in_transmission in [false, true] {
+            let config = tls::config(&rig.path("client"), &[version]);
+            let mut stream = tls::handshake(tls::starttls(server.socket()), config).unwrap();
+            if in_transmission {
+                stream.write_all(&option_bytes(option::GO, &go_data(""))).unwrap();
+                stream.flush().unwrap();
+                while read_option_reply(&mut stream, option::GO).unwrap().0 != option_reply::ACK {}
+            }
+            stream.conn.send_close_notify();
+            let mut burst = Vec::new();
+            while stream.conn.wants_write() {
+                stream.conn.write_tls(&mut burst).unwrap();
+            }
+            burst.extend([0x17; 100_000]);
+            // In one piece, as far as the socket takes it.
+            stream.sock.write_all(&burst).unwrap();
+            let mut client =
+                tls::client(server.socket(), &rig.path("client"), &[version], Wishes::STRUCTURED);
+            assert_same("the disk", &client.read(0, 4096), &rig.content[..4096]);
+            client.disconnect();
+            let _ = tls::rest(&mut stream.sock);
+        }
+    }
+    server.signal(rustix::process::Signal::TERM);
+    assert_eq!(server.wait(Duration::from_secs(30)).code(), Some(0), "{}", server.stderr());
+}

@@ -159,7 +159,11 @@ impl Certified {
     fn decrypt(&mut self, mut bytes: &[u8], socket: &Stream, buf: &mut Vec<u8>) -> io::Result<usize> {
         let mut moved = 0;
         while !bytes.is_empty() {
-            self.connection.read_tls(&mut bytes)?;
+            if self.connection.read_tls(&mut bytes)? == 0 {
+                // What comes behind the client's goodbye means nothing, and is never taken in.
+                bytes = &[];
+                break;
+            }
             let state = self.connection.process_new_packets().map_err(|error| {
                 // The alert that says why; the client may have gone.
                 let _ = self.push_out(socket);
