@@ -40,6 +40,14 @@ impl End {
         }
     }
 
+    /// Whether it was the server that ended the connection, with replies that may still be on their way.
+    pub(super) fn is_the_servers(&self) -> bool {
+        match self {
+            End::Drained | End::BadMagic | End::Oversize | End::BrokenReply(_) => true,
+            End::Disconnect | End::Eof | End::Socket(_) | End::Stalled => false,
+        }
+    }
+
     /// Writes the one line of the log about it.
     pub(super) fn log(&self, export: &str, peer: &str) {
         let export = export.escape_debug();

@@ -79,6 +79,8 @@ pub struct Session {
     /// Bytes and requests worked on since others had their turn.
     worked_len: u64,
     pub(super) refused: Option<Refused>,
+    /// Until when more of an unfinished request has to come, as long as that is waited for.
+    pub(super) stall_end: Option<Instant>,
     ending: Option<End>,
     /// The server drains, and what was in the socket has been received.
     last_call: bool,
@@ -118,6 +120,7 @@ impl Session {
             unsent: 0,
             worked_len: 0,
             refused: None,
+            stall_end: None,
             ending: None,
             last_call: false,
             shard,
@@ -129,6 +132,9 @@ impl Session {
         session.cell.ready.borrow_mut().clear();
         if let Some(tls) = session.socket.get_ref().tls() {
             tls.say_goodbye();
+        }
+        if end.is_the_servers() {
+            session.see_replies_off().await;
         }
         end.log(session.cell.export.name(), &peer);
         drop(session);
@@ -289,7 +295,7 @@ impl Session {
                 (None, Work::Read { parts, .. }) => self.reply_parts(&request, &parts).await?,
                 (None, Work::Status { answers }) => {
                     let answers = std::mem::take(&mut *answers.lock());
-                    self.reply_status(&request, &answers).await?;
+                    self.reply_status(&request, answers).await?;
                 }
                 (None, Work::Write { .. } | Work::Call) => self.reply_success(&request).await?,
             }
@@ -419,6 +425,8 @@ impl Session {
     /// Waits until the socket takes more. A client may stand still for as long as it likes (a stopped
     /// guest does), unless it does so with memory that others need.
     pub(super) async fn wait_writable(&mut self) -> Result<(), End> {
+        // Who stands still with replies may as well do so in the middle of a request.
+        self.stall_end = None;
         loop {
             match tokio::time::timeout(self.shard.times.stall, self.socket.writable()).await {
                 Ok(ready) => return ready.map(drop).map_err(End::Socket),
@@ -430,6 +438,14 @@ impl Session {
 
     /// Receives once; 0 means that nothing is there now.
     pub(super) fn receive(&mut self) -> Result<usize, End> {
+        let got = self.try_receive()?;
+        if got > 0 {
+            self.stall_end = None;
+        }
+        Ok(got)
+    }
+
+    fn try_receive(&mut self) -> Result<usize, End> {
         if let Some(received) = self.receive_decrypted() {
             return received;
         }
@@ -455,11 +471,12 @@ impl Session {
             if self.has_answers() {
                 continue;
             }
+            let stall_end = self.stall_end();
             tokio::select! {
                 biased;
                 ready = self.socket.readable() => drop(ready.map_err(End::Socket)?),
                 () = self.cell.wake.notified() => {}
-                () = tokio::time::sleep(self.shard.times.stall) => return Err(End::Stalled),
+                () = tokio::time::sleep_until(stall_end) => return Err(End::Stalled),
             }
         }
         Ok(())

@@ -11,6 +11,7 @@
 //! | `cold` | planning reads, and the tables that this takes |
 //! | `decompress` | compressed clusters, on all cores and ahead of the client |
 //! | `refuse` | requests that are refused |
+//! | `farewell` | having the last replies reach a client that is hung up on |
 //! | `encrypted` | what TLS adds to sending and receiving |
 //! | [`pending`] | requests that wait for the disk |
 //! | `submit` | handing their operations to storages in batches |
@@ -32,6 +33,7 @@ mod decompress;
 mod encrypted;
 pub mod end;
 pub mod engine;
+mod farewell;
 mod large_writes;
 mod layout;
 mod linger;

@@ -95,13 +95,26 @@ impl Session {
 
     /// Parks in the middle of a request: it may not stand still for ever.
     async fn park_unfinished(&mut self, needs: Needs) -> Result<(), End> {
+        if needs != Needs::Input {
+            // Not the client is waited for.
+            self.stall_end = None;
+            self.cell.wake.notified().await;
+            return Ok(());
+        }
+        let stall_end = self.stall_end();
         tokio::select! {
             biased;
-            ready = self.socket.readable(), if needs == Needs::Input => drop(ready.map_err(End::Socket)?),
+            ready = self.socket.readable() => drop(ready.map_err(End::Socket)?),
             () = self.cell.wake.notified() => {}
-            () = tokio::time::sleep(self.shard.times.stall), if needs == Needs::Input => return Err(End::Stalled),
+            () = tokio::time::sleep_until(stall_end) => return Err(End::Stalled),
         }
         Ok(())
+    }
+
+    /// Until when more of the unfinished request has to come. What wakes the session in between changes nothing.
+    pub(super) fn stall_end(&mut self) -> tokio::time::Instant {
+        let stall = self.shard.times.stall;
+        (*self.stall_end.get_or_insert_with(|| Instant::now() + stall)).into()
     }
 
     fn release_if_idle(&mut self) {

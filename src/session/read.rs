@@ -59,7 +59,7 @@ impl Session {
             self.read_plan.reset();
             return self.reply_error(&request, &error).await;
         }
-        let runs = runs_of(&self.read_plan);
+        let mut runs = runs_of(&self.read_plan);
         let sending = self.sending(&runs, framing);
         let noted = match arrived {
             None => sending != Sending::Never || range.len() <= OUT_LEN_MAX as u64,
@@ -82,10 +82,16 @@ impl Session {
             Sending::Later if may_wait && self.await_bytes(request, range) => return Ok(()),
             Sending::Later | Sending::Never => {}
         }
-        let needed = framed_len(&runs, framing);
-        if !self.out.make_room_for(needed) {
+        if !self.out.make_room_for(framed_len(&runs, framing)) {
+            // As long as the client is waited for, a pin would keep freed clusters from everybody.
+            self.read_plan.reset();
             self.send_all().await?;
-            if !self.out.make_room_for(needed) {
+            if let Err(error) = self.plan_read(range, framing) {
+                self.read_plan.reset();
+                return self.reply_error(&request, &error).await;
+            }
+            runs = runs_of(&self.read_plan);
+            if !self.out.make_room_for(framed_len(&runs, framing)) {
                 self.read_plan.reset();
                 return self.stream_read(request, range, framing).await;
             }
@@ -171,9 +177,20 @@ impl Session {
         framing: Framing,
     ) -> Result<(), End> {
         let len = request.len as usize;
-        let Some(lease) = self.admit(len).await? else {
-            self.read_plan.reset();
-            return self.stream_read(request, range, framing).await;
+        let admission = match self.try_admit(len) {
+            Some(admission) => admission,
+            None => {
+                // As above: what is waited for may be the client.
+                self.read_plan.reset();
+                let Some(admission) = self.admit(len).await? else {
+                    return self.stream_read(request, range, framing).await;
+                };
+                if let Err(error) = self.plan_read(range, framing) {
+                    self.read_plan.reset();
+                    return self.reply_error(&request, &error).await;
+                }
+                admission
+            }
         };
         join_compressed(&mut self.read_plan);
         if is_crumbs(&self.read_plan) {
@@ -181,7 +198,6 @@ impl Session {
             let place = Place::Slow(SlowReason::ColdTable);
             self.read_plan.pieces.push(Piece { len: range.len(), place, depth: 0 });
         }
-        // `admit` may have waited, but the plan's pin has held the clusters where they are.
         let mut parts: SmallVec<[Part; 1]> = SmallVec::new();
         for piece in self.read_plan.pieces.iter() {
             let bytes = match piece.place {
@@ -199,7 +215,7 @@ impl Session {
             outstanding,
             error: None,
             len,
-            lease: lease.0,
+            lease: admission.0,
         });
         self.submit_parts(slot, range);
         self.read_plan.reset();

@@ -81,11 +81,13 @@ impl Session {
     pub(super) async fn reply_status(
         &mut self,
         request: &Request,
-        answers: &[StatusAnswer],
+        answers: Vec<StatusAnswer>,
     ) -> std::result::Result<(), End> {
         let to = self.reply_to(request);
         self.scratch.clear();
-        for (index, answer) in answers.iter().enumerate() {
+        let last = answers.len().saturating_sub(1);
+        // Each answer goes when it is encoded, which takes no more bytes: the request's lease is for either.
+        for (index, answer) in answers.into_iter().enumerate() {
             let mut builder = Builder::new(request, &self.rules);
             if self.contexts.iter().any(|context| context.id == answer.context && is_bitmap(&context.name)) {
                 builder = builder.of_dirty_bitmap();
@@ -95,11 +97,14 @@ impl Session {
                     break;
                 }
             }
-            let last = index + 1 == answers.len();
-            let place = if last { reply::Place::Last } else { reply::Place::More };
+            let place = if index == last { reply::Place::Last } else { reply::Place::More };
             reply::push_block_status(&mut self.scratch, to, answer.context, &builder.finish(), place);
         }
-        self.put_scratch().await
+        let put = self.put_scratch().await;
+        if self.scratch.capacity() > FLOOR_LEN {
+            self.scratch = Vec::new();
+        }
+        put
     }
 }
 

@@ -169,23 +169,30 @@ impl Session {
     /// then; the caller works within the floor, slice by slice.
     pub(super) async fn admit(&mut self, len: usize) -> Result<Option<Admission>, End> {
         loop {
-            let held = self.cell.pending.borrow().held_len();
-            if held.saturating_add(len) <= FLOOR_LEN {
-                return Ok(Some(Admission(None)));
+            if let Some(admission) = self.try_admit(len) {
+                return Ok(Some(admission));
             }
-            if held.saturating_add(len) <= CONNECTION_LEN_MAX {
-                if let Some(lease) = self.shard.budget.try_lease(len) {
-                    return Ok(Some(Admission(Some(lease))));
-                }
-                if self.input.forget_payloads() {
-                    continue;
-                }
-            }
-            if held == 0 {
+            if self.cell.pending.borrow().held_len() == 0 {
                 return Ok(None);
             }
             self.wait_for_answer().await?;
         }
+    }
+
+    /// The same, if it can be had without waiting.
+    pub(super) fn try_admit(&mut self, len: usize) -> Option<Admission> {
+        let held = self.cell.pending.borrow().held_len();
+        if held.saturating_add(len) <= FLOOR_LEN {
+            return Some(Admission(None));
+        }
+        if held.saturating_add(len) > CONNECTION_LEN_MAX {
+            return None;
+        }
+        let lease = self.shard.budget.try_lease(len).or_else(|| {
+            let given_back = self.input.forget_payloads();
+            if given_back { self.shard.budget.try_lease(len) } else { None }
+        });
+        lease.map(|lease| Admission(Some(lease)))
     }
 
     /// Writes a payload that is in the input, within the floor.

@@ -62,13 +62,13 @@ impl Stream {
         }
     }
 
-    /// Ends both directions, so that a thread or a peer that waits for the other side wakes up.
-    pub fn shutdown(&self) -> io::Result<()> {
+    /// Ends a direction of the socket, or both, so that a thread or a peer that waits for the other side wakes up.
+    pub fn shut_down(&self, how: Shutdown) -> io::Result<()> {
         match self {
-            Stream::Unix(stream) => stream.shutdown(Shutdown::Both),
-            Stream::Tcp(stream) => stream.shutdown(Shutdown::Both),
-            Stream::Vsock(stream) => stream.shutdown(Shutdown::Both),
-            Stream::Tls(stream) => stream.socket().shutdown(),
+            Stream::Unix(stream) => stream.shutdown(how),
+            Stream::Tcp(stream) => stream.shutdown(how),
+            Stream::Vsock(stream) => stream.shutdown(how),
+            Stream::Tls(stream) => stream.socket().shut_down(how),
         }
     }
 

@@ -11,6 +11,15 @@ pub fn has_unread(stream: &Stream) -> io::Result<bool> {
     if !stream.is_unix() {
         return Ok(false);
     }
+    has_outgoing(stream)
+}
+
+/// Whether the peer's kernel has not yet acknowledged all that was sent, the end of the stream included; for TCP.
+pub fn has_unacknowledged(stream: &Stream) -> io::Result<bool> {
+    has_outgoing(stream)
+}
+
+fn has_outgoing(stream: &Stream) -> io::Result<bool> {
     let mut waiting: libc::c_int = 0;
     // SAFETY: the stream's descriptor is open; TIOCOUTQ (tty_ioctl(2), the same call as SIOCOUTQ) writes
     // one int through the pointer.
