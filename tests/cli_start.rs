@@ -226,6 +226,10 @@ fn libnbds_tools_run_it_captive_and_nothing_of_it_is_left() {
     assert!(shown.status.success(), "{}", String::from_utf8_lossy(&shown.stderr));
     assert_eq!(String::from_utf8(shown.stdout).unwrap().trim(), SMALL_DISK_LEN.to_string());
     assert!(shown.stderr.is_empty(), "noise: {}", String::from_utf8_lossy(&shown.stderr));
+    // A service's variables go on to all that it starts.
+    let mut of_a_service = captive("nbdinfo", &["--size"], &path, &[]);
+    of_a_service.envs([("INVOCATION_ID", "0123456789abcdef"), ("SYSTEMD_EXEC_PID", "1")]);
+    assert_eq!(String::from_utf8(run(&mut of_a_service)).unwrap().trim(), SMALL_DISK_LEN.to_string());
     assert_same("nbdcopy to stdout", &run(&mut captive("nbdcopy", &[], &path, &["-"])), &content);
     // The whole path is ours alone.
     let marker = path.to_str().unwrap();

@@ -281,10 +281,15 @@ fn files_that_cannot_be_used_are_named() {
             .start_refused();
         assert!(refusal.stderr.contains(file) && refusal.stderr.contains(why), "{what}: {}", refusal.stderr);
     }
+    let file = |name: &str| rig.path("server").join(name).to_str().unwrap().to_owned();
+    let [cert, key, ca, list] = ["server-cert.pem", "server-key.pem", "ca-cert.pem", "ca-crl.pem"].map(file);
+    let with_list = ["--tls-cert", &cert, "--tls-key", &key, "--tls-ca", &ca, "--tls-crl", &list];
     for (args, why) in [
         (&["--tls", "required"][..], "--tls-dir"),
         (&["--listen", "nbds:127.0.0.1:0"], "--tls-dir"),
         (&["--tls-cert", "x"], "--tls-key"),
+        // Whoever names a list means it: one that is mistyped must not let in whom it revokes.
+        (&with_list, "ca-crl.pem: cannot be read"),
     ] {
         let refusal = Serve::image(rig.path("disk")).format("raw").args(args).start_refused();
         assert!(refusal.stderr.contains(why), "{args:?}: {}", refusal.stderr);

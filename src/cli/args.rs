@@ -253,7 +253,7 @@ pub struct ListenArgs {
     #[arg(long, value_name = "COUNT", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_connections: u32,
 
-    /// Seconds that a client has for choosing an export, TLS included
+    /// Seconds that a client has for choosing an export, TLS included; 0: any time
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = parse_seconds)]
     pub handshake_timeout: Duration,
 
@@ -286,6 +286,11 @@ pub struct LifeArgs {
     /// Seconds that requests in flight get to finish when the server is told to end
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = parse_seconds)]
     pub drain_timeout: Duration,
+
+    /// Seconds that each image gets to be flushed and closed then; what is not written by that time is lost, and the
+    /// exit status 3. Without it the server waits (a second signal ends it at once)
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    pub flush_timeout: Option<Duration>,
 }
 
 /// `nbd-img info`.

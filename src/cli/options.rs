@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nbd_img_formats::Format;
 use nbd_img_formats::open::{Backing, OpenOptions};
@@ -10,7 +11,7 @@ use super::args::{DiscardArg, ImageArgs, InfoArgs, ListenArgs, ServeArgs};
 use super::{export_spec, tls};
 use crate::export::{BlockSizes, ExportSpec, Temporary};
 use crate::server::access::AccessRules;
-use crate::server::{Manners, ServeOptions};
+use crate::server::{EndTimes, Manners, ServeOptions};
 use crate::session::Times;
 use crate::transport::unix::FileAccess;
 use crate::transport::{Address, Place};
@@ -46,13 +47,13 @@ pub fn serve(mut args: ServeArgs) -> Result<ServeOptions, String> {
         tls: None,
         allow_plaintext: args.listen.allow_plaintext,
         max_connections: args.listen.max_connections,
-        handshake_timeout: args.listen.handshake_timeout,
+        handshake_timeout: handshake_timeout(args.listen.handshake_timeout),
         peer_timeout: args.listen.peer_timeout,
         times: Times { poll: args.listen.poll, ..Times::default() },
         exit_last: args.life.exit_last,
         pid_file: args.life.pid_file.clone(),
         ready_fd: args.life.ready_fd,
-        drain_timeout: args.life.drain_timeout,
+        end_times: EndTimes { drain: args.life.drain_timeout, flush: args.life.flush_timeout },
         manners: Manners::default(),
         exports: exports(args, &mut access)?,
         access: AccessRules::default(),
@@ -63,6 +64,13 @@ pub fn serve(mut args: ServeArgs) -> Result<ServeOptions, String> {
     let options = ServeOptions { tls, access, ..options };
     check_oldstyle(&options)?;
     Ok(options)
+}
+
+/// Zero is no limit, as with the other times of clients.
+pub fn handshake_timeout(asked: Duration) -> Duration {
+    /// Handshakes still end: after a day. Our choice.
+    const NO_LIMIT: Duration = Duration::from_secs(86_400);
+    if asked.is_zero() { NO_LIMIT } else { asked }
 }
 
 /// Checks the arguments of `nbd-img info`.
@@ -317,6 +325,13 @@ mod tests {
         let args = Args::try_parse_from([&["nbd-img", "serve"], line].concat()).unwrap();
         let Command::Serve(args) = args.command else { panic!("not serve") };
         serve(*args)
+    }
+
+    #[test]
+    fn no_time_for_a_handshake_is_any_time() {
+        let time = |text| options(&["--handshake-timeout", text, "a.img"]).unwrap().handshake_timeout;
+        assert!(time("0") >= Duration::from_secs(86_400));
+        assert_eq!(time("0.5"), Duration::from_millis(500));
     }
 
     #[test]

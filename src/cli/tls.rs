@@ -169,7 +169,8 @@ fn files(args: &TlsArgs) -> Option<TlsFiles> {
         return Some(in_folder(folder));
     }
     let (cert, key) = (args.tls_cert.clone()?, args.tls_key.clone()?);
-    Some(TlsFiles { cert, key, client_ca: args.tls_ca.clone(), crl: args.tls_crl.clone() })
+    let (client_ca, crl) = (args.tls_ca.clone(), args.tls_crl.clone());
+    Some(TlsFiles { cert, key, client_ca, crl, needs_crl: true })
 }
 
 fn in_folder(folder: &Path) -> TlsFiles {
@@ -178,5 +179,6 @@ fn in_folder(folder: &Path) -> TlsFiles {
         key: folder.join("server-key.pem"),
         client_ca: Some(folder.join("ca-cert.pem")),
         crl: Some(folder.join("ca-crl.pem")),
+        needs_crl: false,
     }
 }

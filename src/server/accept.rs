@@ -5,7 +5,6 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::io::Interest;
 use tokio::time::sleep;
 
 use super::rare::Rare;
@@ -30,8 +29,18 @@ pub fn prepare(listener: Listener, server: Arc<Server>) -> io::Result<impl Futur
         let mut burst = 0_u32;
         let failures = Rare::default();
         loop {
-            server.clients.room().await;
-            match listener.async_io(Interest::READABLE, Listener::accept).await {
+            let accepted = async {
+                let mut ready = listener.readable().await?;
+                // Last, with nothing that waits behind it: other listeners accept, too.
+                server.clients.room().await;
+                Ok(ready.try_io(|listener| listener.get_ref().accept()))
+            };
+            let accepted = match accepted.await {
+                Ok(Err(_would_wait)) => continue,
+                Ok(Ok(accepted)) => accepted,
+                Err(error) => Err(error),
+            };
+            match accepted {
                 Ok((stream, peer)) => {
                     pause = PAUSE_FIRST;
                     let tls_first = listener.get_ref().is_tls_first();

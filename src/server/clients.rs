@@ -145,9 +145,14 @@ impl Clients {
     /// Returns at once, or, where clients wait for each other, when another connection may be accepted: all
     /// that there are, also those in negotiation, hold a slot then.
     pub async fn room(&self) {
-        while self.full_waits && self.connections() >= self.sessions_max {
+        if !self.full_waits {
+            return;
+        }
+        while self.connections() >= self.sessions_max {
             self.room.notified().await;
         }
+        // What has become free may be more than this caller takes, and it was woken instead of another.
+        self.room.notify_one();
     }
 
     fn connections(&self) -> usize {
@@ -312,6 +317,23 @@ mod tests {
         assert!(!waiting.is_finished());
         drop(permit);
         waiting.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_slot_that_the_first_does_not_take_is_the_seconds() {
+        let clients = Clients::new(1, 2, true);
+        let permit = clients.admit("a", "").unwrap();
+        let waiting: Vec<_> = (0..3)
+            .map(|_| {
+                let clients = Arc::clone(&clients);
+                tokio::spawn(async move { clients.room().await })
+            })
+            .collect();
+        tokio::task::yield_now().await;
+        drop(permit);
+        for waiting in waiting {
+            waiting.await.unwrap();
+        }
     }
 
     #[tokio::test]

@@ -1,23 +1,31 @@
 //! The end: on a signal or after the last client, drained within a time, flushed, closed.
+//!
+//! Clients get a limited time to take their replies. The last flush gets what it takes unless the operator says
+//! otherwise: a disk may have gigabytes to write before the tables that lead to them.
 
 use std::fmt;
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nbd_img_formats::Error;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
 use super::Outcome;
 use super::clients::Clients;
 use super::rare::Rare;
+use super::ready;
 use super::tls::Tls;
 use crate::session::Shards;
 
-/// The part of the drain time that sessions get, in quarters; the rest is for flushing. Our choice: a
-/// client that does not read its replies must not cost the others their last flush.
-const SESSION_QUARTERS: u32 = 3;
+/// How often who waits for a last flush hears of it. Our choice.
+const FLUSH_WORD_TIME: Duration = Duration::from_secs(5);
+
+/// How long an image may take to be closed that nobody could write: nothing can be lost of it. Our choice.
+const READ_ONLY_CLOSE_TIME: Duration = Duration::from_millis(500);
 
 /// The signals that the server listens to.
 pub struct Signals {
@@ -119,27 +127,32 @@ pub async fn wait(signals: &mut Signals, clients: &Clients, ends: Ends) -> Reaso
     }
 }
 
-/// Lets all sessions finish what they have received, then flushes and closes the images, all within
-/// `drain_timeout`. A second signal ends it at once; when `begun_for` is no signal, the first that comes asks only for
-/// what is being done. What is not done then is logged and left behind.
+/// How long an end may take.
+#[derive(Clone, Copy, Debug)]
+pub struct EndTimes {
+    /// For sessions to finish what they have received.
+    pub drain: Duration,
+    /// For each image to be flushed and closed then; without, as long as it takes.
+    pub flush: Option<Duration>,
+}
+
+/// Lets all sessions finish what they have received, then flushes and closes the images, within `times`. A second
+/// signal ends it at once; when `begun_for` is no signal, the first that comes asks only for what is being done. What
+/// is not done then is logged and left behind.
 pub async fn drain<'a>(
     shards: impl Iterator<Item = &'a Arc<Shards>>,
-    drain_timeout: Duration,
+    times: EndTimes,
     begun_for: Reason,
     signals: &mut Signals,
 ) -> Outcome {
-    let start = Instant::now();
-    let deadline = start + drain_timeout;
-    let sessions_deadline = start + drain_timeout * SESSION_QUARTERS / 4;
+    let sessions_deadline = Instant::now() + times.drain;
     let mut ending = JoinSet::new();
     for shards in shards {
         shards.drain();
-        ending.spawn(finish(Arc::clone(shards), sessions_deadline, deadline));
+        ending.spawn(finish(Arc::clone(shards), sessions_deadline, times.flush));
     }
     let mut outcome = Outcome::Clean;
     let mut asked = begun_for != Reason::LastClient;
-    // Each task keeps its own deadlines; this one is for a task that cannot.
-    let overdue = deadline + drain_timeout / 4;
     loop {
         tokio::select! {
             ended = ending.join_next() => match ended {
@@ -159,13 +172,12 @@ pub async fn drain<'a>(
                 asked = true;
                 tracing::info!(%reason, "ending already");
             }
-            () = sleep_until(overdue) => return Outcome::NotFlushed,
         }
     }
 }
 
 /// Ends one export.
-async fn finish(shards: Arc<Shards>, sessions_deadline: Instant, deadline: Instant) -> Outcome {
+async fn finish(shards: Arc<Shards>, sessions_deadline: Instant, flush_timeout: Option<Duration>) -> Outcome {
     let export = shards.export();
     let name = export.name().escape_debug().to_string();
     if timeout_at(sessions_deadline, shards.wait_idle()).await.is_err() {
@@ -173,20 +185,45 @@ async fn finish(shards: Arc<Shards>, sessions_deadline: Instant, deadline: Insta
         tracing::warn!(export = name, connections, "connections did not finish in the drain time");
     }
     let read_only = export.read_only();
-    match timeout_at(deadline, shards.close()).await {
-        Ok(Ok(())) => Outcome::Clean,
-        Ok(Err(error)) => {
+    let limit = if read_only { Some(READ_ONLY_CLOSE_TIME) } else { flush_timeout };
+    let closing = close(&shards, &name);
+    let closed = match limit {
+        Some(limit) => timeout(limit, closing).await.ok(),
+        None => Some(closing.await),
+    };
+    match closed {
+        Some(Ok(())) => Outcome::Clean,
+        Some(Err(error)) => {
             tracing::error!(export = name, %error, "cannot flush and close the image");
             Outcome::NotFlushed
         }
-        // Nothing can be lost of it.
-        Err(_) if read_only => {
-            tracing::warn!(export = name, "the image was not closed in the drain time");
+        None if read_only => {
+            tracing::warn!(export = name, "the disk is slow: the image, which was only read, is left open");
             Outcome::Clean
         }
-        Err(_) => {
-            tracing::error!(export = name, "the image was not flushed and closed in the drain time");
+        None => {
+            tracing::error!(export = name, "the image was not flushed and closed within --flush-timeout");
             Outcome::NotFlushed
         }
+    }
+}
+
+/// Flushes and closes an image, and says every now and then that it is being waited for.
+async fn close(shards: &Shards, name: &str) -> Result<(), Error> {
+    let begin = Instant::now();
+    let mut closing = pin!(shards.close());
+    let mut word = begin + FLUSH_WORD_TIME;
+    loop {
+        tokio::select! {
+            closed = &mut closing => return closed,
+            () = sleep_until(word) => {}
+        }
+        ready::tell_still_stopping(FLUSH_WORD_TIME * 3);
+        tracing::warn!(
+            export = name,
+            seconds = begin.elapsed().as_secs(),
+            "the image is still being flushed; a signal ends it at once, with what that loses"
+        );
+        word += FLUSH_WORD_TIME;
     }
 }

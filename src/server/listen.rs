@@ -84,7 +84,7 @@ fn listen_tcp(
                     .to_owned(),
             ));
         }
-        match Listener::tcp(socket_address) {
+        match Listener::tcp(socket_address, options.manners.any_is_both) {
             Ok(listener) => {
                 listeners.push(listener.with_tls_first(address.tls_first));
                 bound += 1;

@@ -54,6 +54,7 @@ use self::directory::Exports;
 use self::end::Ends;
 use self::tls::Tls;
 
+pub use self::end::EndTimes;
 pub use self::options::{Background, Inherited, Manners, ServeOptions};
 pub use self::ready::go_to_background;
 
@@ -155,8 +156,10 @@ pub fn run(options: ServeOptions, mut inherited: Inherited) -> Result<Outcome, E
     ));
     if let Some(relay) = inherited.relay {
         // The last replies are still on their way.
-        relay.finish(options.drain_timeout);
+        relay.finish(options.end_times.drain);
     }
+    // Not waiting for a thread that looks at the files of TLS: their disk may hang.
+    control.shutdown_background();
     outcome
 }
 
@@ -212,7 +215,7 @@ async fn serve(
     // Closes the listening sockets and removes their files, so that a successor can start.
     accepting.shutdown().await;
     server.exports.drain();
-    let outcome = end::drain(server.exports.shards(), options.drain_timeout, reason, &mut signals).await;
+    let outcome = end::drain(server.exports.shards(), options.end_times, reason, &mut signals).await;
     server.clients.end_handshakes();
     drop(pid_file);
     Ok(outcome)

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::Error;
 use super::access::AccessRules;
+use super::end::EndTimes;
 use super::tls::TlsOptions;
 use crate::export::ExportSpec;
 use crate::session::Times;
@@ -48,8 +49,8 @@ pub struct ServeOptions {
     pub pid_file: Option<PathBuf>,
     /// The descriptor that is told when the server listens.
     pub ready_fd: Option<RawFd>,
-    /// Time that requests in flight and the last flush get.
-    pub drain_timeout: Duration,
+    /// Time that requests in flight and the last flush get at the end.
+    pub end_times: EndTimes,
     /// How it behaves towards its starter and its clients.
     pub manners: Manners,
 }
@@ -66,6 +67,8 @@ pub struct Manners {
     /// While there are as many connections as there may be clients, the next ones wait to be accepted; without,
     /// they are told.
     pub full_waits: bool,
+    /// All addresses of IPv6 (`::`) are those of IPv4, too.
+    pub any_is_both: bool,
     /// What becomes of the process once it listens.
     pub background: Background,
 }
@@ -161,9 +164,18 @@ impl Inherited {
     }
 
     /// Whether the process lives inside of another command, such as libnbd's `[ nbd-img serve ... ]`:
-    /// started with sockets, but by no service manager (which sets INVOCATION_ID, systemd.exec(5)).
+    /// started with sockets, but by no service manager.
     pub fn is_captive(&self) -> bool {
-        (self.activated || self.stdio) && std::env::var_os("INVOCATION_ID").is_none()
+        (self.activated || self.stdio) && !is_service()
+    }
+}
+
+/// Whether a service manager has started this process (systemd.exec(5)). Its variables go on to whatever a service
+/// starts in turn; only SYSTEMD_EXEC_PID, from systemd 248 on, tells whom it means.
+fn is_service() -> bool {
+    match std::env::var_os("SYSTEMD_EXEC_PID") {
+        Some(pid) => pid == std::process::id().to_string().as_str(),
+        None => std::env::var_os("INVOCATION_ID").is_some(),
     }
 }
 

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::Arc;
+use std::time::Duration;
 
 use sd_notify::NotifyState;
 
@@ -72,6 +73,12 @@ pub fn uris(listeners: &[Listener], exports: &[Arc<Export>], tls_required: bool)
 /// Tells the service manager that the server is on its way out.
 pub fn tell_stopping() {
     log_failure("NOTIFY_SOCKET", sd_notify::notify(&[NotifyState::Stopping]));
+}
+
+/// Asks the service manager for so much more time to end in, as counted from now.
+pub fn tell_still_stopping(time: Duration) {
+    let micros = u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
+    log_failure("NOTIFY_SOCKET", sd_notify::notify(&[NotifyState::ExtendTimeoutUsec(micros)]));
 }
 
 /// Does what `background` asks for: the last step whose errors the starter gets to see.

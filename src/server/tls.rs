@@ -47,8 +47,10 @@ pub struct TlsFiles {
     pub key: PathBuf,
     /// The CAs of clients; clients need a certificate if it is given.
     pub client_ca: Option<PathBuf>,
-    /// Certificates that those CAs have revoked. A file that is not there revokes none.
+    /// Certificates that those CAs have revoked.
     pub crl: Option<PathBuf>,
+    /// Whether that file has to be there; else one that is not revokes none.
+    pub needs_crl: bool,
 }
 
 /// What clients and the server know each other by.
@@ -172,7 +174,7 @@ impl TlsSource {
     /// The files, the server's own certificate first.
     fn paths(&self) -> impl Iterator<Item = &Path> {
         let paths = match self {
-            TlsSource::Certificates(TlsFiles { cert, key, client_ca, crl }) => {
+            TlsSource::Certificates(TlsFiles { cert, key, client_ca, crl, .. }) => {
                 [Some(cert), Some(key), client_ca.as_ref(), crl.as_ref()]
             }
             TlsSource::Psk(path) => [Some(path), None, None, None],
@@ -251,7 +253,11 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
 }
 
 fn revocations(files: &TlsFiles) -> Result<Vec<CertificateRevocationListDer<'static>>, TlsError> {
-    let Some(path) = files.crl.as_deref().filter(|path| path.exists()) else { return Ok(Vec::new()) };
+    let Some(path) = files.crl.as_deref() else { return Ok(Vec::new()) };
+    // A list that cannot be looked at is not one that is not there.
+    if !files.needs_crl && path.try_exists().is_ok_and(|there| !there) {
+        return Ok(Vec::new());
+    }
     let read = || CertificateRevocationListDer::pem_file_iter(path)?.collect::<Result<Vec<_>, pem::Error>>();
     match read() {
         // Whoever puts a file there means it to revoke somebody.

@@ -44,11 +44,11 @@ enum Bound {
 
 impl Listener {
     /// Listens on `address`; port 0 takes any free one. An IPv6 address serves IPv6 only, so that
-    /// `0.0.0.0` and `[::]` can be listened on together.
-    pub fn tcp(address: SocketAddr) -> io::Result<Listener> {
+    /// `0.0.0.0` and `[::]` can be listened on together, unless `any_is_both`: then `[::]` stands for all of either.
+    pub fn tcp(address: SocketAddr, any_is_both: bool) -> io::Result<Listener> {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
         if address.is_ipv6() {
-            socket.set_only_v6(true)?;
+            socket.set_only_v6(!(any_is_both && address.ip().is_unspecified()))?;
         }
         socket.set_reuse_address(true)?;
         socket.bind(&address.into())?;
@@ -168,5 +168,21 @@ impl AsFd for Listener {
 impl AsRawFd for Listener {
     fn as_raw_fd(&self) -> RawFd {
         self.as_fd().as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{Ipv4Addr, Ipv6Addr, TcpStream};
+
+    #[test]
+    fn all_of_ipv6_is_all_of_ipv4_only_where_it_is_asked_for() {
+        for both in [true, false] {
+            let listener = Listener::tcp((Ipv6Addr::UNSPECIFIED, 0).into(), both).unwrap();
+            let Bound::Tcp(address) = listener.place else { panic!("{listener}") };
+            assert!(TcpStream::connect((Ipv6Addr::LOCALHOST, address.port())).is_ok());
+            assert_eq!(TcpStream::connect((Ipv4Addr::LOCALHOST, address.port())).is_ok(), both);
+        }
     }
 }

@@ -12,7 +12,7 @@ use nbd_img_formats::qcow2::Compress;
 use nbd_img_formats::storage;
 use rustix::process::{Resource, getrlimit};
 
-use super::super::options;
+use super::super::options::{self, handshake_timeout};
 use super::line::{Complaint, Line};
 use super::node::{self, Aio, BackingNode, Image, Window};
 use super::objects::{self, Endpoint, Kind, Object};
@@ -21,7 +21,7 @@ use crate::export::{BlockSizes, CacheMode, DetectZeroes, ExportSpec, Sharing, Te
 use crate::nbd::negotiate::TlsMode;
 use crate::server::access::{AccessRules, Right, Rule, Who};
 use crate::server::tls::{TlsFiles, TlsOptions, TlsSource};
-use crate::server::{Background, Manners, ServeOptions};
+use crate::server::{Background, EndTimes, Manners, ServeOptions};
 use crate::session::Times;
 use crate::transport::address::DEFAULT_PORT;
 use crate::transport::unix::FileAccess;
@@ -37,11 +37,8 @@ const DEVICE_SOCKET: &str = "/var/lock/qemu-nbd-";
 const UNLIMITED_MIN: u64 = 64;
 const UNLIMITED_MAX: u64 = 4096;
 
-/// Handshakes without a limit still end: after a day. Our choice.
-const NO_LIMIT: Duration = Duration::from_secs(86_400);
-
-/// Time that requests in flight get at the end: as `serve` has it.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+/// The end: requests in flight get what `serve` gives them, the last flush what it takes, as with QEMU.
+const END_TIMES: EndTimes = EndTimes { drain: Duration::from_secs(5), flush: None };
 
 /// What a command line asks for.
 #[derive(Debug)]
@@ -247,10 +244,7 @@ fn service(
         (Some(device), None) => vec![Place::Unix(device_socket(device)).into()],
         _ => vec![address(&line)?],
     };
-    let handshake_timeout = match line.handshake_limit {
-        0 => NO_LIMIT,
-        seconds => Duration::from_secs(seconds.into()),
-    };
+    let handshake_timeout = handshake_timeout(Duration::from_secs(line.handshake_limit.into()));
     let credentials = tls.as_ref().map(|object| &object.kind);
     let options = ServeOptions {
         addresses,
@@ -269,12 +263,13 @@ fn service(
         exit_last: !line.persistent,
         pid_file: line.pid_file.clone(),
         ready_fd: None,
-        drain_timeout: DRAIN_TIMEOUT,
+        end_times: END_TIMES,
         manners: Manners {
             quiet: true,
             keep_pid_file: true,
             hang_up_ends: true,
             full_waits: true,
+            any_is_both: true,
             background: if background {
                 Background::Yes { keeps_log: line.verbose || line.trace }
             } else {
@@ -343,6 +338,7 @@ fn server_tls(kind: &Kind) -> Result<TlsOptions, String> {
                 key: dir.join("server-key.pem"),
                 client_ca: verify_peer.then(|| dir.join("ca-cert.pem")),
                 crl: verify_peer.then(|| dir.join("ca-crl.pem")),
+                needs_crl: false,
             })
         }
         Kind::Psk { dir, .. } => TlsSource::Psk(absolute(dir)?.join("keys.psk")),

@@ -116,18 +116,18 @@ impl Device {
 }
 
 /// Becomes the client of the server that will listen at `socket` once `ready` says so, and hands the connection to
-/// the kernel. To be run on a thread of its own; the connection lives on in the kernel.
-pub fn attach(device: &Device, socket: &Path, mut ready: File) -> Result<(), String> {
+/// the kernel. Returns whether it did: a server that does not come to listen says why itself. To be run on a thread of
+/// its own; the connection lives on in the kernel.
+pub fn attach(device: &Device, socket: &Path, mut ready: File) -> Result<bool, String> {
     let mut line = [0_u8; 1];
     match ready.read(&mut line) {
         Ok(1..) => {}
-        // The server has said why it does not listen.
-        Ok(0) | Err(_) => return Ok(()),
+        Ok(0) | Err(_) => return Ok(false),
     }
     let lost = |error: io::Error| format!("Failed to connect to {}: {error}", socket.display());
     let mut stream = UnixStream::connect(socket).map_err(lost)?;
     let export = agree(&mut stream, lost)?;
-    device.connect(&stream, &export)
+    device.connect(&stream, &export).map(|()| true)
 }
 
 fn agree(stream: &mut UnixStream, lost: impl Fn(io::Error) -> String) -> Result<ExportDetails, String> {
@@ -292,6 +292,14 @@ mod tests {
         assert_eq!(acknowledged(first), Some(-libc::ENOENT));
         assert_eq!(acknowledged(rest), Some(0));
         assert!(split_message(&both[..7]).is_none() && split_message(&[0; 16]).is_none());
+    }
+
+    #[test]
+    fn a_server_that_does_not_come_to_listen_has_no_client() {
+        let (ready, listening) = rustix::pipe::pipe().unwrap();
+        drop(listening);
+        let socket = Path::new("/dev/nbd-does-not-exist");
+        assert_eq!(attach(&Device { index: 0 }, socket, File::from(ready)), Ok(false));
     }
 
     #[test]

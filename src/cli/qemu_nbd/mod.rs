@@ -173,12 +173,17 @@ fn attach_when_ready(
     // Until the device is there, errors have to reach the parent's stderr.
     let background = std::mem::take(&mut service.options.manners.background);
     let attach = move || {
-        let attached = kernel::attach(&device, &socket, File::from(ready)).and_then(|()| {
-            server::go_to_background(background)
-                .map_err(|error| format!("cannot go to the background: {error}"))
+        let attached = kernel::attach(&device, &socket, File::from(ready)).and_then(|attached| {
+            if attached {
+                server::go_to_background(background)
+                    .map_err(|error| format!("cannot go to the background: {error}"))?;
+            }
+            Ok(attached)
         });
         match attached {
-            Ok(()) => {
+            // The process is about to end, which is what the parent waits for.
+            Ok(false) => {}
+            Ok(true) => {
                 if let Some(tell) = tell {
                     // A parent that is gone need not be told.
                     let _ = File::from(tell).write_all(b"\n");

@@ -119,7 +119,7 @@ pub fn parse(text: &str) -> Result<Object, String> {
             Kind::AuthzList { names: names_of(rules)? }
         }
         "authz-list-file" => {
-            fields.drop(&["refresh"]);
+            refuse_refresh(fields.take("refresh"))?;
             Kind::AuthzListFile { filename: fields.needed("filename")?.into() }
         }
         "secret" => {
@@ -148,6 +148,27 @@ fn x509(fields: &mut Fields) -> Result<Kind, String> {
     fields.drop(&["priority"]);
     let dir = fields.take("dir").ok_or("Missing 'dir' property value")?.into();
     Ok(Kind::X509 { dir, endpoint, verify_peer })
+}
+
+/// QEMU reads the file again whenever it has changed, unless it is told not to. Here somebody whose name was taken out
+/// would still be let in, so nobody is to count on it.
+fn refuse_refresh(refresh: Option<String>) -> Result<(), String> {
+    match refresh {
+        Some(value) => match values::switch(&value) {
+            Some(false) => Ok(()),
+            Some(true) => {
+                Err("authz-list-file: refresh=on is not possible, the file is read once; give refresh=off"
+                    .to_owned())
+            }
+            None => Err(format!("Parameter 'refresh' expects 'on' or 'off', not '{value}'")),
+        },
+        None => {
+            tracing::warn!(
+                "authz-list-file: the file is read once, changes need a restart; refresh=off says so"
+            );
+            Ok(())
+        }
+    }
 }
 
 /// The names in a file of `authz-list-file`, which has the rules in JSON.
@@ -253,7 +274,7 @@ mod tests {
             ("tls-creds-anon,id=a,endpoint=server", "a", Kind::Anonymous),
             ("authz-simple,id=z,identity=CN=x,,O=y", "z", Kind::AuthzSimple { identity: "CN=x,O=y".into() }),
             (
-                "authz-list-file,id=z,filename=/f,refresh=on",
+                "authz-list-file,id=z,filename=/f,refresh=off",
                 "z",
                 Kind::AuthzListFile { filename: "/f".into() },
             ),
@@ -275,6 +296,10 @@ mod tests {
             ("tls-creds-x509,id=x,dir=/d,foo=1", "Parameter 'foo' is unexpected"),
             ("tls-creds-x509,id=x,dir=/d,endpoint=both", "Parameter 'endpoint' does not accept value 'both'"),
             ("authz-simple,id=x", "Parameter 'identity' is missing"),
+            (
+                "authz-list-file,id=z,filename=/f,refresh=on",
+                "authz-list-file: refresh=on is not possible, the file is read once; give refresh=off",
+            ),
         ] {
             assert_eq!(parse(text), Err(want.to_owned()), "{text}");
         }
