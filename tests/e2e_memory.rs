@@ -20,7 +20,7 @@ const LOADED_SERVER_LEN_MAX: u64 = 512 << 20;
 
 const CONNECTIONS: usize = 100;
 const WRITE_LEN: usize = 32 << 20;
-/// Of each connection, one behind the other without waiting.
+/// Of each connection, one behind the other without waiting. `NBD_IMG_MEMORY_WRITES` asks for more of them.
 const WRITES: usize = 2;
 
 #[test]
@@ -69,6 +69,7 @@ fn many_large_writes_at_once_stay_within_the_budget() {
     // A server that asks for more than this gets no memory, and ends.
     let script = format!("ulimit -d {}; exec \"$@\"", LOADED_SERVER_LEN_MAX >> 10);
     let mut server = Serve::image(&path).format("raw").wrapper(&["sh", "-c", &script, "sh"]).start();
+    let writes = support::count("NBD_IMG_MEMORY_WRITES", WRITES);
     let payload = vec![0x5a; WRITE_LEN];
     let (payload, socket) = (&payload, server.socket());
     thread::scope(|scope| {
@@ -81,12 +82,12 @@ fn many_large_writes_at_once_stay_within_the_budget() {
                 // Half of them are durable: those are never written in place, but held until they are.
                 let flags = if index % 4 < 2 { command_flag::FUA } else { 0 };
                 let request = Request::new(command::WRITE, offset, WRITE_LEN).flags(flags);
-                for _ in 0..WRITES {
+                for _ in 0..writes {
                     let cookie = client.register(request);
                     client.stream().write_all(&request.bytes(cookie)).unwrap();
                     client.stream().write_all(payload).unwrap();
                 }
-                for _ in 0..WRITES {
+                for _ in 0..writes {
                     let reply = client.reply().unwrap();
                     assert_eq!(reply.error, 0, "{}", reply.text);
                 }

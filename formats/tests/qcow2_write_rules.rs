@@ -361,6 +361,7 @@ fn unknown_autoclear_bits_are_cleared_by_the_first_change() {
     let memory = memory_of(&folder, "cluster_size=4k", MIB);
     memory.pwrite(&(1u64 << 40).to_be_bytes(), HostOffset(88), Durability::Later).unwrap();
     memory.pwrite(&(1u64 << 50 | 1).to_be_bytes(), HostOffset(80), Durability::Later).unwrap();
+    let extensions = add_unknown_extension(&memory);
     let before = bytes_of(&*memory);
     let driver = open_kept(&memory);
     driver.flush().unwrap();
@@ -371,10 +372,26 @@ fn unknown_autoclear_bits_are_cleared_by_the_first_change() {
     let after = bytes_of(&*memory);
     assert_eq!(after[88..96], [0; 8]);
     assert_eq!(after[..88], before[..88], "all else of the header stays");
+    assert_eq!(after[96..extensions], before[96..extensions], "and so do extensions");
     driver.close().unwrap();
     let path = folder.file("again.qcow2");
     std::fs::write(&path, bytes_of(&*memory)).unwrap();
     qemu_io(&path, &["read -P 1 0 1".to_owned()]);
+}
+
+/// Adds a header extension of a type that nobody has; gives the end of all extensions.
+fn add_unknown_extension(memory: &Arc<MemoryStorage>) -> usize {
+    let image = bytes_of(&**memory);
+    let word = |at: usize| u32::from_be_bytes(image[at..at + 4].try_into().unwrap());
+    let mut at = word(100) as usize;
+    while word(at) != 0 {
+        at += 8 + (word(at + 4) as usize).next_multiple_of(8);
+    }
+    let extension =
+        [&0x6e62_6421_u32.to_be_bytes()[..], &12_u32.to_be_bytes(), b"of somebody\0\0\0\0\0", &[0; 8]]
+            .concat();
+    memory.pwrite(&extension, HostOffset(at as u64), Durability::Later).unwrap();
+    at + extension.len()
 }
 
 /// Refcounts of less than a byte end inside of one; what it counts behind the end of a device is not there.

@@ -14,10 +14,9 @@ use super::check::CheckArgs;
 use super::create::CreateArgs;
 use super::resize::ResizeArgs;
 use super::tls::{TlsArgs, TlsCommand};
-use super::{compress, size};
+use super::{compress, size, values};
 use crate::export::{CacheMode, DetectZeroes, Sharing};
 use crate::server::access::Rule;
-use crate::session::POLL_TIME_DEFAULT;
 use crate::transport::Address;
 use crate::transport::owner::Owner;
 
@@ -227,7 +226,7 @@ pub struct ListenArgs {
     pub listen: Vec<Address>,
 
     /// Mode of the files of Unix sockets, in octal [default: 777 without the umask]
-    #[arg(long, value_name = "MODE", value_parser = parse_mode)]
+    #[arg(long, value_name = "MODE", value_parser = values::mode)]
     pub socket_mode: Option<u32>,
 
     /// Owner of the files of Unix sockets: USER, USER:GROUP or :GROUP
@@ -254,16 +253,16 @@ pub struct ListenArgs {
     pub max_connections: u32,
 
     /// Seconds that a client has for choosing an export, TLS included; 0: any time
-    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = parse_seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = values::seconds)]
     pub handshake_timeout: Duration,
 
     /// Seconds that a TCP client may leave replies or the kernel's questions unanswered; 0: as the kernel has it
-    #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = parse_seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = values::seconds)]
     pub peer_timeout: Duration,
 
     /// Microseconds to wait for the next request without sleeping, where that pays: auto, off, or at
     /// most so many
-    #[arg(long, value_name = "auto|off|US", default_value = "auto", value_parser = parse_poll)]
+    #[arg(long, value_name = "auto|off|US", default_value = "auto", value_parser = values::poll)]
     pub poll: Duration,
 }
 
@@ -284,12 +283,12 @@ pub struct LifeArgs {
     pub ready_fd: Option<i32>,
 
     /// Seconds that requests in flight get to finish when the server is told to end
-    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = parse_seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = values::seconds)]
     pub drain_timeout: Duration,
 
     /// Seconds that each image gets to be flushed and closed then; what is not written by that time is lost, and the
     /// exit status 3. Without it the server waits (a second signal ends it at once)
-    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    #[arg(long, value_name = "SECONDS", value_parser = values::seconds)]
     pub flush_timeout: Option<Duration>,
 }
 
@@ -436,35 +435,6 @@ impl From<DetectZeroesArg> for DetectZeroes {
     }
 }
 
-/// Seconds, with a fraction if need be. A day is the limit: deadlines must not overflow.
-fn parse_seconds(text: &str) -> Result<Duration, String> {
-    const LONGEST_SECONDS: f64 = 86_400.0;
-    match text.parse::<f64>() {
-        Ok(seconds) if (0.0..=LONGEST_SECONDS).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
-        Ok(_) | Err(_) => Err(format!("{text:?} is not a number of seconds from 0 to {LONGEST_SECONDS}")),
-    }
-}
-
-/// Permission bits only: sockets have no use for the others.
-fn parse_mode(text: &str) -> Result<u32, String> {
-    match u32::from_str_radix(text, 8) {
-        Ok(mode) if mode <= 0o777 => Ok(mode),
-        Ok(_) | Err(_) => Err("expected permissions in octal from 0 to 777, as in 660".to_owned()),
-    }
-}
-
-fn parse_poll(text: &str) -> Result<Duration, String> {
-    match text {
-        "auto" => Ok(POLL_TIME_DEFAULT),
-        "off" => Ok(Duration::ZERO),
-        // A millisecond: more would only burn a processor that sleeping leaves to others.
-        number => match number.parse::<u64>() {
-            Ok(micros) if micros <= 1000 => Ok(Duration::from_micros(micros)),
-            Ok(_) | Err(_) => Err("expected auto, off, or microseconds up to 1000".to_owned()),
-        },
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -473,33 +443,5 @@ mod tests {
     #[test]
     fn the_definition_is_sound_and_every_flag_has_help() {
         Args::command().debug_assert();
-    }
-
-    #[test]
-    fn poll_times() {
-        assert_eq!(parse_poll("auto"), Ok(POLL_TIME_DEFAULT));
-        assert_eq!(parse_poll("off"), Ok(Duration::ZERO));
-        assert_eq!(parse_poll("20"), Ok(Duration::from_micros(20)));
-        for text in ["", "on", "-1", "1001", "20us"] {
-            assert!(parse_poll(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn modes() {
-        assert_eq!(parse_mode("660"), Ok(0o660));
-        assert_eq!(parse_mode("0600"), Ok(0o600));
-        for text in ["", "rw", "888", "1777", "-1"] {
-            assert!(parse_mode(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn seconds() {
-        assert_eq!(parse_seconds("0.25"), Ok(Duration::from_millis(250)));
-        assert_eq!(parse_seconds("0"), Ok(Duration::ZERO));
-        for text in ["", "-1", "nan", "inf", "86401", "5s"] {
-            assert!(parse_seconds(text).is_err(), "{text}");
-        }
     }
 }

@@ -20,6 +20,7 @@ mod resize;
 mod size;
 mod tls;
 mod tls_init;
+mod values;
 
 use std::ffi::OsString;
 use std::fmt;

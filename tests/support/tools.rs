@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// Program and Debian package.
-const PACKAGES: [(&str, &str); 26] = [
+const PACKAGES: [(&str, &str); 27] = [
     ("qemu-img", "qemu-utils"),
     ("qemu-io", "qemu-utils"),
     ("qemu-nbd", "qemu-utils"),
@@ -22,6 +22,7 @@ const PACKAGES: [(&str, &str); 26] = [
     ("ldd", "libc-bin"),
     ("mount", "mount"),
     ("umount", "mount"),
+    ("losetup", "mount"),
     ("strace", "strace"),
     ("guestfish", "guestfish"),
     ("fusermount3", "fuse3"),

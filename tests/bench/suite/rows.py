@@ -92,7 +92,8 @@ def _read_only():
 
 def _disk(format):
     for load in ("rread-4k-q32", "rwrite-4k-q32"):
-        yield _row(f"disk-{format}", load, ("nbd-img", *PEERS, "fio"), format=format, disk=True, cache="none")
+        yield _row(f"disk-{format}", load, ("nbd-img", *PEERS, "qemu-nbd-native", "fio"), format=format, disk=True,
+                   cache="none")
 
 
 def _cold(format):

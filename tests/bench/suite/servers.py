@@ -43,6 +43,8 @@ def command(name, scene):
         "nbd-img-mmap": own + ["--format", "mmap-raw", scene.raw],
         "qemu-nbd": qemu + [scene.image],
         "qemu-nbd-uring": qemu + ["--aio=io_uring", scene.image],
+        # Only past the page cache.
+        "qemu-nbd-native": qemu + ["--aio=native", scene.image],
         "nbdkit": ["nbdkit", "-f", "-U", scene.socket] + ["-r"] * scene.read_only + ["file", scene.raw],
         "limit": [scene.limit, scene.raw, scene.socket],
     }[name]

@@ -5,6 +5,7 @@ from .rows import GROUPS
 NAMES = {
     "nbd-img": "nbd-img", "nbd-img-nopoll": "nbd-img, `--poll off`", "nbd-img-raw": "nbd-img on the raw file",
     "nbd-img-mmap": "nbd-img, mmap-raw", "qemu-nbd": "qemu-nbd", "qemu-nbd-uring": "qemu-nbd, io_uring",
+    "qemu-nbd-native": "qemu-nbd, native",
     "nbdkit": "nbdkit file", "limit": "limit", "fio": "fio on the file",
 }
 
