@@ -5,10 +5,10 @@
 
 use std::io;
 
+use super::syncs::Syncs;
 use super::{Durability, Operation, Queue, Run, Storage, StorageFacts, TryRead, engine};
 use crate::address::{HostOffset, HostRange};
 use crate::storage::Provision;
-use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Arc, Mutex};
 
 /// A class of calls, counted each for itself.
@@ -117,7 +117,7 @@ impl Faults {
 
     /// `inner`, whose calls are counted here and may fail.
     pub fn attach(self: &Arc<Self>, inner: Arc<dyn Storage>) -> Arc<FailingStorage> {
-        Arc::new(FailingStorage { inner, faults: Arc::clone(self), sync_failed: AtomicBool::new(false) })
+        Arc::new(FailingStorage { inner, faults: Arc::clone(self), syncs: Syncs::default() })
     }
 
     /// Lets a later call fail, in place of any fault armed before.
@@ -168,12 +168,12 @@ impl Faults {
 pub struct FailingStorage {
     inner: Arc<dyn Storage>,
     faults: Arc<Faults>,
-    sync_failed: AtomicBool,
+    syncs: Syncs,
 }
 
 impl FailingStorage {
     fn check(&self, class: CallClass) -> io::Result<()> {
-        if class.mutates() && self.sync_failed.load(Ordering::Acquire) {
+        if class.mutates() && self.syncs.is_failed() {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         match self.faults.call(class) {
@@ -182,9 +182,22 @@ impl FailingStorage {
         }
     }
 
+    fn write(&self, buf: &[u8], at: HostOffset, durability: Durability) -> io::Result<()> {
+        let Some(fault) = self.faults.call(CallClass::Write) else {
+            return self.inner.pwrite(buf, at, durability);
+        };
+        let written = buf.get(..fault.written_len.min(buf.len())).unwrap_or_default();
+        if !written.is_empty() {
+            self.inner.pwrite(written, at, Durability::Later)?;
+        }
+        let error = io::Error::from_raw_os_error(fault.errno);
+        let lost = durability.is_fua() && fault.errno == libc::EIO;
+        Err(if lost { self.sync_failure(error) } else { error })
+    }
+
     fn sync_failure(&self, error: io::Error) -> io::Error {
         if !self.inner.facts().direct {
-            self.sync_failed.store(true, Ordering::Release);
+            self.syncs.fail();
         }
         error
     }
@@ -216,28 +229,24 @@ impl Storage for FailingStorage {
     }
 
     fn pwrite(&self, buf: &[u8], at: HostOffset, durability: Durability) -> io::Result<()> {
-        if self.sync_failed.load(Ordering::Acquire) {
+        if self.syncs.is_failed() {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
-        let Some(fault) = self.faults.call(CallClass::Write) else {
-            return self.inner.pwrite(buf, at, durability);
-        };
-        let written = buf.get(..fault.written_len.min(buf.len())).unwrap_or_default();
-        if !written.is_empty() {
-            self.inner.pwrite(written, at, Durability::Later)?;
+        match durability {
+            Durability::Later => self.write(buf, at, durability),
+            Durability::Fua => self.syncs.write(|| self.write(buf, at, durability)),
         }
-        let error = io::Error::from_raw_os_error(fault.errno);
-        let lost = durability.is_fua() && fault.errno == libc::EIO;
-        Err(if lost { self.sync_failure(error) } else { error })
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.check(CallClass::Sync).map_err(|error| self.sync_failure(error))?;
-        self.inner.sync()
+        self.syncs.sync(|| {
+            self.check(CallClass::Sync).map_err(|error| self.sync_failure(error))?;
+            self.inner.sync()
+        })
     }
 
     fn is_failed(&self) -> bool {
-        self.sync_failed.load(Ordering::Acquire) || self.inner.is_failed()
+        self.syncs.is_failed() || self.inner.is_failed()
     }
 
     fn zero(&self, range: HostRange, provision: Provision, fast: bool) -> io::Result<()> {

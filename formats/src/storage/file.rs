@@ -3,6 +3,8 @@
 //! It turns calls into system calls and knows what each file system and device cannot do. What the
 //! bytes mean is not its business, nor who may open which file.
 
+mod taken;
+
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -15,22 +17,19 @@ use super::changes::{Changes, Changing};
 use super::direct::{Direct, Files};
 use super::known_data::KnownData;
 use super::lock::{self, LockMode, LockedFile};
-use super::range_lock::{Held, Hold};
+use super::range_lock::Hold;
 use super::room::{Room, Target};
+use super::syncs::Syncs;
 use super::{
-    Durability, InPlace, Operation, OperationKind, Provision, Queue, Run, Storage, StorageFacts, StorageKind,
-    TryRead, engine,
+    Durability, InPlace, Operation, Provision, Queue, Run, Storage, StorageFacts, StorageKind, TryRead,
+    engine,
 };
 use super::{blkdev, cachestat, new_file, place};
 use crate::address::{HostOffset, HostRange};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::Arc;
-use crate::sync::atomic::{AtomicBool, Ordering};
 
-/// Longest read of the page cache that goes by a ring. Sequential 256 KiB reads of a cold file gave 0.67 x
-/// what an export on threads alone gave (3 rounds, one virtual disk). Why was not profiled, and handing the
-/// long ones to threads has won back a part at most: to be measured again.
-const RING_READ_LEN_MAX: usize = 128 << 10;
+pub(super) use taken::Taken;
 
 /// How to open a file.
 #[derive(Clone, Debug)]
@@ -49,12 +48,12 @@ pub struct FileStorage {
     file: LockedFile,
     /// A second open description with O_DSYNC, for FUA. It is a description of its own because each one
     /// is told of a writeback error once: a failed FUA write must not use up what the next sync of `file`
-    /// has to see. `None` when it cannot be had; then a FUA write is a write and a sync.
+    /// has to see (see [`syncs`](super::syncs)). `None` when it cannot be had; then a FUA write is a write and a sync.
     durable: Option<OwnedFd>,
     direct: Option<Direct>,
     room: Room,
     known_data: KnownData,
-    sync_failed: AtomicBool,
+    syncs: Syncs,
     /// Changes under way: the locks must not be let go before they have ended.
     changes: Changes,
     /// Nobody wants it after the process, so that nothing is made durable.
@@ -118,7 +117,7 @@ impl FileStorage {
             durable,
             direct,
             known_data: KnownData::default(),
-            sync_failed: AtomicBool::new(false),
+            syncs: Syncs::default(),
             changes: Changes::default(),
             throwaway: false,
             on_ring,
@@ -140,7 +139,7 @@ impl FileStorage {
     /// with EBADF once the storage has been closed.
     fn begin_change(&self) -> io::Result<Changing<'_>> {
         let changing = self.changes.begin().ok_or(Errno::BADF)?;
-        if self.sync_failed.load(Ordering::Acquire) {
+        if self.syncs.is_failed() {
             return Err(Errno::IO.into());
         }
         Ok(changing)
@@ -149,7 +148,7 @@ impl FileStorage {
     /// Notes a failed sync. Buffered bytes that could not be written back count as clean afterwards, so
     /// that the next sync would succeed although they are lost: the failure has to be for good.
     fn sync_failure(&self, error: io::Error) -> io::Error {
-        if !self.facts.direct && !self.sync_failed.swap(true, Ordering::AcqRel) {
+        if !self.facts.direct && self.syncs.fail() {
             tracing::error!(
                 path = %self.facts.path.display(), %error,
                 "a sync failed: written data may be lost, writes and flushes are refused from now on"
@@ -188,97 +187,31 @@ impl FileStorage {
     }
 
     fn write_durable(&self, durable: &OwnedFd, buf: &[u8], at: HostOffset) -> io::Result<()> {
-        self.write_to(durable.as_fd(), buf, at).map_err(|error| self.durable_failure(error))
+        let write = || self.write_to(durable.as_fd(), buf, at);
+        // Past the page cache each write is told of its own bytes.
+        if self.facts.direct {
+            return write();
+        }
+        self.syncs.write(|| write().map_err(|error| self.durable_failure(error)))
     }
 
-    /// The failure of a write that was to be durable: that of a sync, unless nothing was written for lack
-    /// of room. If pages were lost for it, the next sync says so.
+    /// The failure of a buffered write that was to be durable: that of a sync, unless nothing was written
+    /// for lack of room.
     fn durable_failure(&self, error: io::Error) -> io::Error {
         match error.raw_os_error() {
-            Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG | libc::EINVAL) => error,
+            Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG | libc::EINVAL) => {
+                // It may as well have been told of pages, even another write's, that were lost for it. The
+                // other description is told of them too; if it is, that is the failure of a sync.
+                let _ = self.sync_file();
+                error
+            }
             _ => self.sync_failure(error),
         }
     }
 
-    /// Begins an operation that is carried out without this thread. `None`: only a thread that may wait
-    /// can do it. Fails as the call would.
-    pub(super) fn take_off(
-        self: &Arc<Self>,
-        kind: OperationKind,
-        buf: &[u8],
-        at: HostOffset,
-    ) -> io::Result<Option<Taken>> {
-        let mut taken = Taken { file: Arc::clone(self), changes: false, held: None };
-        match (kind, &self.direct) {
-            (OperationKind::Read, None) => Ok((buf.len() <= RING_READ_LEN_MAX).then_some(taken)),
-            (OperationKind::Read, Some(direct)) => Ok(direct.is_aligned(buf, at.0).then_some(taken)),
-            // The page cache takes them one after the other, on one thread of the kernel's.
-            (OperationKind::Write(_), None) => Ok(None),
-            (OperationKind::Write(Durability::Fua), Some(_)) if self.durable.is_none() => Ok(None),
-            (OperationKind::Write(_), Some(direct)) => {
-                self.begin_change()?.keep();
-                taken.changes = true;
-                taken.held = direct.try_hold_blocks(self.file.as_fd(), buf, at.0)?;
-                Ok(taken.held.is_some().then_some(taken))
-            }
-            (OperationKind::Sync, _) if !self.facts.writable || self.throwaway => Ok(None),
-            (OperationKind::Sync, _) => {
-                self.begin_change()?.keep();
-                taken.changes = true;
-                Ok(Some(taken))
-            }
-        }
-    }
-}
-
-/// What an operation needs of a file while it is under way without a thread: the open file itself, and
-/// for a change its range. Goes when the operation has ended.
-pub(super) struct Taken {
-    file: Arc<FileStorage>,
-    changes: bool,
-    held: Option<Held>,
-}
-
-impl Taken {
-    /// The file.
-    pub(super) fn file(&self) -> &Arc<FileStorage> {
-        &self.file
-    }
-
-    /// The description that an operation of this kind goes to.
-    pub(super) fn fd(&self, kind: OperationKind) -> BorrowedFd<'_> {
-        match (kind, &self.file.durable) {
-            (OperationKind::Write(Durability::Fua), Some(durable)) => durable.as_fd(),
-            (OperationKind::Read | OperationKind::Write(_) | OperationKind::Sync, _) => {
-                self.file.file.as_fd()
-            }
-        }
-    }
-
-    /// Whether a read that has got so many bytes, fewer than it asked for, is at the end of the file.
-    pub(super) fn is_end(&self, got: usize) -> bool {
-        // Part of a block is had only there; going on would not be aligned.
-        self.file.direct.as_ref().is_some_and(|direct| !(got as u64).is_multiple_of(direct.block_len()))
-    }
-
-    /// Takes note of an operation's failure.
-    pub(super) fn failure(&self, kind: OperationKind, error: io::Error) -> io::Error {
-        match kind {
-            OperationKind::Read | OperationKind::Write(Durability::Later) => error,
-            OperationKind::Write(Durability::Fua) => self.file.durable_failure(error),
-            OperationKind::Sync => self.file.sync_failure(error),
-        }
-    }
-}
-
-impl Drop for Taken {
-    fn drop(&mut self) {
-        if let (Some(direct), Some(held)) = (&self.file.direct, self.held.take()) {
-            direct.release(held);
-        }
-        if self.changes {
-            self.file.changes.end();
-        }
+    fn sync_file(&self) -> io::Result<()> {
+        self.syncs
+            .sync(|| retry(|| rustix::fs::fdatasync(&self.file)).map_err(|e| self.sync_failure(e.into())))
     }
 }
 
@@ -339,11 +272,11 @@ impl Storage for FileStorage {
             return Ok(());
         }
         let _changing = self.begin_change()?;
-        retry(|| rustix::fs::fdatasync(&self.file)).map_err(|e| self.sync_failure(e.into()))
+        self.sync_file()
     }
 
     fn is_failed(&self) -> bool {
-        self.sync_failed.load(Ordering::Acquire)
+        self.syncs.is_failed()
     }
 
     fn zero(&self, range: HostRange, provision: Provision, fast: bool) -> io::Result<()> {

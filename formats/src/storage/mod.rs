@@ -26,6 +26,7 @@ mod ring;
 mod room;
 mod sigbus;
 mod sparse;
+mod syncs;
 mod window;
 
 use std::io;
@@ -168,8 +169,9 @@ pub trait Storage: Send + Sync {
     fn pwrite(&self, buf: &[u8], at: HostOffset, durability: Durability) -> io::Result<()>;
 
     /// Makes everything that has returned before this call durable. A failure of buffered storage is
-    /// final: this and every later sync and change of the storage fail with EIO,
-    /// and `is_failed` says so. A FUA write that fails for another reason than a lack of room counts as one.
+    /// final, and `is_failed` says so: every later sync and change of the storage fails with EIO, and of the
+    /// syncs and FUA writes that are under way none succeeds any more. A FUA write that fails for another
+    /// reason than a lack of room counts as a failed sync.
     fn sync(&self) -> io::Result<()>;
 
     /// Whether a sync has failed for good, as [`sync`](Self::sync) says. Only looks at memory.

@@ -1,6 +1,6 @@
 //! Where submitted operations are answered: one [`Queue`] for each thread that must not wait.
 //!
-//! A file puts its operations on the queue's io_uring, where there is one; other storages give them to the
+//! A file puts its reads and writes on the queue's io_uring, where there is one; everything else goes to the
 //! queue's [`Workers`], whose answers go back by [`Queue::complete`]. Both make the queue's descriptor
 //! readable. It moves no bytes itself.
 
