@@ -1,8 +1,13 @@
 //! Threads that may wait, so that a session's thread need not.
 //!
 //! Each image has its own set, in lanes: a throttled write never holds up a read, nor a slow disk the
-//! decompression. Threads start when a job finds none idle, and end when idle for a while. No job may
-//! wait for another job of the same lane.
+//! decompression. Threads start when a job finds none idle, and end when idle for a while.
+//!
+//! A job may wait for one of another lane that has not been given a thread yet only in this direction: those
+//! of [`Lane::Write`] for those of [`Lane::StorageWrite`]. A planned write holds its part of the mapping until
+//! its bytes are in the storage, and drivers' calls wait for that part without a limit, on all their threads if
+//! it comes to that. Operations of a storage wait for the disk only, and so for nobody else's thread. A read that
+//! is planned holds nothing that anybody waits for, so reads of storages share a lane with the drivers' calls.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -10,7 +15,7 @@ use std::time::Duration;
 
 use crate::sync::{Arc, Condvar, Mutex, available_parallelism, thread};
 
-/// Most threads that wait for reads, and as many for writes: what a disk of today needs to be busy
+/// Most threads of each lane that waits for the disk: what a disk of today needs to be busy
 /// (16 gave the best cold reads in the prototype). Our choice.
 const IO_THREADS_MAX: usize = 16;
 
@@ -23,8 +28,10 @@ const IDLE_TIME: Duration = Duration::from_secs(5);
 pub enum Lane {
     /// The disk, reading.
     Read,
-    /// The disk, writing, syncing or zeroing.
+    /// The disk, and what other requests hold: a driver's calls that write, sync or zero.
     Write,
+    /// The disk and nothing else: a storage's own writes and syncs.
+    StorageWrite,
     /// The processor.
     Compute,
 }
@@ -34,7 +41,7 @@ pub type Job = Box<dyn FnOnce() + Send>;
 
 /// The threads of one image.
 pub struct Workers {
-    lanes: [Arc<LaneState>; 3],
+    lanes: [Arc<LaneState>; 4],
 }
 
 struct LaneState {
@@ -57,7 +64,7 @@ impl Workers {
     pub fn new(name: &str) -> Self {
         let cores = available_parallelism().map_or(1, usize::from);
         Workers {
-            lanes: [("r", IO_THREADS_MAX), ("w", IO_THREADS_MAX), ("c", cores)]
+            lanes: [("r", IO_THREADS_MAX), ("w", IO_THREADS_MAX), ("W", IO_THREADS_MAX), ("c", cores)]
                 .map(|(lane, threads_max)| Arc::new(LaneState::new(format!("{lane}-{name}"), threads_max))),
         }
     }
@@ -69,7 +76,8 @@ impl Workers {
         let state = match lane {
             Lane::Read => &self.lanes[0],
             Lane::Write => &self.lanes[1],
-            Lane::Compute => &self.lanes[2],
+            Lane::StorageWrite => &self.lanes[2],
+            Lane::Compute => &self.lanes[3],
         };
         LaneState::spawn(state, job)
     }

@@ -247,7 +247,7 @@ impl Storage for Disk {
         for operation in operations.drain(..) {
             let (disk, queue) = (Arc::clone(&self), Arc::clone(queue));
             let workers = Arc::clone(queue.workers());
-            let lane = if operation.kind == OperationKind::Read { Lane::Read } else { Lane::Write };
+            let lane = if operation.kind == OperationKind::Read { Lane::Read } else { Lane::StorageWrite };
             let job: Job = Box::new(move || {
                 let Operation { kind, at, mut buf, token } = operation;
                 let result = match kind {

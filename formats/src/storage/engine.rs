@@ -67,7 +67,7 @@ fn submit_to_workers<S: Storage + 'static>(
 pub(super) fn hand_to_thread<S: Storage + 'static>(storage: &Arc<S>, mut answer: Answer) {
     let lane = match answer.kind {
         OperationKind::Read => Lane::Read,
-        OperationKind::Write(_) | OperationKind::Sync => Lane::Write,
+        OperationKind::Write(_) | OperationKind::Sync => Lane::StorageWrite,
     };
     let storage = Arc::clone(storage);
     let Some(queue) = answer.queue.clone() else { return };
