@@ -179,11 +179,12 @@ impl FileStorage {
         let file = self.file.as_fd();
         let Some(direct) = &self.direct else {
             let write = |bytes: &[u8], at| pwrite_all(file, bytes, at);
-            return change(Target { file, len: self.len()?, write: &write });
+            let sync = || self.sync_file();
+            return change(Target { file, len: self.len()?, write: &write, sync: Some(&sync) });
         };
         let _guard = direct.lock_change(file, range.at().0, range.end().0, Hold::Exclusive)?;
         let write = |bytes: &[u8], at: HostOffset| direct.write_held(self.files(file), bytes, at.0);
-        change(Target { file, len: self.len()?, write: &write })
+        change(Target { file, len: self.len()?, write: &write, sync: None })
     }
 
     fn write_durable(&self, durable: &OwnedFd, buf: &[u8], at: HostOffset) -> io::Result<()> {

@@ -159,7 +159,7 @@ impl Storage for MemoryStorage {
         }
         let file = self.file.as_fd();
         let write = |bytes: &[u8], at| pwrite_all(file, bytes, at);
-        self.room.zero(Target { file, len, write: &write }, range, provision, fast)
+        self.room.zero(Target { file, len, write: &write, sync: None }, range, provision, fast)
     }
 
     fn reserve(&self, range: HostRange) -> io::Result<bool> {

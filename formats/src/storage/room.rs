@@ -14,7 +14,7 @@ use super::calls::retry;
 use super::{StorageKind, blkdev};
 use crate::address::{HostOffset, HostRange};
 use crate::storage::Provision;
-use crate::sync::atomic::{AtomicU8, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 /// Most zeroes written by one call. Our choice: large enough for a disk's full speed.
 const ZEROES_LEN: usize = 1 << 20;
@@ -34,10 +34,15 @@ const ZERO_OUT: u8 = 16;
 pub(super) struct Room {
     kind: StorageKind,
     unsupported: AtomicU8,
+    /// A hole was punched before.
+    punches: AtomicBool,
 }
 
 /// How zeroes are written where nothing better is to be had.
 pub(super) type Write<'a> = &'a dyn Fn(&[u8], HostOffset) -> io::Result<()>;
+
+/// How written bytes are brought from memory to the device.
+pub(super) type Sync<'a> = &'a dyn Fn() -> io::Result<()>;
 
 /// A file, as it is changed here.
 #[derive(Clone, Copy)]
@@ -46,6 +51,8 @@ pub(super) struct Target<'a> {
     /// Its length.
     pub(super) len: u64,
     pub(super) write: Write<'a>,
+    /// `None` where none are in memory only.
+    pub(super) sync: Option<Sync<'a>>,
 }
 
 /// What became of a call that may not be supported.
@@ -56,7 +63,7 @@ enum Outcome {
 
 impl Room {
     pub(super) fn new(kind: StorageKind) -> Self {
-        Room { kind, unsupported: AtomicU8::new(0) }
+        Room { kind, unsupported: AtomicU8::new(0), punches: AtomicBool::new(false) }
     }
 
     /// See [`Storage::zero`](super::Storage::zero).
@@ -170,8 +177,16 @@ impl Room {
         };
         let mut outcome = Outcome::Unsupported;
         if provision == Provision::Unmap {
+            if fast && !self.lacks(PUNCH) && !self.punches.load(Ordering::Relaxed) {
+                // Before the kernel finds out that the device cannot, it drops what is in memory of the range,
+                // unwritten bytes too. They are to be there when this is refused.
+                target.sync.map_or(Ok(()), |sync| sync())?;
+            }
             // On devices the kernel promises zeroes, and not to write them itself (block/fops.c).
             outcome = self.punch(device, inside)?;
+            if let Outcome::Done = outcome {
+                self.punches.store(true, Ordering::Relaxed);
+            }
         }
         if let Outcome::Unsupported = outcome {
             if fast {
@@ -248,4 +263,44 @@ fn aligned_inside(range: HostRange, block_len: u64) -> Option<HostRange> {
 fn between(start: HostOffset, end: HostOffset) -> HostRange {
     let empty = HostRange::default();
     HostRange::new(start, end.0.saturating_sub(start.0)).unwrap_or(empty)
+}
+
+#[cfg(all(test, not(shuttle)))]
+#[allow(clippy::unwrap_used)] // Helpers of tests are not told apart from a program's code.
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+    use std::os::fd::AsFd;
+
+    /// Zeroes a file as a device; counts syncs, each of which has this result.
+    fn zero(room: &Room, fast: bool, syncs: &Cell<u32>, result: Option<Errno>) -> io::Result<()> {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8192).unwrap();
+        let sync = || {
+            syncs.set(syncs.get() + 1);
+            result.map_or(Ok(()), |errno| Err(errno.into()))
+        };
+        let target = Target { file: file.as_fd(), len: 8192, write: &|_, _| Ok(()), sync: Some(&sync) };
+        room.zero(target, HostRange::new(HostOffset(0), 8192).unwrap(), Provision::Unmap, fast)
+    }
+
+    #[test]
+    fn what_may_be_refused_comes_behind_a_sync_until_a_device_has_been_seen_to_do_it() {
+        let (room, syncs) = (Room::new(StorageKind::BlockDevice), Cell::new(0));
+        assert!(zero(&room, true, &syncs, Some(Errno::IO)).is_err());
+        assert_eq!((syncs.get(), room.punches.load(Ordering::Relaxed)), (1, false), "nothing was done");
+        zero(&room, true, &syncs, None).unwrap();
+        assert_eq!((syncs.get(), room.punches.load(Ordering::Relaxed)), (2, true));
+        zero(&room, true, &syncs, None).unwrap();
+        assert_eq!(syncs.get(), 2);
+    }
+
+    #[test]
+    fn what_is_refused_or_written_in_the_end_needs_no_sync() {
+        let (room, syncs) = (Room::new(StorageKind::BlockDevice), Cell::new(0));
+        room.unsupported.store(PUNCH, Ordering::Relaxed);
+        assert_eq!(zero(&room, true, &syncs, None).unwrap_err().raw_os_error(), Some(libc::EOPNOTSUPP));
+        zero(&Room::new(StorageKind::BlockDevice), false, &syncs, None).unwrap();
+        assert_eq!(syncs.get(), 0);
+    }
 }
