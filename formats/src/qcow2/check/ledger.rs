@@ -60,7 +60,9 @@ impl<'a> Ledger<'a> {
             match act(&mut self.allocator) {
                 Ok(()) => return Ok(()),
                 Err(Need::Block(block)) => self.load(block)?,
-                Err(Need::Room(clusters)) if self.image.facts().grows => self.grow(clusters)?,
+                Err(Need::Room(clusters) | Need::Cluster(clusters)) if self.image.facts().grows => {
+                    self.grow(clusters)?
+                }
                 Err(need) => return Err(self.unmet(need)),
             }
         }
@@ -152,7 +154,7 @@ impl<'a> Ledger<'a> {
     /// The error for what cannot be had.
     pub fn unmet(&self, need: Need) -> Error {
         let error = match need {
-            Need::Room(_) | Need::NoSpace => {
+            Need::Room(_) | Need::Cluster(_) | Need::NoSpace => {
                 Error::new(ErrorKind::NoSpace, "there is no room for more of the image's metadata")
             }
             Need::Fault(what) => {

@@ -20,8 +20,10 @@ pub const HOST_END: u64 = 1 << 56;
 pub enum Need {
     /// This refcount block must be read.
     Block(BlockIndex),
-    /// There must be room for this many more clusters at the end.
+    /// There must be room for this many more clusters at the end. Clusters that are free elsewhere do not help.
     Room(u64),
+    /// Any cluster: one on the lists of free ones, or room for this many more at the end.
+    Cluster(u64),
     /// Nothing helps: the format has no more room.
     NoSpace,
     /// The image contradicts itself.
@@ -194,7 +196,11 @@ impl Allocator {
             return Ok(Handed { host: self.geometry.host_at(index), zeroed });
         }
         let zeroed = self.space.fresh_is_zero;
-        self.allocate_fresh().map(|host| Handed { host, zeroed })
+        match self.allocate_fresh() {
+            // The lists are empty, and come before a longer file: either will do.
+            Err(Need::Room(clusters)) => Err(Need::Cluster(clusters)),
+            fresh => fresh.map(|host| Handed { host, zeroed }),
+        }
     }
 
     /// As [`allocate`](Self::allocate), for metadata of this kind.

@@ -48,7 +48,7 @@ fn the_end_is_said_and_nothing_has_changed() {
     for _ in 3..10 {
         allocator.allocate().unwrap();
     }
-    assert_eq!(allocator.allocate(), Err(Need::Room(1)));
+    assert_eq!(allocator.allocate(), Err(Need::Cluster(1)));
     allocator.space.extend_to(HostIndex(11));
     assert!(allocator.allocate().is_ok());
 }
@@ -61,7 +61,7 @@ fn a_table_of_many_blocks_lies_in_the_room_that_was_asked_for() {
     let space = Space::new(fresh, HostIndex(fresh.0 + 1), true);
     let mut allocator = Allocator::new(geometry, refcounts, MetadataMap::new(geometry), space);
     while let Err(need) = allocator.allocate() {
-        let Need::Room(clusters) = need else { panic!("{need:?}") };
+        let Need::Cluster(clusters) = need else { panic!("{need:?}") };
         assert!(allocator.space.fresh <= allocator.space.end, "behind the end");
         allocator.space.extend_to(HostIndex(allocator.space.fresh.0 + clusters));
     }

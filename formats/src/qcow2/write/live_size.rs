@@ -195,7 +195,11 @@ fn allocate(driver: &Qcow2Driver, writer: &Writer, clusters: u64) -> Result<Host
     loop {
         let mut meta = writer.lock();
         check_changing(driver, writer, &meta)?;
-        let allocated = meta.allocator.allocate_row(clusters, Kind::L1);
+        let allocated = match clusters {
+            // Wherever one is free: at the end of a device there may be none.
+            1 => meta.allocator.allocate_metadata(Kind::L1),
+            _ => meta.allocator.allocate_row(clusters, Kind::L1),
+        };
         drop(meta);
         match allocated {
             Ok(host) => return Ok(host),

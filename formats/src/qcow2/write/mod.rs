@@ -371,6 +371,7 @@ fn satisfy(driver: &Qcow2Driver, writer: &Writer, need: Need) -> Result<()> {
     match need {
         Need::Block(block) => load_block(driver, writer, block),
         Need::Room(clusters) => make_room(driver, writer, clusters),
+        Need::Cluster(clusters) => find_cluster(driver, writer, clusters),
         Need::NoSpace => Err(no_space(driver)),
         Need::Fault(what) => Err(corrupt(driver, writer, what)),
     }
@@ -396,12 +397,15 @@ fn load_block(driver: &Qcow2Driver, writer: &Writer, block: refcounts::BlockInde
     Ok(())
 }
 
-/// Finds room for `clusters` more: a longer file, what was free at open, or what a commit lets go.
+/// Makes room for `clusters` more at the end: a longer file. Nothing else is any help to who asks for that.
 fn make_room(driver: &Qcow2Driver, writer: &Writer, clusters: u64) -> Result<()> {
-    let image = driver.image();
-    let grown = if image.facts().grows { grow(driver, writer, clusters) } else { Err(no_space(driver)) };
-    let Err(error) = grown else { return Ok(()) };
-    if error.kind() != ErrorKind::NoSpace || clusters > 1 {
+    if driver.image().facts().grows { grow(driver, writer, clusters) } else { Err(no_space(driver)) }
+}
+
+/// Finds a cluster: in a longer file, in what was free at open, or in what a commit lets go.
+fn find_cluster(driver: &Qcow2Driver, writer: &Writer, clusters: u64) -> Result<()> {
+    let Err(error) = make_room(driver, writer, clusters) else { return Ok(()) };
+    if error.kind() != ErrorKind::NoSpace {
         return Err(error);
     }
     if search(driver, writer, usize::MAX)? {

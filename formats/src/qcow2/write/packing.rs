@@ -155,10 +155,10 @@ mod tests {
             allocator.pack(1000).unwrap();
             allocator.align_packing(CLUSTER);
         }
-        assert_eq!(allocator.pack(10), Err(Need::Room(1)));
+        assert_eq!(allocator.pack(10), Err(Need::Cluster(1)));
         allocator.space.extend_to(HostIndex(41));
         assert_eq!(allocator.pack(1000), Ok(HostOffset(40 * CLUSTER)));
-        assert_eq!(allocator.pack(100), Err(Need::Room(1)));
+        assert_eq!(allocator.pack(100), Err(Need::Cluster(1)));
         assert_eq!(allocator.refcounts.get(HostIndex(40)), Ok(1));
         assert_eq!(allocator.pack(20), Ok(HostOffset(40 * CLUSTER + 1000)));
     }

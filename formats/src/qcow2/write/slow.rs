@@ -126,7 +126,7 @@ fn step(
             Ok(None) => {}
             Err(need @ (Need::Block(_) | Need::Fault(_))) => return Ok(Step::Need(need)),
             // Perhaps there is one with old content.
-            Err(Need::Room(_) | Need::NoSpace) => {}
+            Err(Need::Room(_) | Need::Cluster(_) | Need::NoSpace) => {}
         }
     }
     let kept = kept_cluster(geometry, entry, words.raw);
