@@ -235,6 +235,12 @@ impl TableSlice {
         self.changed_in.store(commit, Ordering::Release);
     }
 
+    /// Makes it one in which nothing is allocated. As [`set`](Self::set), and while no table has it.
+    pub fn clear(&self, commit: u64) {
+        self.touch(commit);
+        self.words.iter().for_each(|word| word.store(0, Ordering::Release));
+    }
+
     /// The commit that carries the last change.
     pub fn changed_in(&self) -> u64 {
         self.changed_in.load(Ordering::Acquire)

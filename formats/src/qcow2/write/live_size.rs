@@ -272,12 +272,18 @@ fn shrink(driver: &Qcow2Driver, writer: &Arc<Writer>, old_size: u64, size: u64) 
 fn drop_behind(driver: &Qcow2Driver, writer: &Arc<Writer>, old_size: u64, size: u64) -> Result<()> {
     let geometry = driver.geometry();
     let cluster_len = geometry.cluster_len();
+    let tables = (geometry.l1_entries_for(size), geometry.l1_entries_for(old_size));
     let from = size.next_multiple_of(cluster_len);
-    let to = old_size.checked_next_multiple_of(cluster_len).unwrap_or(old_size);
+    let to = match tables.0 < tables.1 {
+        // A table that goes is emptied to its end: whoever made the disk smaller before may have left entries behind its
+        // end, and nobody would find their clusters any more.
+        true => tables.1.saturating_mul(geometry.l2_coverage_len()),
+        false => old_size.checked_next_multiple_of(cluster_len).unwrap_or(old_size),
+    };
     if let Some(behind) = GuestRange::new(from, to.saturating_sub(from)) {
         zero::drop_clusters(driver, writer, behind)?;
     }
-    for index in index(geometry.l1_entries_for(size))..index(geometry.l1_entries_for(old_size)) {
+    for index in index(tables.0)..index(tables.1) {
         let mut meta = writer.lock();
         check_changing(driver, writer, &meta)?;
         let raw = driver.l1().raw(index);

@@ -183,10 +183,15 @@ impl Meta {
         }
     }
 
-    /// Notes a changed slice, which is held once for it.
+    /// Notes a changed slice, which is held once for it. What was to be written of one of a table that is gone is not
+    /// any more.
     pub fn mark(&mut self, number: SliceNumber, slice: &Arc<TableSlice>, extent: Extent) {
         self.dirty_words_len += words_len(&extent, slice);
-        self.dirty.insert(number, DirtySlice { slice: Arc::clone(slice), extent });
+        let before = self.dirty.insert(number, DirtySlice { slice: Arc::clone(slice), extent });
+        if let Some(before) = before {
+            self.dirty_words_len -= words_len(&before.extent, &before.slice);
+            before.slice.release();
+        }
     }
 
     /// Takes the changed slices for a commit.

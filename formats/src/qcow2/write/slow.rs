@@ -316,7 +316,11 @@ pub fn own_table(driver: &Qcow2Driver, writer: &Writer, offset: u64) -> Result<(
             let key = SliceKey { image: driver.number(), slice: number };
             // Nobody can have changed it: the table was not there or was not ours until now.
             let slice = driver.tables().hold_or_insert(key, slice);
-            slice.touch(commit);
+            match old {
+                Some(_) => slice.touch(commit),
+                // There may be one of a table that is gone, which nobody looks at any more.
+                None => slice.clear(commit),
+            }
             meta.mark(number, &slice, Extent::Body);
         }
         if let Some(old) = old {
