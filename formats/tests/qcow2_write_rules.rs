@@ -413,3 +413,44 @@ fn nothing_behind_the_end_of_a_device_is_handed_out() {
         check(&folder, &device, &vec![0; 40 * KIB as usize]);
     }
 }
+
+/// One changed entry keeps all of its slice in memory: who changes one in each of many slices, and never flushes, starts
+/// commits long before he has changed many bytes.
+#[test]
+fn a_change_here_and_there_does_not_keep_all_tables_in_memory() {
+    const SLICE: u64 = 64 * 512;
+    const SLICES: u64 = 600;
+    let folder = Folder::new();
+    let options = "cluster_size=512,preallocation=metadata,refcount_bits=1";
+    let memory = memory_of(&folder, options, SLICES * SLICE);
+    let storage = Wrapped::new(Arc::clone(&memory) as Arc<dyn Storage>, NeverClosed);
+    // The cache has room for 128 slices, and 600 changed entries are far from 32 KiB.
+    let write = WriteOptions { dirty_len_max: 32 * KIB, ..WriteOptions::default() };
+    let driver = open_with(storage, None, 64 * KIB, write).unwrap();
+    let mut refused = [0; 2];
+    for number in 0..SLICES {
+        let range = GuestRange::new(number * SLICE, 512).unwrap();
+        driver.pread(range.offset(), &mut [0; 512]).unwrap();
+        if !driver.try_discard(range, Durability::Later).unwrap() {
+            refused[0] += 1;
+            driver.discard(range, Durability::Later).unwrap();
+        }
+    }
+    driver.flush().unwrap();
+    for number in 0..SLICES {
+        let range = GuestRange::new(number * SLICE, 512).unwrap();
+        driver.pread(range.offset(), &mut [0; 512]).unwrap();
+        let mut plan = WritePlan::default();
+        driver.prepare_write(range, MapMode::Try, &mut plan).unwrap();
+        if plan.pieces.iter().any(|piece| matches!(piece.place, Place::Slow(_))) {
+            refused[1] += 1;
+            driver.write_slow(range.offset(), &[1; 512]).unwrap();
+        }
+        driver.finish_write(&mut plan, true).unwrap();
+    }
+    assert!(refused.iter().all(|refused| (4..20).contains(refused)), "{refused:?}");
+    driver.close().unwrap();
+    let path = folder.file("written.qcow2");
+    std::fs::write(&path, bytes_of(&*memory)).unwrap();
+    assert_clean(&path);
+}

@@ -388,6 +388,11 @@ impl TableCache {
         kept
     }
 
+    /// How many slices it has at most, but for those that are held.
+    pub fn capacity(&self) -> usize {
+        self.sets.len() * self.ways
+    }
+
     /// How many slices have been read from files so far.
     pub fn loads(&self) -> usize {
         self.loads.load(Ordering::Relaxed)

@@ -93,7 +93,9 @@ pub fn begin(
     let recorder = Recorder::new(tables, options.bitmap_len_max);
     let space = find_space(driver, &refcounts)?;
     let allocator = Allocator::new(header.geometry, refcounts, map, space);
-    let writer = Writer::new(header, (options, compressing), Meta::new(allocator), recorder, dirty);
+    let tables_len = (driver.tables().capacity() as u64).saturating_mul(header.geometry.slice_len());
+    let meta = Meta::new(allocator);
+    let writer = Writer::new(header, (options, compressing), meta, recorder, dirty, tables_len);
     writer.short_data_file.store(short, Ordering::Release);
     Ok(writer)
 }

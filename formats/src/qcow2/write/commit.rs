@@ -82,7 +82,7 @@ pub fn is_sync_failed(driver: &Qcow2Driver) -> bool {
 
 /// Commits if too much is changed.
 pub fn relieve(driver: &Qcow2Driver, writer: &Writer) -> Result<()> {
-    let full = writer.lock().dirty_len() >= writer.options.dirty_len_max;
+    let full = writer.is_full(&writer.lock());
     if full { flush(driver, writer) } else { Ok(()) }
 }
 

@@ -134,6 +134,12 @@ impl Meta {
         self.dirty_words_len + self.dirty_l1.len() as u64 * 8 + self.allocator.refcounts.dirty_len()
     }
 
+    /// Bytes of memory that changed metadata keeps: a slice or a block stays as a whole for a single word.
+    pub fn held_len(&self) -> u64 {
+        let geometry = self.allocator.geometry();
+        self.dirty.len() as u64 * geometry.slice_len() + self.allocator.refcounts.held_len()
+    }
+
     /// Whether the file has everything.
     pub fn is_clean(&self) -> bool {
         self.dirty.is_empty()

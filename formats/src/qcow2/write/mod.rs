@@ -86,6 +86,8 @@ pub struct Writer {
     geometry: Geometry,
     /// Version 3: the header has feature bits.
     has_features: bool,
+    /// So many bytes of memory that changed metadata keeps start a commit.
+    held_len_max: u64,
     /// The autoclear bits, and what is left of them with the first change: those whose promise is kept.
     autoclear: (u64, u64),
     /// The header says all that it has to before the first change.
@@ -125,13 +127,15 @@ pub struct MetaGuard<'a> {
 }
 
 impl Writer {
-    /// `repaired`: the header's dirty bit was cleared since the header was read.
+    /// `repaired`: the header's dirty bit was cleared since the header was read. `tables_len`: what the table cache has
+    /// room for.
     fn new(
         header: &Header,
         (options, compressing): (WriteOptions, Option<Compressing>),
         meta: Meta,
         bitmaps: Recorder,
         repaired: bool,
+        tables_len: u64,
     ) -> Self {
         let raw = match header.geometry.data_file() {
             DataFile::ExternalRaw => Autoclear::DATA_FILE_RAW,
@@ -145,6 +149,7 @@ impl Writer {
             compressing,
             geometry: header.geometry,
             has_features: header.version >= 3,
+            held_len_max: tables_len.max(options.dirty_len_max),
             autoclear: (autoclear, kept),
             begun: AtomicBool::new(autoclear == kept && bitmaps.is_idle()),
             bitmaps,
@@ -207,6 +212,12 @@ impl Writer {
     /// Whether mappings may be changed. What it says holds as long as the caller has the lock.
     fn accepts(&self, _meta: &Meta) -> bool {
         !self.is_failed() && !self.closing.load(Ordering::Acquire)
+    }
+
+    /// Whether so much is changed that a commit comes before more is. Where the tables of the whole disk have room in their
+    /// cache it is the changed bytes that count; where they do not, what is changed takes no more memory than the cache.
+    fn is_full(&self, meta: &Meta) -> bool {
+        meta.dirty_len() >= self.options.dirty_len_max || meta.held_len() > self.held_len_max
     }
 
     /// From here on nothing is changed. What the first change does before it is over, and will be undone by the

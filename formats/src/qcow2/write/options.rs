@@ -27,8 +27,9 @@ pub struct WriteOptions {
     /// Whether the image was opened over another backing file than the one that it names, or over none. Whoever opens it
     /// next may see that one's bytes where the image has nothing.
     pub foreign_backing: bool,
-    /// So many bytes of changed metadata in memory start a commit. What is changed while one is under
-    /// way comes on top.
+    /// So many bytes of changed metadata in memory start a commit. So do changed parts of tables and refcount blocks that
+    /// take more memory than the table cache has room for, and more than this. What is changed while one is under way
+    /// comes on top.
     pub dirty_len_max: u64,
     /// So many bytes of bits that were set in enabled dirty bitmaps, of all of them together, stay in memory; what is
     /// beyond goes to the file. What requests under way set comes on top, and what cannot be stored.

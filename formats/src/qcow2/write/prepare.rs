@@ -266,7 +266,7 @@ impl<'a> Changing<'a> {
         let key = SliceKey { image: driver.number(), slice: geometry.slice_of(part.offset()) };
         let held = driver.tables().hold(key, slice);
         let owned = geometry.is_owned(driver.l1().raw(geometry.l1_index(part.offset())));
-        let room = meta.dirty_len() < writer.options.dirty_len_max;
+        let room = !writer.is_full(&meta);
         let possible = held && owned && room && !slice.is_suspect() && writer.accepts(&meta);
         Changing { driver, meta, slice, key, possible, held }
     }

@@ -195,6 +195,11 @@ impl Refcounts {
         (blocks + self.dirty_entries.len() * 8) as u64
     }
 
+    /// Bytes of memory that blocks take which the file does not have all of.
+    pub fn held_len(&self) -> u64 {
+        self.dirty_blocks.len() as u64 * self.geometry.cluster_len()
+    }
+
     /// Whether the file lacks nothing.
     pub fn is_clean(&self) -> bool {
         self.dirty_blocks.is_empty() && self.dirty_entries.is_empty()

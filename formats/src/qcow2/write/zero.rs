@@ -321,7 +321,7 @@ fn try_change_slice(driver: &Qcow2Driver, writer: &Writer, part: GuestRange, goa
     let key = SliceKey { image: driver.number(), slice: geometry.slice_of(part.offset()) };
     let mut meta = writer.lock();
     let owned = geometry.is_owned(driver.l1().raw(geometry.l1_index(part.offset())));
-    let room = meta.dirty_len() < writer.options.dirty_len_max;
+    let room = !writer.is_full(&meta);
     if !owned || !room || check_changing(driver, writer, &meta).is_err() || !driver.tables().hold(key, &slice)
     {
         return Ok(false);
