@@ -7,7 +7,7 @@ mod hostile;
 mod support;
 
 use hostile::bounded;
-use nbd_img_formats::qcow2::WriteOptions;
+use nbd_img_formats::qcow2::{CheckOptions, Repair, WriteOptions, check};
 use nbd_img_formats::storage::{MemoryStorage, Provision};
 use nbd_img_formats::sync::Arc;
 use nbd_img_formats::{
@@ -74,6 +74,20 @@ fn refused(storage: Arc<MemoryStorage>) -> String {
     let error = opened.err().unwrap();
     assert!(matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported), "{error}");
     error.to_string()
+}
+
+/// A refcount table full of blocks for what is far behind the end of the file, which count nothing, in a file of holes: a
+/// repair looks at one after the other, and keeps none of them.
+#[test]
+fn blocks_that_count_nothing_are_not_gathered_by_a_repair() {
+    let cluster = 2u64 << 20;
+    let blocks = 80u64;
+    let table: Vec<u8> = (0..blocks).flat_map(|number| ((3 + number) * cluster).to_be_bytes()).collect();
+    let storage = image(21, 4, 1, &[(cluster, &table), ((3 + blocks) * cluster - 1, &[0])]);
+    let storage: Arc<dyn Storage> = Wrapped::new(storage, NeverClosed);
+    let options = CheckOptions { repair: Repair::All, ..CheckOptions::default() };
+    let report = bounded("repair", || check(&storage, options)).unwrap();
+    assert_eq!((report.corruptions, report.corruptions_fixed), (0, 3 + blocks), "{report:?}");
 }
 
 /// A million entries of the L1 table lead to one L2 table: it is read once, and counted a million times.

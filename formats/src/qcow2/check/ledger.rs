@@ -15,8 +15,8 @@ use crate::qcow2::write::{AUTOCLEAR_AT, INCOMPATIBLE_AT, commit};
 use crate::storage::{Durability, Storage};
 use crate::sync::Arc;
 
-/// Bytes of changed refcounts in memory at which they are written. Our choice.
-const DIRTY_LEN_MAX: u64 = 4 << 20;
+/// Bytes of blocks with changed refcounts in memory at which these are written. Our choice.
+const CHANGED_LEN_MAX: u64 = 4 << 20;
 
 /// Refcounts that are being changed.
 pub struct Ledger<'a> {
@@ -116,9 +116,24 @@ impl<'a> Ledger<'a> {
         Ok(())
     }
 
-    /// Writes refcounts if there are many.
+    /// Writes refcounts if many blocks have changed ones, and lets blocks go that have none if there are many. For who goes
+    /// through all blocks, between one and the next.
     pub fn relieve(&mut self) -> Result<()> {
-        if self.allocator.refcounts.dirty_len() > DIRTY_LEN_MAX { self.write_blocks() } else { Ok(()) }
+        if self.allocator.refcounts.held_len() > CHANGED_LEN_MAX {
+            return self.write_blocks();
+        }
+        self.allocator.refcounts.evict();
+        Ok(())
+    }
+
+    /// Whether refcount block `number` counts nothing.
+    pub fn is_empty(&mut self, number: BlockIndex) -> Result<bool> {
+        let mut is_empty = false;
+        self.with_room(|allocator| {
+            is_empty = allocator.refcounts.is_empty(number)?;
+            Ok(())
+        })?;
+        Ok(is_empty)
     }
 
     fn write_blocks(&mut self) -> Result<()> {

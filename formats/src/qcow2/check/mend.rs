@@ -113,10 +113,14 @@ impl Mender<'_> {
     fn behind(&mut self, subject: &Subject<'_>) -> Result<()> {
         let nothing = Counts::new(Window { first: 0, end: 0 });
         let (entries, end) = (subject.block_entries(), subject.file_clusters() + 1);
-        for number in
-            (end / entries..subject.table.len() as u64).filter(|number| subject.block(*number).is_some())
-        {
-            self.stretch((number * entries).max(end), (number + 1) * entries, &nothing)?;
+        for number in end / entries..subject.table.len() as u64 {
+            if subject.block(number).is_none() {
+                continue;
+            }
+            // A table may name any number of blocks, and one of holes is free of charge to whoever makes the file.
+            if !self.ledger.is_empty(self.ledger.allocator.refcounts.block_of(HostIndex(number * entries)))? {
+                self.stretch((number * entries).max(end), (number + 1) * entries, &nothing)?;
+            }
             self.ledger.relieve()?;
         }
         Ok(())

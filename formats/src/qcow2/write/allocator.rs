@@ -271,6 +271,8 @@ impl Allocator {
         let block = self.refcounts.block_of(from);
         let described = self.refcounts.block_at(block)?.is_some();
         if described && !self.refcounts.has(block) {
+            // Those before it were looked through.
+            self.refcounts.evict();
             return Err(Need::Block(block));
         }
         // What no block describes is left alone: it would need a block first.

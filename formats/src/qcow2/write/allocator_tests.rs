@@ -116,3 +116,25 @@ fn a_list_with_a_cluster_in_use_is_a_fault() {
     allocator.space.give_back(HostIndex(1), 1, true);
     assert!(matches!(allocator.allocate_zeroed(), Err(Need::Fault(_))));
 }
+
+#[test]
+fn a_search_through_many_blocks_keeps_few_of_them() {
+    const BLOCKS: usize = 8;
+    let geometry = Geometry::new(21, false, 3, DataFile::Internal);
+    let table = (0..BLOCKS as u64).map(|block| (block + 2) << 21).collect();
+    let refcounts = Refcounts::new(geometry, 64, table, HostOffset(1 << 21));
+    let end = HostIndex(BLOCKS as u64 * refcounts.block_entries());
+    let space = Space::new(end, end, false);
+    let mut allocator = Allocator::new(geometry, refcounts, MetadataMap::new(geometry), space);
+    let mut most = 0;
+    loop {
+        match allocator.search() {
+            Ok(true) => {}
+            Ok(false) => break,
+            Err(Need::Block(block)) => allocator.refcounts.insert(block, vec![1; 2 << 20]),
+            Err(need) => panic!("{need:?}"),
+        }
+        most = most.max((0..BLOCKS).filter(|block| allocator.refcounts.has(BlockIndex(*block))).count());
+    }
+    assert!(!allocator.space.has_any() && (1..=5).contains(&most), "{most} blocks at a time");
+}

@@ -159,6 +159,16 @@ impl Refcounts {
         Ok(count_in(&block.bytes, self.bits, index.0 % self.block_entries()))
     }
 
+    /// Whether the block counts nothing at all.
+    pub fn is_empty(&self, block: BlockIndex) -> Result<bool, Need> {
+        if self.block_at(block)?.is_none() {
+            return Ok(true);
+        }
+        let block = self.blocks.get(&block).ok_or(Need::Block(block))?;
+        // No cluster is shorter than such a piece, nor anything but a multiple of it.
+        Ok(block.bytes.as_chunks::<64>().0.iter().all(|piece| *piece == [0; 64]))
+    }
+
     /// Sets the refcount of a cluster whose block is in memory.
     pub fn set(&mut self, index: HostIndex, value: u64) -> Result<(), Need> {
         if value > self.max() {
@@ -262,7 +272,8 @@ impl Refcounts {
         self.kept = Some(block);
     }
 
-    fn evict(&mut self) {
+    /// Lets clean blocks go where there are many. For who reads one after the other, each time before the next.
+    pub fn evict(&mut self) {
         let max = usize::try_from(CLEAN_LEN_MAX / self.geometry.cluster_len()).unwrap_or(0).max(4);
         if self.blocks.len() > max {
             let kept = self.kept;
