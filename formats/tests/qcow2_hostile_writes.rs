@@ -76,6 +76,22 @@ fn refused(storage: Arc<MemoryStorage>) -> String {
     error.to_string()
 }
 
+/// The longest refcount table, all of which names one block of zeroes: that is known to be wrong before a million of them are
+/// looked through for the last cluster in use. The first change says so.
+#[test]
+fn a_block_that_is_named_often_is_not_looked_through_as_often() {
+    let cluster = 2u64 << 20;
+    let table: Vec<u8> = (0..1 << 20).flat_map(|_| (6 * cluster).to_be_bytes()).collect();
+    let storage = image(21, 4, 4, &[(cluster, &table), (7 * cluster - 1, &[0])]);
+    let write = Some(WriteOptions::default());
+    let driver = bounded("open", || open_over(storage, None, write, 0)).unwrap();
+    driver.pread(0, &mut [0; 512]).unwrap();
+    let error = bounded("write", || driver.pwrite(0, &[1; 512], Durability::Later)).unwrap_err();
+    assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("a refcount block"), "{error}");
+    assert_eq!(driver.state(), State::Failed);
+    let _ = driver.close();
+}
+
 /// A refcount table full of blocks for what is far behind the end of the file, which count nothing, in a file of holes: a
 /// repair looks at one after the other, and keeps none of them.
 #[test]

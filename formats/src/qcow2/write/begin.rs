@@ -91,7 +91,10 @@ pub fn begin(
     let refcounts = load_table(driver, header, table)?;
     let map = map_metadata(driver, header, &refcounts, snapshots, &placed)?;
     let recorder = Recorder::new(tables, options.bitmap_len_max);
-    let space = find_space(driver, &refcounts)?;
+    // Nothing is changed in an image that contradicts itself, so nobody will ask where there is room. A small file could
+    // name a block of zeroes a million times, each of them to be looked through to its end.
+    let counted = map.conflict().map_or_else(|| counted_end(driver, &refcounts), |_| Ok(0))?;
+    let space = find_space(driver, counted)?;
     let allocator = Allocator::new(header.geometry, refcounts, map, space);
     let tables_len = (driver.tables().capacity() as u64).saturating_mul(header.geometry.slice_len());
     let meta = Meta::new(allocator);
@@ -153,14 +156,15 @@ pub fn map_metadata(
     Ok(map)
 }
 
-/// Where the part begins that was never used: behind the file's end and the last cluster that is counted.
-fn find_space(driver: &Qcow2Driver, refcounts: &Refcounts) -> Result<Space> {
+/// Where the part begins that was never used: behind the file's end and the last cluster that is counted, which is the one
+/// before number `counted`.
+fn find_space(driver: &Qcow2Driver, counted: u64) -> Result<Space> {
     let image = driver.image();
     let cluster_len = driver.geometry().cluster_len();
     let len =
         image.len().map_err(|e| storage_error(image, "cannot tell the file's length", HostOffset(0), e))?;
     // Refcounts of clusters that no entry can name keep nothing from being handed out.
-    let counted = counted_end(driver, refcounts)?.min(HOST_END / cluster_len);
+    let counted = counted.min(HOST_END / cluster_len);
     let facts = image.facts();
     if facts.grows {
         let fresh = len.div_ceil(cluster_len).max(counted);
