@@ -4,14 +4,19 @@
 
 mod support;
 
-use nbd_img_formats::qcow2::{self, Compression, CreateOptions, Header, Preallocation};
+use nbd_img_formats::qcow2::{
+    self, Compression, CreateOptions, DataFileName, Header, Preallocation, WriteOptions,
+};
 use nbd_img_formats::storage::{Fate, Fault, Faults, FileId, Log, MemoryOptions, MemoryStorage, Storage};
 use nbd_img_formats::sync::Arc;
+use nbd_img_formats::{BlockDriver, Durability, ErrorKind, HostOffset};
 use support::checker;
 use support::crash::content_of;
 use support::image::Image;
 use support::maker;
 use support::random::Random;
+use support::scene::open_parts;
+use support::wrapped::{NeverClosed, Wrapped};
 
 fn random_options(random: &mut Random) -> CreateOptions {
     let cluster_len = 512 << random.below(9);
@@ -75,8 +80,8 @@ fn it_is_no_image_before_it_is_whole() {
             MemoryStorage::with(device).unwrap()
         };
         if round % 2 == 1 {
-            let at = nbd_img_formats::HostOffset(0);
-            memory.pwrite(&old, at, nbd_img_formats::Durability::Later).unwrap();
+            let at = HostOffset(0);
+            memory.pwrite(&old, at, Durability::Later).unwrap();
         }
         let options = match round % 2 {
             0 => options,
@@ -124,4 +129,38 @@ fn a_call_that_fails_is_told_and_leaves_no_image() {
             assert!(!whole || checker::check(&bytes).unwrap().is_clean(), "{options:?}, call {call}");
         }
     }
+}
+
+/// In an external data file a cluster lies at its offset on the disk, and entries name offsets below 2^56.
+#[test]
+fn a_disk_with_a_data_file_ends_where_entries_do() {
+    const MOST: u64 = 1 << 56;
+    let file = || -> Arc<dyn Storage> { Wrapped::new(MemoryStorage::new(0).unwrap(), NeverClosed) };
+    let options = |virtual_size, data_file| CreateOptions {
+        virtual_size,
+        cluster_len: 2 << 20,
+        data_file,
+        ..CreateOptions::default()
+    };
+    let name = Some(DataFileName { name: b"data".to_vec(), raw: false });
+    let (image, data) = (file(), file());
+    qcow2::create(&image, Some(&data), &options(MOST, name.clone())).unwrap();
+    let last = MOST - 512;
+    let open = |write| open_parts(image.clone(), Some(data.clone()), None, write, 1 << 20);
+    let driver = open(Some(WriteOptions::default())).unwrap();
+    driver.pwrite(last, &[7; 512], Durability::Fua).unwrap();
+    driver.close().unwrap();
+    // Whoever made it longer did not ask.
+    image.pwrite(&(MOST + 512).to_be_bytes(), HostOffset(24), Durability::Later).unwrap();
+    let entries = u32::try_from(MOST >> 39).unwrap() + 1;
+    image.pwrite(&entries.to_be_bytes(), HostOffset(36), Durability::Later).unwrap();
+    let error = open(Some(WriteOptions::default())).err().unwrap();
+    assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains("64 PiB"), "{error}");
+    let driver = open(None).unwrap();
+    let mut read = [0; 512];
+    driver.pread(last, &mut read).unwrap();
+    assert_eq!(read, [7; 512]);
+    let error = options(MOST + 512, name).check().unwrap_err();
+    assert!(error.kind() == ErrorKind::InvalidInput && error.to_string().contains("64 PiB"), "{error}");
+    options(MOST + 512, None).check().unwrap();
 }

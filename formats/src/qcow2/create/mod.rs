@@ -130,6 +130,9 @@ impl CreateOptions {
                 "the disk is too large for this cluster_size; a larger one helps (2M is the most)",
             );
         }
+        if self.data_file.is_some() && size > HOST_END {
+            return invalid("with data_file a disk has at most 64 PiB: entries name no more of a file");
+        }
         header::encode(self, &self.layout()?).map(drop)
     }
 

@@ -44,6 +44,10 @@ pub fn check(header: &Header, snapshot: Option<&str>, has_backing: bool) -> Resu
     if header.geometry.is_external() && header.snapshots.entries > 0 {
         return unsupported("an external data file and internal snapshots");
     }
+    // Data lies there at the guest's own offset, which an entry has to name.
+    if header.geometry.is_external() && header.virtual_size > HOST_END {
+        return unsupported("an external data file and a disk of more than 64 PiB");
+    }
     if header.geometry.data_file() == DataFile::ExternalRaw && has_backing {
         return unsupported("a raw external data file and a backing file");
     }
