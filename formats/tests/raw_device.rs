@@ -37,6 +37,24 @@ impl Drop for Loop {
     }
 }
 
+/// A file system whose files have no holes, nor have the loop devices over them, until this is dropped.
+struct Ramfs(tempfile::TempDir);
+
+impl Ramfs {
+    fn mount() -> Ramfs {
+        let folder = tempfile::tempdir().unwrap();
+        let status = Command::new("mount").args(["-t", "ramfs", "none"]).arg(folder.path()).status();
+        assert!(status.expect("mount is missing: install mount").success(), "this test needs root");
+        Ramfs(folder)
+    }
+}
+
+impl Drop for Ramfs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(self.0.path()).status();
+    }
+}
+
 fn file(folder: &Path, len: u64, byte: u8) -> PathBuf {
     let path = folder.join("disk");
     std::fs::write(&path, vec![byte; len as usize]).unwrap();
@@ -105,6 +123,20 @@ fn a_read_only_device_is_refused_for_writing() {
 }
 
 #[test]
+fn a_fast_zero_that_is_refused_leaves_what_was_written_and_not_flushed() {
+    let folder = Ramfs::mount();
+    let device = Loop::over(&file(folder.0.path(), LEN, 0x11), &[]);
+    let driver = open(&device.0, false);
+    driver.pwrite(4096, &[0x55; 8192], Durability::Later).unwrap();
+    let request = ZeroRequest { provision: Provision::Unmap, fast: true, durability: Durability::Later };
+    let error = driver.write_zeroes(GuestRange::new(0, 65536).unwrap(), request).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::WouldBeSlow, "{error}");
+    let mut got = [0; 16384];
+    driver.pread(0, &mut got).unwrap();
+    assert!(got[4096..12288] == [0x55; 8192] && got[..4096] == [0x11; 4096] && got[12288..] == [0x11; 4096]);
+}
+
+#[test]
 fn zeroing_gives_room_back_only_if_it_may() {
     let folder = tempfile::tempdir().unwrap();
     let path = file(folder.path(), LEN, 1);
@@ -155,6 +187,15 @@ fn data_that_cannot_be_written_back_fails_every_sync_from_then_on() {
             }
             disk.pread(0, &mut [0; 512]).unwrap();
         }
+        // Of many at a time the kernel tells one.
+        let disk = open(&device.0, false);
+        disk.pwrite(0, &vec![1; 8 << 20], Durability::Later).unwrap();
+        let flushed = std::thread::scope(|scope| {
+            let flushes = [(); 8].map(|()| scope.spawn(|| disk.flush().is_ok()));
+            flushes.map(|flush| flush.join().unwrap())
+        });
+        assert_eq!(flushed, [false; 8]);
+        drop(disk);
         // FUA finds it out by itself.
         let disk = open(&device.0, false);
         let fails = |at: u64| disk.pwrite(at << 20, &vec![2; 1 << 20], Durability::Fua).is_err();
