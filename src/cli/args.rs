@@ -286,7 +286,7 @@ pub struct LifeArgs {
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = values::seconds)]
     pub drain_timeout: Duration,
 
-    /// Seconds that each image gets to be flushed and closed then; what is not written by that time is lost, and the
+    /// Seconds that each image that may be written gets to be flushed and closed then; what is not written by that time is lost, and the
     /// exit status 3. Without it the server waits (a second signal ends it at once)
     #[arg(long, value_name = "SECONDS", value_parser = values::seconds)]
     pub flush_timeout: Option<Duration>,

@@ -190,6 +190,11 @@ impl Export {
         self.read_only
     }
 
+    /// Whether whatever clients do is forgotten at the end.
+    pub fn leaves_the_image_as_it_is(&self) -> bool {
+        self.read_only || self.spec.temporary.is_some()
+    }
+
     /// Whether it is only to be had, and seen, under TLS.
     pub fn tls_required(&self) -> bool {
         self.tls_required

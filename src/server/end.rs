@@ -24,8 +24,8 @@ use crate::session::Shards;
 /// How often who waits for a last flush hears of it. Our choice.
 const FLUSH_WORD_TIME: Duration = Duration::from_secs(5);
 
-/// How long an image may take to be closed that nobody could write: nothing can be lost of it. Our choice.
-const READ_ONLY_CLOSE_TIME: Duration = Duration::from_millis(500);
+/// How long an image may take to be closed of which nothing can be lost. Our choice.
+const UNCHANGED_CLOSE_TIME: Duration = Duration::from_millis(500);
 
 /// The signals that the server listens to.
 pub struct Signals {
@@ -145,6 +145,7 @@ pub async fn drain<'a>(
     begun_for: Reason,
     signals: &mut Signals,
 ) -> Outcome {
+    ready::tell_still_stopping(times.drain + FLUSH_WORD_TIME * 3);
     let sessions_deadline = Instant::now() + times.drain;
     let mut ending = JoinSet::new();
     for shards in shards {
@@ -184,8 +185,8 @@ async fn finish(shards: Arc<Shards>, sessions_deadline: Instant, flush_timeout: 
         let connections = shards.active_count();
         tracing::warn!(export = name, connections, "connections did not finish in the drain time");
     }
-    let read_only = export.read_only();
-    let limit = if read_only { Some(READ_ONLY_CLOSE_TIME) } else { flush_timeout };
+    let unchanged = export.leaves_the_image_as_it_is();
+    let limit = if unchanged { Some(UNCHANGED_CLOSE_TIME) } else { flush_timeout };
     let closing = close(&shards, &name);
     let closed = match limit {
         Some(limit) => timeout(limit, closing).await.ok(),
@@ -197,8 +198,11 @@ async fn finish(shards: Arc<Shards>, sessions_deadline: Instant, flush_timeout: 
             tracing::error!(export = name, %error, "cannot flush and close the image");
             Outcome::NotFlushed
         }
-        None if read_only => {
-            tracing::warn!(export = name, "the disk is slow: the image, which was only read, is left open");
+        None if unchanged => {
+            tracing::warn!(
+                export = name,
+                "the disk is slow: the image, of which nothing can be lost, is left open"
+            );
             Outcome::Clean
         }
         None => {
@@ -210,6 +214,7 @@ async fn finish(shards: Arc<Shards>, sessions_deadline: Instant, flush_timeout: 
 
 /// Flushes and closes an image, and says every now and then that it is being waited for.
 async fn close(shards: &Shards, name: &str) -> Result<(), Error> {
+    ready::tell_still_stopping(FLUSH_WORD_TIME * 3);
     let begin = Instant::now();
     let mut closing = pin!(shards.close());
     let mut word = begin + FLUSH_WORD_TIME;
@@ -222,7 +227,7 @@ async fn close(shards: &Shards, name: &str) -> Result<(), Error> {
         tracing::warn!(
             export = name,
             seconds = begin.elapsed().as_secs(),
-            "the image is still being flushed; a signal ends it at once, with what that loses"
+            "the image is still being flushed; a second signal ends it at once, with what that loses"
         );
         word += FLUSH_WORD_TIME;
     }

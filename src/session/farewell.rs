@@ -12,11 +12,12 @@ use tokio::time::{Instant, sleep};
 
 use super::engine::Session;
 use crate::transport::Stream;
-use crate::transport::unread::has_unacknowledged;
+use crate::transport::unread::outgoing_len;
 
-/// How long replies may take to reach a client that is hung up on. Our choice: the longest ways on earth, with one
-/// retransmission.
-const FAREWELL_TIME: Duration = Duration::from_secs(1);
+/// How long a client that is hung up on may take without any of its replies arriving, and for all of them. Our choice:
+/// the longest ways on earth with one retransmission, and a send buffer of the kernel's over a slow line.
+const PROGRESS_TIME: Duration = Duration::from_secs(1);
+const FAREWELL_TIME: Duration = Duration::from_secs(30);
 
 /// How often it is looked whether they have. Our choice.
 const LOOK_TIME: Duration = Duration::from_millis(2);
@@ -25,15 +26,22 @@ const LOOK_TIME: Duration = Duration::from_millis(2);
 const RECEIVES_MAX: u32 = 64;
 
 impl Session {
-    /// Sends no more, and waits until the client's kernel has what was sent, for a short time.
+    /// Sends no more, and waits until the client's kernel has what was sent, as long as it takes some of it.
     pub(super) async fn see_replies_off(&self) {
         let socket = self.socket.get_ref();
         if socket.is_unix() || socket.shut_down(Shutdown::Write).is_err() {
             return;
         }
-        let end = Instant::now() + FAREWELL_TIME;
+        let begin = Instant::now();
+        let (mut least, mut progress) = (u64::MAX, begin);
         // A socket that cannot tell is not waited for.
-        while has_unacknowledged(socket).unwrap_or(false) && Instant::now() < end {
+        while let Ok(left @ 1..) = outgoing_len(socket) {
+            if left < least {
+                (least, progress) = (left, Instant::now());
+            }
+            if progress.elapsed() > PROGRESS_TIME || begin.elapsed() > FAREWELL_TIME {
+                return;
+            }
             throw_away_input(socket);
             sleep(LOOK_TIME).await;
         }

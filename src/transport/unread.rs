@@ -11,20 +11,17 @@ pub fn has_unread(stream: &Stream) -> io::Result<bool> {
     if !stream.is_unix() {
         return Ok(false);
     }
-    has_outgoing(stream)
+    outgoing_len(stream).map(|len| len > 0)
 }
 
-/// Whether the peer's kernel has not yet acknowledged all that was sent, the end of the stream included; for TCP.
-pub fn has_unacknowledged(stream: &Stream) -> io::Result<bool> {
-    has_outgoing(stream)
-}
-
-fn has_outgoing(stream: &Stream) -> io::Result<bool> {
+/// What was sent, the end of the stream included, and has not been read by the client, or for TCP not been acknowledged
+/// by its kernel.
+pub fn outgoing_len(stream: &Stream) -> io::Result<u64> {
     let mut waiting: libc::c_int = 0;
     // SAFETY: the stream's descriptor is open; TIOCOUTQ (tty_ioctl(2), the same call as SIOCOUTQ) writes
     // one int through the pointer.
     let result = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut waiting) };
-    if result == 0 { Ok(waiting > 0) } else { Err(io::Error::last_os_error()) }
+    if result == 0 { Ok(u64::try_from(waiting).unwrap_or(0)) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Whether anything has come that was not received. Where the socket cannot tell (vsock before Linux 6.17) the answer

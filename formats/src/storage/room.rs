@@ -172,14 +172,23 @@ impl Room {
         fast: bool,
     ) -> io::Result<()> {
         let device = target.file;
-        let Some(inside) = aligned_inside(range, blkdev::logical_block_len(device)) else {
+        // Before the kernel finds out that a device cannot punch, it drops what is in memory of the range, unwritten bytes
+        // too, and zeroes the parts of pages at its ends. All of it is to be there when this is refused.
+        let unsure = provision == Provision::Unmap
+            && fast
+            && !self.lacks(PUNCH)
+            && !self.punches.load(Ordering::Relaxed)
+            && target.sync.is_some();
+        let mut block_len = blkdev::logical_block_len(device);
+        if unsure {
+            block_len = block_len.max(rustix::param::page_size() as u64);
+        }
+        let Some(inside) = aligned_inside(range, block_len) else {
             return write_zeroes(target, range);
         };
         let mut outcome = Outcome::Unsupported;
         if provision == Provision::Unmap {
-            if fast && !self.lacks(PUNCH) && !self.punches.load(Ordering::Relaxed) {
-                // Before the kernel finds out that the device cannot, it drops what is in memory of the range,
-                // unwritten bytes too. They are to be there when this is refused.
+            if unsure {
                 target.sync.map_or(Ok(()), |sync| sync())?;
             }
             // On devices the kernel promises zeroes, and not to write them itself (block/fops.c).

@@ -360,7 +360,12 @@ fn access(line: &Line, credentials: Option<&Kind>) -> Result<AccessRules, String
     let names = match &object.kind {
         Kind::AuthzSimple { identity } => vec![identity.clone()],
         Kind::AuthzList { names } => names.clone(),
-        Kind::AuthzListFile { filename } => objects::names_in_file(filename)?,
+        Kind::AuthzListFile { filename, is_said } => {
+            if !is_said {
+                tracing::warn!(path = ?filename, "this file of names is read once; refresh=off says that this is known");
+            }
+            objects::names_in_file(filename)?
+        }
         Kind::X509 { .. } | Kind::Psk { .. } | Kind::Anonymous | Kind::Secret | Kind::Ignored => {
             return Err(format!("--tls-authz: object '{id}' authorizes nobody"));
         }

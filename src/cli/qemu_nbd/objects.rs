@@ -60,6 +60,8 @@ pub enum Kind {
     AuthzListFile {
         /// The file.
         filename: PathBuf,
+        /// That it is read only once has been said.
+        is_said: bool,
     },
     /// `secret`: a password.
     Secret,
@@ -119,8 +121,8 @@ pub fn parse(text: &str) -> Result<Object, String> {
             Kind::AuthzList { names: names_of(rules)? }
         }
         "authz-list-file" => {
-            refuse_refresh(fields.take("refresh"))?;
-            Kind::AuthzListFile { filename: fields.needed("filename")?.into() }
+            let is_said = says_no_refresh(fields.take("refresh"))?;
+            Kind::AuthzListFile { filename: fields.needed("filename")?.into(), is_said }
         }
         "secret" => {
             fields.drop(&["data", "file", "format", "keyid", "iv"]);
@@ -151,23 +153,18 @@ fn x509(fields: &mut Fields) -> Result<Kind, String> {
 }
 
 /// QEMU reads the file again whenever it has changed, unless it is told not to. Here somebody whose name was taken out
-/// would still be let in, so nobody is to count on it.
-fn refuse_refresh(refresh: Option<String>) -> Result<(), String> {
+/// would still be let in, so nobody is to count on it. Returns whether it was told.
+fn says_no_refresh(refresh: Option<String>) -> Result<bool, String> {
     match refresh {
+        None => Ok(false),
         Some(value) => match values::switch(&value) {
-            Some(false) => Ok(()),
+            Some(false) => Ok(true),
             Some(true) => {
                 Err("authz-list-file: refresh=on is not possible, the file is read once; give refresh=off"
                     .to_owned())
             }
             None => Err(format!("Parameter 'refresh' expects 'on' or 'off', not '{value}'")),
         },
-        None => {
-            tracing::warn!(
-                "authz-list-file: the file is read once, changes need a restart; refresh=off says so"
-            );
-            Ok(())
-        }
     }
 }
 
@@ -276,7 +273,7 @@ mod tests {
             (
                 "authz-list-file,id=z,filename=/f,refresh=off",
                 "z",
-                Kind::AuthzListFile { filename: "/f".into() },
+                Kind::AuthzListFile { filename: "/f".into(), is_said: true },
             ),
             ("secret,id=s,data=x", "s", Kind::Secret),
             ("throttle-group,id=t,x-bps-total=5", "t", Kind::Ignored),
