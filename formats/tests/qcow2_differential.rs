@@ -90,7 +90,7 @@ const SCRIPTS_PER_START: u64 = 200;
 const CHECK_ONE_IN: u64 = 40;
 
 fn scripts() -> u64 {
-    std::env::var("NBD_IMG_SCRIPTS").map_or(5000, |text| text.parse().unwrap())
+    std::env::var("NBD_IMG_SCRIPTS").map_or(3000, |text| text.parse().unwrap())
 }
 
 impl Kind {
