@@ -22,6 +22,7 @@ use super::poll::Poller;
 use super::refuse::{Refused, shutdown};
 use super::shard::{SessionCell, Shard};
 use super::shards::Connection;
+use super::uncopied::Uncopied;
 use crate::export::PAYLOAD_LEN_MAX;
 use crate::nbd::errno::NbdError;
 use crate::nbd::negotiate::AgreedContext;
@@ -68,6 +69,7 @@ pub struct Session {
     pub(super) poller: Poller,
     pub(super) linger: Linger,
     pub(super) ahead: Ahead,
+    pub(super) uncopied: Uncopied,
     /// While the session's writes are large ones that workers may carry out.
     pub(super) streaming: Option<Streaming>,
     /// Reads whose bytes have come into memory.
@@ -114,6 +116,7 @@ impl Session {
             poller: Poller::new(shard.times.poll),
             linger: Linger::default(),
             ahead: Ahead::default(),
+            uncopied: Uncopied::new(),
             streaming: None,
             arrived: Vec::new(),
             batch: 0,

@@ -8,6 +8,7 @@
 //! | `read`, `sendfile`, `write`, `status`, `calls` | how each command is served; `layout` frames reads |
 //! | `large_writes` | those that workers carry out while the session receives the next ones |
 //! | `ahead` | what a client that reads from front to back will want next |
+//! | `uncopied` | whether sending large reads uncopied is the faster way |
 //! | `cold` | planning reads, and the tables that this takes |
 //! | `decompress` | compressed clusters, on all cores and ahead of the client |
 //! | `refuse` | requests that are refused |
@@ -50,6 +51,7 @@ pub mod shards;
 mod status;
 mod submit;
 pub mod times;
+mod uncopied;
 pub mod watch;
 mod write;
 

@@ -78,9 +78,11 @@ impl Session {
         }
         let may_wait = arrived != Some(Arrival::Bytes);
         match sending {
-            Sending::Now => return self.send_read(request, framing, &runs).await,
+            Sending::Now if self.goes_uncopied(range) => {
+                return self.send_read(request, framing, &runs).await;
+            }
             Sending::Later if may_wait && self.await_bytes(request, range) => return Ok(()),
-            Sending::Later | Sending::Never => {}
+            Sending::Now | Sending::Later | Sending::Never => {}
         }
         if !self.out.make_room_for(framed_len(&runs, framing)) {
             // As long as the client is waited for, a pin would keep freed clusters from everybody.

@@ -9,6 +9,7 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use nbd_img_formats::mover::{short_read, storage_error};
 use nbd_img_formats::storage::{InPlace, Operation, OperationKind};
@@ -67,6 +68,12 @@ impl Session {
             }
         }
         sending
+    }
+
+    /// Whether a read that can be sent at once is. One that is longer than a batch would be copied slice by slice, in
+    /// which it loses more than there is to win.
+    pub(super) fn goes_uncopied(&mut self, range: GuestRange) -> bool {
+        range.len() > OUT_LEN_MAX as u64 || self.uncopied.pays(range.len(), Instant::now())
     }
 
     /// Has a read, whose plan can be sent but for its bytes not being in memory, wait until they are. Returns

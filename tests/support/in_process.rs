@@ -42,6 +42,10 @@ pub struct Disk {
     pub sent_len: AtomicU64,
     /// Whether it can send to sockets by itself, as a file in memory can; then `fails_from` is where it ends.
     pub sends: bool,
+    /// How long each `send` takes, and each read in place where those can be, in microseconds.
+    pub send_us: AtomicU64,
+    pub read_us: AtomicU64,
+    reads_in_place: bool,
     /// Operations are answered before `submit` returns, so that those of a batch are answered together.
     pub answers_at_once: AtomicBool,
     /// If not 0: data and holes, as far as it says, take turns of this many bytes.
@@ -67,6 +71,13 @@ impl Disk {
 
     pub fn sending(content: &[u8]) -> Arc<Self> {
         Arc::new(Disk { sends: true, ..Self::waiting(content) })
+    }
+
+    /// A file that is in memory: it can be sent, and read in place.
+    pub fn in_memory(content: &[u8]) -> Arc<Self> {
+        let mut disk = Disk { sends: true, reads_in_place: true, ..Self::waiting(content) };
+        disk.facts.reads = InPlace::Ask;
+        Arc::new(disk)
     }
 
     /// Memory that is written as fast as memory, but for writes that are held, and fails where it is told to.
@@ -97,6 +108,9 @@ impl Disk {
             asked: Mutex::default(),
             sent_len: AtomicU64::new(0),
             sends: false,
+            send_us: AtomicU64::new(0),
+            read_us: AtomicU64::new(0),
+            reads_in_place: false,
             answers_at_once: AtomicBool::new(false),
             runs_of: AtomicU64::new(0),
             writes_wait: false,
@@ -179,8 +193,12 @@ impl Storage for Disk {
         self.inner.pread(buf, at)
     }
 
-    fn try_pread(&self, _buf: &mut [u8], _at: HostOffset) -> io::Result<TryRead> {
-        Ok(TryRead::WouldWait(0))
+    fn try_pread(&self, buf: &mut [u8], at: HostOffset) -> io::Result<TryRead> {
+        if !self.reads_in_place {
+            return Ok(TryRead::WouldWait(0));
+        }
+        std::thread::sleep(Duration::from_micros(self.read_us.load(Ordering::Relaxed)));
+        self.inner.try_pread(buf, at)
     }
 
     fn pwrite(&self, buf: &[u8], at: HostOffset, durability: Durability) -> io::Result<()> {
@@ -234,6 +252,7 @@ impl Storage for Disk {
     }
 
     fn send(&self, socket: BorrowedFd<'_>, at: HostOffset, len: usize) -> io::Result<usize> {
+        std::thread::sleep(Duration::from_micros(self.send_us.load(Ordering::Relaxed)));
         // Odd pieces, as a socket may take them.
         let left = self.fails_from.load(Ordering::Relaxed).saturating_sub(at.0);
         let mut piece = vec![0; len.min(100_003).min(usize::try_from(left).unwrap_or(usize::MAX))];
