@@ -21,16 +21,11 @@ use support::units::{Journal, Writer, painted};
 use support::warned::Warned;
 use support::wrapped::{Limited, NeverClosed, Wrapped};
 
-/// The classes whose failure must be seen by somebody.
-const CLASSES: [CallClass; 7] = [
-    CallClass::Write,
-    CallClass::Sync,
-    CallClass::Read,
-    CallClass::Zero,
-    CallClass::SetLen,
-    CallClass::Discard,
-    CallClass::Len,
-];
+/// The classes of calls that fail.
+const CLASSES: [CallClass; 9] = {
+    use CallClass::*;
+    [Write, Sync, Read, Zero, SetLen, Discard, Len, TryRead, RunAt]
+};
 
 /// The scripts: some of all sequences of up to three operations; each kind alone, twice with a flush
 /// between; some longer ones.
@@ -164,7 +159,8 @@ impl<'a> Trial<'a> {
         // What could not be let go, or stored of bits, is for later; something else may have ended a lack of room.
         let quiet = match fault.class {
             Some(class) if class != CallClass::Sync && warned => true,
-            Some(CallClass::Discard | CallClass::Len) => true,
+            // Where holes are, and what is in memory, makes it only quicker to know.
+            Some(CallClass::Discard | CallClass::Len | CallClass::RunAt | CallClass::TryRead) => true,
             Some(CallClass::Zero | CallClass::Read) => !self.outside_commit,
             Some(CallClass::SetLen) => fault.errno == libc::ENOSPC,
             Some(CallClass::Write) => fault.errno == libc::ENOSPC && !fault.sticky,
@@ -267,14 +263,16 @@ fn ways(class: CallClass, call: u64) -> Vec<Fault> {
     let once = Fault { class: Some(class), ..Fault::at(call) };
     let mut ways = vec![once, Fault { sticky: true, ..once }];
     // A sync, too: some file systems find out only then that there is no room for what was written.
-    if !matches!(class, CallClass::Read | CallClass::Len) {
+    if !matches!(class, CallClass::Read | CallClass::Len | CallClass::TryRead | CallClass::RunAt) {
         let full = Fault { errno: libc::ENOSPC, ..once };
         ways.extend([full, Fault { sticky: true, ..full }]);
     }
     if class == CallClass::Write {
         // Whole units: what is torn inside of one cannot be told from another's.
-        ways.extend([128, 512].map(|written_len| Fault { written_len, ..once }));
-        ways.push(Fault { written_len: 512, errno: libc::ENOSPC, ..once });
+        for (written_len, errno) in [(128, libc::EIO), (512, libc::EIO), (512, libc::ENOSPC)] {
+            let short = Fault { written_len, errno, ..once };
+            ways.extend([short, Fault { sticky: true, ..short }]);
+        }
     }
     ways
 }
