@@ -329,16 +329,17 @@ impl<'a> Image<'a> {
 
     /// The granules that a bitmap has set, of those that the disk has.
     pub fn dirty_granules(&self, bitmap: &Bitmap) -> Vec<bool> {
-        let cluster_len = self.cluster_len();
+        let granules = self.size.div_ceil(1 << bitmap.granularity_bits) as usize;
         let mut bits = Vec::new();
         for entry in self.bytes.table(bitmap.table_at, bitmap.table_entries) {
-            let mut bytes = vec![if entry & 1 == 1 { 0xff } else { 0 }; cluster_len as usize];
+            let len = (granules - bits.len()).div_ceil(8).min(self.cluster_len() as usize);
+            let mut bytes = vec![if entry & 1 == 1 { 0xff } else { 0 }; len];
             if entry & OFFSET_MASK != 0 {
                 self.bytes.fill(&mut bytes, entry & OFFSET_MASK);
             }
             bits.extend(bytes.iter().flat_map(|byte| (0..8).map(move |bit| byte >> bit & 1 == 1)));
+            bits.truncate(granules);
         }
-        bits.truncate(self.size.div_ceil(1 << bitmap.granularity_bits) as usize);
         bits
     }
 
