@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)] // A bench that cannot run fails loudly.
 
 mod decompress;
+mod libraries;
 
 use std::hint::black_box;
 use std::path::{Path, PathBuf};
