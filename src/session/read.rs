@@ -77,12 +77,13 @@ impl Session {
             return Ok(());
         }
         let may_wait = arrived != Some(Arrival::Bytes);
-        match sending {
-            Sending::Now if self.goes_uncopied(range) => {
-                return self.send_read(request, framing, &runs).await;
-            }
-            Sending::Later if may_wait && self.await_bytes(request, range) => return Ok(()),
-            Sending::Now | Sending::Later | Sending::Never => {}
+        if sending != Sending::Now {
+            self.uncopied.disturb();
+        } else if self.goes_uncopied(framed_len(&runs, framing)) {
+            return self.send_read(request, framing, &runs).await;
+        }
+        if sending == Sending::Later && may_wait && self.await_bytes(request, range) {
+            return Ok(());
         }
         if !self.out.make_room_for(framed_len(&runs, framing)) {
             // As long as the client is waited for, a pin would keep freed clusters from everybody.
@@ -93,19 +94,38 @@ impl Session {
                 return self.reply_error(&request, &error).await;
             }
             runs = runs_of(&self.read_plan);
-            if !self.out.make_room_for(framed_len(&runs, framing)) {
-                self.read_plan.reset();
-                return self.stream_read(request, range, framing).await;
+        }
+        self.copy_read(request, range, framing, &runs, may_wait).await
+    }
+
+    /// Serves a read of this plan by copying what is in memory, if there is room for it, and by waiting for what is not,
+    /// if it `may_wait` for it to come there.
+    async fn copy_read(
+        &mut self,
+        request: Request,
+        range: GuestRange,
+        framing: Framing,
+        runs: &[Run],
+        may_wait: bool,
+    ) -> Result<(), End> {
+        if !self.out.make_room_for(framed_len(runs, framing)) {
+            if self.sending(runs, framing) == Sending::Now {
+                return self.send_read(request, framing, runs).await;
             }
+            self.read_plan.reset();
+            return self.stream_read(request, range, framing).await;
         }
         let mark = self.out.mark();
-        match self.read_in_place(&request, range, request.offset, framing, true, &runs) {
+        match self.read_in_place(&request, range, request.offset, framing, true, runs) {
             Attempt::Done => {
                 self.read_plan.reset();
                 Ok(())
             }
             Attempt::WouldWait => {
                 self.out.cut_back(mark);
+                if self.sending(runs, framing) == Sending::Now {
+                    return self.send_read(request, framing, runs).await;
+                }
                 self.read_ahead_of_miss();
                 if may_wait && self.await_decompressed(request, range) {
                     return Ok(());

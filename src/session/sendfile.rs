@@ -70,10 +70,13 @@ impl Session {
         sending
     }
 
-    /// Whether a read that can be sent at once is. One that is longer than a batch would be copied slice by slice, in
-    /// which it loses more than there is to win.
-    pub(super) fn goes_uncopied(&mut self, range: GuestRange) -> bool {
-        range.len() > OUT_LEN_MAX as u64 || self.uncopied.pays(range.len(), Instant::now())
+    /// Whether a read that can be sent at once is, of which this would be the length in a batch. What does not fit in there
+    /// would be copied slice by slice, in which it loses more than there is to win; of holes there is nothing to send.
+    pub(super) fn goes_uncopied(&mut self, framed_len: usize) -> bool {
+        if !(SEND_LEN_MIN..=OUT_LEN_MAX).contains(&framed_len) {
+            return true;
+        }
+        self.uncopied.pays(framed_len as u64, !self.shard.budget.is_scarce(), Instant::now())
     }
 
     /// Has a read, whose plan can be sent but for its bytes not being in memory, wait until they are. Returns
@@ -125,6 +128,9 @@ impl Session {
                 let Place::Data { storage, at } = piece.place else { continue };
                 let Some(storage) = driver.storages().get(usize::from(storage.0)) else { continue };
                 self.send_batch(true).await?;
+                if self.uncopied.leaves_memory() {
+                    self.out.release();
+                }
                 if let Err((sent, error)) = self.send_run(storage, at, run.len).await? {
                     let missing = left - sent;
                     let at = request.offset + chunk.at + (chunk.len - missing) as u64;
