@@ -54,8 +54,8 @@ fn explore_all(name: &str, scenes: &[Scene], sequences: &[Vec<Kind>], states: u6
             return ControlFlow::Break(());
         }
         let mut random = Random::new(seed.wrapping_add(number as u64));
-        let scene = &scenes[(random.next() % scenes.len() as u64) as usize];
         let kinds = &sequences[number % sequences.len()];
+        let scene = scene_for(kinds, scenes, &mut random);
         let steps: Vec<_> = kinds.iter().map(|kind| Step::random(*kind, &mut random)).collect();
         let run = crash::run(scene, steps, &honest);
         let count = each.unwrap_or_else(|| run.cuts());
@@ -65,6 +65,17 @@ fn explore_all(name: &str, scenes: &[Scene], sequences: &[Vec<Kind>], states: u6
         ControlFlow::Continue(())
     });
     eprintln!("{name}: {} states of {} runs", seen.into_inner(), runs.into_inner());
+}
+
+/// One of the scenes that have what these kinds of operations are about; any where none has.
+fn scene_for<'a>(kinds: &[Kind], scenes: &'a [Scene], random: &mut Random) -> &'a Scene {
+    let has = |scene: &&Scene| {
+        let compressed = !kinds.contains(&Kind::OverwriteCompressed) || !scene.compressed.is_empty();
+        compressed && (!kinds.contains(&Kind::WriteShared) || !scene.snapshots.is_empty())
+    };
+    let some: Vec<_> = scenes.iter().filter(has).collect();
+    let some = if some.is_empty() { scenes.iter().collect() } else { some };
+    some[(random.next() % some.len() as u64) as usize]
 }
 
 /// Cut after every record.

@@ -1,6 +1,5 @@
-//! Small images with one of everything, and how to open them over any storage.
-//!
-//! All have clusters of 512 bytes (an L2 table of 64 entries covers 32 KiB) and a disk of three tables:
+//! Small images with one of everything, and how to open them over any storage. All have clusters of 512 bytes (an L2
+//! table of 64 entries covers 32 KiB) and a disk of three tables:
 //!
 //! | clusters | what is there |
 //! |---|---|
@@ -63,20 +62,17 @@ pub struct Scene {
 impl Scene {
     /// All of them.
     pub fn all() -> Vec<Scene> {
+        let zstd = "refcount_bits=32,compression_type=zstd";
         vec![
             Scene::mixed("wide refcounts", "refcount_bits=64", None, true),
             Scene::mixed("overlay", "refcount_bits=16", Some(150 * CLUSTER), true),
             Scene::mixed("version 2", "compat=v2", None, true),
             Scene::mixed("narrow refcounts", "refcount_bits=1", None, false),
             Scene::mixed("version 2 overlay", "compat=v2", Some(SIZE), true),
-            Scene::mixed(
-                "small overlay",
-                "refcount_bits=32,compression_type=zstd",
-                Some(70 * CLUSTER),
-                false,
-            ),
+            Scene::mixed("small overlay", zstd, Some(70 * CLUSTER), false),
             Scene::mixed("device", "refcount_bits=64", None, true).on_device(),
             Scene::mixed("overlay on a device", "refcount_bits=2", Some(SIZE), true).on_device(),
+            Scene::mixed("lazy refcounts", "refcount_bits=16,lazy_refcounts=on", None, true),
             Scene::empty("empty", "refcount_bits=16"),
             Scene::mixed("bitmaps", "refcount_bits=64", None, true).with_bitmaps(),
             Scene::mixed("bitmaps on a device", "refcount_bits=16", None, false).with_bitmaps().on_device(),
@@ -383,8 +379,12 @@ impl Scene {
 
     /// A driver of the backing file.
     pub fn backing_driver(&self) -> Option<Arc<dyn BlockDriver>> {
-        let backing = MemoryStorage::copy_of(self.backing.as_ref()?).unwrap();
-        Some(RawDriver::open(backing, RawOptions::default()).unwrap())
+        Some(RawDriver::open(self.backing_storage()?, RawOptions::default()).unwrap())
+    }
+
+    /// The backing file.
+    pub fn backing_storage(&self) -> Option<Arc<MemoryStorage>> {
+        Some(MemoryStorage::copy_of(self.backing.as_ref()?).unwrap())
     }
 
     /// Whether the bitmaps of `image`, in which the guest sees `content`, can be relied on: what they do not
