@@ -323,7 +323,16 @@ impl InProcess {
     }
 
     pub fn serve_driver(driver: Arc<dyn BlockDriver>, budget_len: usize, times: Times) -> Self {
-        let export = Export::of_driver(&ExportSpec::default(), driver).unwrap();
+        Self::serve_as(&ExportSpec::default(), driver, budget_len, times)
+    }
+
+    pub fn serve_as(
+        spec: &ExportSpec,
+        driver: Arc<dyn BlockDriver>,
+        budget_len: usize,
+        times: Times,
+    ) -> Self {
+        let export = Export::of_driver(spec, driver).unwrap();
         let budget = Budget::new(budget_len);
         let shards = Shards::new(Arc::clone(&export), Arc::clone(&budget), times);
         let folder = tempfile::tempdir().unwrap();
