@@ -29,11 +29,12 @@ const QEMU_ONE_IN: u64 = 60;
 const SIZE_MAX: u64 = 4 << 20;
 const SECTOR: usize = 512;
 
-/// What was done, and how the disk looked before and after it, between which records of the log.
+/// What was done, and between which records of the log.
 struct Done {
     what: String,
     log: (usize, usize),
-    content: (Vec<u8>, Vec<u8>),
+    /// How the disk may look after a crash in there: as it was flushed, and after everything since.
+    contents: std::ops::RangeInclusive<usize>,
 }
 
 fn scenes() -> Vec<Scene> {
@@ -48,7 +49,7 @@ fn aligned(random: &mut Random, below: u64) -> u64 {
     random.below(below / 512 + 1) * 512
 }
 
-/// Does something to the disk, durably, and says what.
+/// Does something to the disk, and says what. (Another size is durable, and nothing else.)
 fn act(driver: &Qcow2Driver, number: u64, random: &mut Random) -> (String, Vec<u8>) {
     let mut content = read_all(driver).unwrap();
     let size = driver.size();
@@ -88,18 +89,24 @@ fn act(driver: &Qcow2Driver, number: u64, random: &mut Random) -> (String, Vec<u
             "write"
         }
     };
-    driver.flush().unwrap();
     (format!("{what} {at} {len}"), content)
 }
 
-fn run(scene: &Scene, steps: u64, random: &mut Random) -> (Arc<Log>, Vec<Done>) {
+/// What was done, and how the disk looked before and after each of it.
+struct Run {
+    log: Arc<Log>,
+    done: Vec<Done>,
+    contents: Vec<Vec<u8>>,
+}
+
+fn run(scene: &Scene, steps: u64, random: &mut Random) -> Run {
     let log = Log::new();
     let driver = crash::open_recorded(scene, &log, &|_, storage| storage);
     let mut done: Vec<Done> = Vec::new();
+    let (mut contents, mut flushed) = (vec![read_all(&*driver).unwrap()], 0);
     for number in 0..steps {
-        let before = read_all(&*driver).unwrap();
         let from = log.len();
-        let (what, expected) = act(&driver, number, random);
+        let (mut what, expected) = act(&driver, number, random);
         let after = read_all(&*driver).unwrap();
         let said = || done.iter().map(|done| format!("{}; ", done.what)).collect::<String>();
         assert!(
@@ -109,17 +116,25 @@ fn run(scene: &Scene, steps: u64, random: &mut Random) -> (Arc<Log>, Vec<Done>) 
             said(),
             first_difference(&after, &expected)
         );
-        done.push(Done { what, log: (from, log.len()), content: (before, after) });
+        contents.push(after);
+        let may_be = flushed..=contents.len() - 1;
+        if random.below(2) == 0 {
+            driver.flush().unwrap();
+            flushed = contents.len() - 1;
+            what += ", flushed";
+        }
+        done.push(Done { what, log: (from, log.len()), contents: may_be });
     }
     let from = log.len();
-    let now = read_all(&*driver).unwrap();
     driver.close().unwrap();
-    done.push(Done { what: "close".to_owned(), log: (from, log.len()), content: (now.clone(), now) });
+    contents.extend_from_within(contents.len() - 1..);
+    let may_be = flushed..=contents.len() - 1;
+    done.push(Done { what: "close".to_owned(), log: (from, log.len()), contents: may_be });
     let left = Left::of(scene, |file| log.replay(file, log.len()));
     let report = checker::check(&left.image).unwrap();
     assert!(report.is_clean(), "{}: after a close:\n{report}", scene.name);
-    assert!(left.read(scene, true).unwrap() == done.last().unwrap().content.1, "{}: closed", scene.name);
-    (log, done)
+    assert!(left.read(scene, true).unwrap() == *contents.last().unwrap(), "{}: closed", scene.name);
+    Run { log, done, contents }
 }
 
 fn first_difference(found: &[u8], expected: &[u8]) -> String {
@@ -127,32 +142,34 @@ fn first_difference(found: &[u8], expected: &[u8]) -> String {
     format!("{} bytes instead of {}, different at {at:?}", found.len(), expected.len())
 }
 
-/// What is on the disk of a state in the midst of what was done: its size from before or after, each sector from
-/// before or after; and what only one of the sizes has, as it was then.
-fn check_content(found: &[u8], done: &Done) -> Result<(), String> {
-    let (before, after) = &done.content;
+/// What is on the disk of a state in the midst of what was done: its size from before or after, each sector as it was
+/// flushed or as something since has made it; and what only one of the sizes has, as it was then.
+fn check_content(found: &[u8], contents: &[Vec<u8>]) -> Result<(), String> {
+    let [.., before, after] = contents else { return Err("nothing was done".to_owned()) };
     if found.len() != before.len() && found.len() != after.len() {
         return Err(format!("the disk has {} bytes", found.len()));
     }
+    // Where the size is the one from before, what came after is not there.
+    let later = if found.len() == after.len() { 0 } else { 1 };
     for (number, sector) in found.chunks(SECTOR).enumerate() {
         let range = number * SECTOR..number * SECTOR + sector.len();
-        let old = before.get(range.clone()).filter(|_| found.len() == before.len());
-        let new = after.get(range).filter(|_| found.len() == after.len());
-        if old != Some(sector) && new != Some(sector) {
+        // What the disk had there before it was shorter does not come back.
+        let mut allowed = contents.iter().rev().skip(later).map_while(|content| content.get(range.clone()));
+        if !allowed.any(|content| content == sector) {
             return Err(format!("sector {number} is neither what it was nor what it becomes"));
         }
     }
     Ok(())
 }
 
-fn check_state(scene: &Scene, log: &Log, done: &Done, cut: usize, random: &mut Random) -> Result<(), String> {
+fn check_state(scene: &Scene, run: &Run, done: &Done, cut: usize, random: &mut Random) -> Result<(), String> {
     // One file may lose all and the other one nothing.
-    let left = crashed(scene, log, cut, false, random);
+    let left = crashed(scene, &run.log, cut, false, random);
     let report = checker::check(&left.image)?;
     if !report.is_sound() {
         return Err(format!("the image is corrupt:\n{report}"));
     }
-    check_content(&left.read(scene, false)?, done)?;
+    check_content(&left.read(scene, false)?, &run.contents[done.contents.clone()])?;
     if random.below(QEMU_ONE_IN) == 0 {
         let files = left.files();
         let (code, said) = Maker::of_files(&files.image, files.data.as_deref()).check();
@@ -172,12 +189,12 @@ fn a_crash_leaves_one_size_or_the_other_and_nothing_worse_than_leaks() {
     for number in 0..runs {
         let mut random = Random::new(seed.wrapping_add(number));
         let scene = &scenes[number as usize % scenes.len()];
-        let (log, done) = run(scene, 3 + random.below(8), &mut random);
-        for (index, step) in done.iter().enumerate() {
+        let run = run(scene, 3 + random.below(8), &mut random);
+        for (index, step) in run.done.iter().enumerate() {
             resizes += u64::from(step.what.starts_with("resize"));
             for cut in step.log.0..=step.log.1 {
-                check_state(scene, &log, step, cut, &mut random).unwrap_or_else(|what| {
-                    let said: Vec<_> = done[..=index].iter().map(|done| done.what.as_str()).collect();
+                check_state(scene, &run, step, cut, &mut random).unwrap_or_else(|what| {
+                    let said: Vec<_> = run.done[..=index].iter().map(|done| done.what.as_str()).collect();
                     panic!(
                         "run {number}, scene '{}', {said:?}, cut {cut} of {:?}: {what}",
                         scene.name, step.log
