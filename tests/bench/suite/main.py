@@ -86,14 +86,21 @@ def write(options, rows, results):
 
 def describe(rows, results):
     """What was measured where, in a sentence."""
-    rounds = {results.conditions(row.name).get("rounds") for row in rows if results.medians(row.name)}
-    rounds = sorted(rounds - {None})
-    span = " to ".join(str(one) for one in sorted({*rounds[:1], *rounds[-1:]}))
-    span += " round" if rounds == [1] else " rounds"
+    measured = [results.conditions(row.name) for row in rows if results.medians(row.name)]
+    span = _span(measured, "rounds", "round")
+    of = _span(measured, "seconds", "second")
     versions = ", ".join(filter(None, (_version("qemu-nbd"), _version("nbdkit"), _version("fio"))))
-    day = datetime.date.today().isoformat()
-    return (f"Medians of {span}, servers in turn; {os.cpu_count()} CPUs, Linux "
-            f"{os.uname().release.split('-')[0]}, {versions}; {day}.")
+    day = _span(measured, "day") or datetime.date.today().isoformat()
+    commit = ", ".join(sorted({one["commit"] for one in measured if one.get("commit")}))
+    return (f"Medians of {span} of {of}, servers in turn; {os.cpu_count()} CPUs, Linux "
+            f"{os.uname().release.split('-')[0]}, {versions}; {day}{', commit ' if commit else ''}{commit}.")
+
+
+def _span(conditions, key, unit=""):
+    """The value that all rows have of it, or the first and the last of them in order."""
+    found = sorted({one[key] for one in conditions if one.get(key)})
+    text = " to ".join(str(one) for one in sorted({*found[:1], *found[-1:]}))
+    return f"{text} {unit}{'' if found == [1] else 's'}" if unit else text
 
 
 def _version(program):

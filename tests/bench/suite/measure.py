@@ -1,5 +1,7 @@
 """Measuring rows: every server in turn, round after round, so that a machine whose speed drifts hits all alike."""
+import datetime
 import os
+import subprocess
 import sys
 
 from . import images, loads, servers
@@ -16,7 +18,8 @@ class Bench:
     def run(self, row, results):
         """Measures one row into `results`."""
         options = self.options
-        results.begin(row.name, {"rounds": options.rounds, "seconds": options.seconds, "size": options.size,
+        results.begin(row.name, {"day": datetime.date.today().isoformat(), "commit": _commit(),
+                                 "rounds": options.rounds, "seconds": options.seconds, "size": options.size,
                                  "copy_size": options.copy_size})
         for _ in range(options.rounds):
             for name in row.servers:
@@ -89,3 +92,10 @@ class Bench:
                 images.make_qcow2(self._image("raw", on_disk, half_sparse), path)
             self.made[key] = path
         return self.made[key]
+
+
+def _commit():
+    """The commit that the program is believed to be of, or nothing outside of a repository."""
+    out = subprocess.run(["git", "-C", os.path.dirname(__file__), "rev-parse", "--short", "HEAD"],
+                         capture_output=True, text=True, check=False)
+    return out.stdout.strip()
