@@ -222,7 +222,13 @@ async fn turn_to_tls(
 async fn send(stream: &AsyncFd<Stream>, output: &mut Vec<u8>) -> io::Result<()> {
     let mut rest = output.as_slice();
     while !rest.is_empty() {
-        let sent = stream.async_io(Interest::WRITABLE, |stream| stream.send(rest, false)).await?;
+        // There is room as a rule, and a socket that was registered just now has to be waited for to say so.
+        let sent = match stream.get_ref().send(rest, false) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                stream.async_io(Interest::WRITABLE, |stream| stream.send(rest, false)).await?
+            }
+            sent => sent?,
+        };
         rest = rest.get(sent..).unwrap_or_default();
     }
     output.clear();

@@ -120,4 +120,13 @@ impl Session {
             }
         }
     }
+
+    /// Waits for the end of at least one pending request and answers it.
+    pub(super) async fn wait_for_answer(&mut self) -> std::result::Result<(), End> {
+        while self.cell.ready.borrow().is_empty() {
+            self.send_all().await?;
+            self.cell.wake.notified().await;
+        }
+        self.answer_ready().await
+    }
 }

@@ -84,6 +84,7 @@ pub struct Session {
     /// Until when more of an unfinished request has to come, as long as that is waited for.
     pub(super) stall_end: Option<Instant>,
     ending: Option<End>,
+    has_sent: bool,
     /// The server drains, and what was in the socket has been received.
     last_call: bool,
 }
@@ -125,6 +126,7 @@ impl Session {
             refused: None,
             stall_end: None,
             ending: None,
+            has_sent: false,
             last_call: false,
             shard,
             cell,
@@ -415,7 +417,13 @@ impl Session {
     pub(super) async fn send_batch(&mut self, more: bool) -> Result<(), End> {
         while !self.out.is_empty() {
             let out = &mut self.out;
-            match self.socket.try_io(Interest::WRITABLE, |socket| out.send(socket, more)) {
+            let sent = if std::mem::replace(&mut self.has_sent, true) {
+                self.socket.try_io(Interest::WRITABLE, |socket| out.send(socket, more))
+            } else {
+                // The event loop has yet to be told that a new socket has room.
+                out.send(self.socket.get_ref(), more)
+            };
+            match sent {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.wait_writable().await?,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -483,14 +491,5 @@ impl Session {
             }
         }
         Ok(())
-    }
-
-    /// Waits for the end of at least one pending request and answers it.
-    pub(super) async fn wait_for_answer(&mut self) -> Result<(), End> {
-        while self.cell.ready.borrow().is_empty() {
-            self.send_all().await?;
-            self.cell.wake.notified().await;
-        }
-        self.answer_ready().await
     }
 }

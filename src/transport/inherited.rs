@@ -51,6 +51,7 @@ impl InheritedSocket {
             }
             error
         })?;
+        socket.set_nonblocking(true)?;
         let (stream, peer) = Stream::of_socket(socket, &peer)?;
         Ok(InheritedSocket::Connected(Arrival { stream, peer, tls_first }))
     }

@@ -91,7 +91,7 @@ impl Listener {
     /// Accepts a connection, or fails with `WouldBlock` when none waits. Gives the stream and its peer in words
     /// for the log.
     pub fn accept(&self) -> io::Result<(Stream, String)> {
-        let (socket, peer) = self.socket.accept()?;
+        let (socket, peer) = self.socket.accept4(libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK)?;
         Stream::of_socket(socket, &peer)
     }
 

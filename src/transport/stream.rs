@@ -32,10 +32,9 @@ pub enum Stream {
 }
 
 impl Stream {
-    /// A connected socket of whatever family, and its peer in words for the log. (A peer that has gone already can no
-    /// longer be asked for.)
+    /// A connected socket of whatever family, which is non-blocking, and its peer in words for the log. (A peer that has
+    /// gone already can no longer be asked for.)
     pub fn of_socket(socket: Socket, peer: &SockAddr) -> io::Result<(Stream, String)> {
-        socket.set_nonblocking(true)?;
         let family = sockopt::socket_domain(&socket)?;
         if family == AddressFamily::UNIX {
             let peer = describe_unix_peer(socket.as_fd());
