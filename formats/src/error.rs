@@ -106,6 +106,19 @@ impl Error {
         self.offset
     }
 
+    /// The same error, for somebody else who waits for the same thing.
+    #[must_use]
+    pub fn again(&self) -> Self {
+        Error {
+            kind: self.kind,
+            what: self.what.clone(),
+            path: self.path.clone(),
+            offset: self.offset,
+            source: self.source.as_ref().map(|source| source.to_string().into()),
+            errno: self.errno,
+        }
+    }
+
     /// The errno that a system call would have failed with. Never 0.
     pub fn errno(&self) -> i32 {
         if let Some(errno) = self.errno {

@@ -3,6 +3,7 @@
 //! It translates a client's offsets into the image's and decides what a write's durability is. It knows
 //! the protocol's facts about an export but no sockets, and moves no bytes itself.
 
+mod flushes;
 mod size;
 mod spec;
 
@@ -14,12 +15,14 @@ use nbd_img_formats::{
 };
 use std::sync::Arc;
 
+pub use flushes::FlushAnswer;
 pub use size::{Resized, Served};
 pub use spec::{BlockSizes, CacheMode, DetectZeroes, ExportSpec, Sharing, Temporary};
 
 use crate::nbd::export_info::{ExportInfo, TransmissionFlags};
 use crate::nbd::wire;
 
+use flushes::Flushes;
 use size::LiveSize;
 
 /// Unit to which a stated offset or size is rounded down, and in which sizes are best given to clients:
@@ -44,6 +47,7 @@ pub struct Export {
     description: String,
     driver: Arc<dyn BlockDriver>,
     workers: Arc<Workers>,
+    flushes: Arc<Flushes>,
     offset: u64,
     size: LiveSize,
     read_only: bool,
@@ -141,6 +145,7 @@ impl Export {
             name: spec.name.clone(),
             description: spec.description.clone(),
             workers,
+            flushes: Arc::default(),
             offset,
             size: LiveSize::new(size),
             read_only: spec.read_only,
@@ -178,6 +183,11 @@ impl Export {
     /// The threads that may wait for this image.
     pub fn workers(&self) -> &Arc<Workers> {
         &self.workers
+    }
+
+    /// Makes all writes durable that have been answered by now, and then says so.
+    pub fn flush(&self, answer: FlushAnswer) {
+        self.flushes.start(&self.driver, &self.workers, answer);
     }
 
     /// Bytes that clients see who come now.

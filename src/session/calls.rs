@@ -17,7 +17,8 @@ use crate::nbd::request::{CommandFlags, Request};
 
 impl Session {
     pub(super) fn start_flush(&mut self, request: Request) {
-        self.start_call(Lane::Write, request, |driver| driver.make_durable());
+        let token = self.insert_call(request, Work::Call, 0, None);
+        self.shard.flush(&self.cell.export, token);
     }
 
     pub(super) async fn start_trim(&mut self, request: Request) -> std::result::Result<(), End> {

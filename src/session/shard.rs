@@ -174,6 +174,15 @@ impl Shard {
         }
     }
 
+    /// Flushes `export`; its answer comes to the queue under `token`, whatever happens.
+    pub fn flush(&self, export: &Export, token: u64) {
+        let answer = self.answer(token, IoBuf::default());
+        export.flush(Box::new(move |result| {
+            let mut answer = answer;
+            answer.result = Some(result.map(|()| 0));
+        }));
+    }
+
     fn job<F>(&self, export: &Export, lane: Lane, token: u64, buf: IoBuf, work: F) -> Job
     where
         F: FnOnce(&Arc<dyn BlockDriver>, &mut IoBuf) -> Result<usize> + Send + 'static,

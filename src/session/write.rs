@@ -288,7 +288,7 @@ impl Session {
         match result {
             Err(error) => self.reply_error(&request, &error).await,
             Ok(()) if durability.is_fua() => {
-                self.start_call(Lane::Write, request, |driver| driver.make_durable());
+                self.start_flush(request);
                 Ok(())
             }
             Ok(()) => self.reply_success(&request).await,

@@ -23,6 +23,9 @@ use nbd_img_formats::{BlockDriver, Durability, Error, Format, HostOffset, HostRa
 
 const PAGE_LEN: usize = 4096;
 
+/// What a test holds so that syncs wait.
+pub const SYNC: u64 = u64::MAX - 1;
+
 /// Memory that behaves like a disk: nothing is there at once, and it fails where it is told to.
 pub struct Disk {
     inner: Arc<MemoryStorage>,
@@ -46,6 +49,10 @@ pub struct Disk {
     pub send_us: AtomicU64,
     pub read_us: AtomicU64,
     reads_in_place: bool,
+    /// How many syncs have begun, and how they end.
+    pub syncs: AtomicU64,
+    pub sync_fails: AtomicBool,
+    pub sync_panics: AtomicBool,
     /// Operations are answered before `submit` returns, so that those of a batch are answered together.
     pub answers_at_once: AtomicBool,
     /// If not 0: data and holes, as far as it says, take turns of this many bytes.
@@ -111,6 +118,9 @@ impl Disk {
             send_us: AtomicU64::new(0),
             read_us: AtomicU64::new(0),
             reads_in_place: false,
+            syncs: AtomicU64::new(0),
+            sync_fails: AtomicBool::new(false),
+            sync_panics: AtomicBool::new(false),
             answers_at_once: AtomicBool::new(false),
             runs_of: AtomicU64::new(0),
             writes_wait: false,
@@ -213,6 +223,12 @@ impl Storage for Disk {
     }
 
     fn sync(&self) -> io::Result<()> {
+        self.syncs.fetch_add(1, Ordering::Relaxed);
+        self.wait_for(SYNC, SYNC + 1);
+        assert!(!self.sync_panics.load(Ordering::Relaxed), "the panic of this test");
+        if self.sync_fails.load(Ordering::Relaxed) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
         self.inner.sync()
     }
 

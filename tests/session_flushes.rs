@@ -1,0 +1,151 @@
+//! Flushes that come together share one, whoever sends them, and each still covers what was answered before it came.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[allow(dead_code)]
+mod support;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use support::client::{Client, Request, Wishes};
+use support::in_process::{Disk, InProcess, SYNC};
+use support::wire::{command, errno};
+
+const DISK_LEN: usize = 1 << 20;
+const MANY: usize = 20;
+
+fn server() -> (Arc<Disk>, InProcess) {
+    let disk = Disk::quick_to_write(&vec![0; DISK_LEN]);
+    let server = InProcess::serve(disk.clone(), 64 << 20);
+    (disk, server)
+}
+
+fn connect(server: &InProcess) -> Client {
+    Client::unix(server.socket(), "", Wishes::STRUCTURED)
+}
+
+fn send_flushes(client: &mut Client, count: usize) {
+    for _ in 0..count {
+        client.send(Request::new(command::FLUSH, 0, 0), &[]).unwrap();
+    }
+}
+
+/// Waits for so many syncs to have begun.
+fn wait_for_syncs(disk: &Disk, count: u64) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while disk.syncs.load(Relaxed) < count {
+        assert!(Instant::now() < deadline, "{} syncs", disk.syncs.load(Relaxed));
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// What the server has received before it answers this.
+fn is_received(client: &mut Client) {
+    assert_eq!(client.ask(Request::new(command::WRITE, 0, 512), &[1; 512]).error, 0);
+}
+
+#[test]
+fn flushes_that_come_while_one_is_under_way_share_the_next() {
+    let (disk, server) = server();
+    let (mut one, mut other) = (connect(&server), connect(&server));
+    disk.hold(SYNC);
+    send_flushes(&mut one, 1);
+    wait_for_syncs(&disk, 1);
+    send_flushes(&mut one, MANY);
+    send_flushes(&mut other, MANY);
+    // A write that is answered while flushes wait.
+    is_received(&mut one);
+    is_received(&mut other);
+    assert_eq!(disk.syncs.load(Relaxed), 1, "a second one at the same time");
+    disk.let_go(SYNC);
+    for _ in 0..=MANY {
+        assert_eq!(one.reply().unwrap().error, 0);
+    }
+    for _ in 0..MANY {
+        assert_eq!(other.reply().unwrap().error, 0);
+    }
+    assert_eq!(disk.syncs.load(Relaxed), 2);
+    // And the next one is one again.
+    one.flush();
+    assert_eq!(disk.syncs.load(Relaxed), 3);
+    one.disconnect();
+    other.disconnect();
+    server.assert_clean();
+}
+
+#[test]
+fn a_flush_does_not_take_the_answer_of_one_that_began_before_it_came() {
+    let (disk, server) = server();
+    let mut client = connect(&server);
+    disk.hold(SYNC);
+    send_flushes(&mut client, 1);
+    wait_for_syncs(&disk, 1);
+    is_received(&mut client);
+    send_flushes(&mut client, 1);
+    is_received(&mut client);
+    disk.let_go(SYNC);
+    assert_eq!(client.reply().unwrap().error, 0);
+    assert_eq!(client.reply().unwrap().error, 0);
+    assert_eq!(disk.syncs.load(Relaxed), 2, "the write was answered after the first had begun");
+    client.disconnect();
+    server.assert_clean();
+}
+
+#[test]
+fn a_sync_that_fails_is_told_to_all_who_waited() {
+    let (disk, server) = server();
+    let mut client = connect(&server);
+    disk.hold(SYNC);
+    send_flushes(&mut client, 1);
+    wait_for_syncs(&disk, 1);
+    send_flushes(&mut client, MANY);
+    is_received(&mut client);
+    disk.sync_fails.store(true, Relaxed);
+    disk.let_go(SYNC);
+    for _ in 0..=MANY {
+        assert_eq!(client.reply().unwrap().error, errno::EIO);
+    }
+    client.disconnect();
+    server.assert_clean();
+}
+
+#[test]
+fn after_a_panic_nobody_is_left_waiting_and_the_next_flush_is_one() {
+    let (disk, server) = server();
+    let mut client = connect(&server);
+    disk.hold(SYNC);
+    send_flushes(&mut client, 1);
+    wait_for_syncs(&disk, 1);
+    send_flushes(&mut client, MANY);
+    is_received(&mut client);
+    disk.sync_panics.store(true, Relaxed);
+    disk.let_go(SYNC);
+    for _ in 0..=MANY {
+        assert_eq!(client.reply().unwrap().error, errno::EIO);
+    }
+    disk.sync_panics.store(false, Relaxed);
+    client.flush();
+    client.disconnect();
+    server.assert_clean();
+}
+
+#[test]
+fn who_goes_while_flushes_wait_leaves_nothing_behind() {
+    let (disk, server) = server();
+    let (mut one, mut other) = (connect(&server), connect(&server));
+    disk.hold(SYNC);
+    send_flushes(&mut one, 1);
+    wait_for_syncs(&disk, 1);
+    send_flushes(&mut other, MANY);
+    is_received(&mut other);
+    drop(other);
+    send_flushes(&mut one, 1);
+    is_received(&mut one);
+    disk.let_go(SYNC);
+    assert_eq!(one.reply().unwrap().error, 0);
+    assert_eq!(one.reply().unwrap().error, 0);
+    one.disconnect();
+    server.assert_clean();
+}
