@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use nbd_img_formats::sync::Mutex;
 use nbd_img_formats::workers::{Lane, Workers};
-use nbd_img_formats::{BlockDriver, Result};
+use nbd_img_formats::{BlockDriver, Error, Result};
 
 /// Who is told what came of a flush, on any thread. Where it could not be carried out at all it is dropped instead.
 pub type FlushAnswer = Box<dyn FnOnce(Result<()>) + Send>;
@@ -61,7 +61,7 @@ impl Turn {
         let result = driver.make_durable();
         let last = answers.pop();
         for answer in answers {
-            answer(result.as_ref().map(|()| ()).map_err(|error| error.again()));
+            answer(result.as_ref().copied().map_err(Error::again));
         }
         if let Some(last) = last {
             last(result);
