@@ -395,3 +395,32 @@ fn wait_for_descriptors(server: &Server, limit: usize) {
         thread::sleep(Duration::from_millis(20));
     }
 }
+
+/// It sends options that are cheap to send and dear to answer as fast as they are taken, and reads every answer: it never
+/// has to be waited for.
+#[test]
+fn a_flood_of_options_holds_up_nobodys_handshake() {
+    let (_folder, mut server, content) = start("option-flood");
+    let mut queries = vec![0; 64 << 10];
+    let count = (queries.len() / 4 - 2) as u32;
+    queries[4..8].copy_from_slice(&count.to_be_bytes()); // of the export "", each of them empty
+    let option = option_bytes(option::LIST_META_CONTEXT, &queries);
+    let mut flood = greet(server.socket());
+    flood.write_all(&3_u32.to_be_bytes()).unwrap();
+    flood.write_all(&option_bytes(option::STRUCTURED_REPLY, &[])).unwrap();
+    assert_eq!(read_option_reply(&mut flood, option::STRUCTURED_REPLY).unwrap().0, option_reply::ACK);
+    let mut answers = flood.try_clone().unwrap();
+    let reader = thread::spawn(move || std::io::copy(&mut answers, &mut std::io::sink()));
+    let mut writer = flood.try_clone().unwrap();
+    let writer = thread::spawn(move || (0..4000).map_while(|_| writer.write_all(&option).ok()).count());
+    thread::sleep(Duration::from_millis(100));
+    for _ in 0..3 {
+        let begin = Instant::now();
+        assert_serves(&mut server, &content);
+        assert!(begin.elapsed() < Duration::from_secs(3), "a handshake took {:?}", begin.elapsed());
+        assert!(!writer.is_finished(), "the flood was over before");
+    }
+    flood.shutdown(std::net::Shutdown::Both).unwrap();
+    writer.join().unwrap();
+    let _ = reader.join().unwrap();
+}

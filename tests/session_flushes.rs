@@ -105,7 +105,7 @@ fn a_sync_that_fails_is_told_to_all_who_waited() {
     disk.sync_fails.store(true, Relaxed);
     disk.let_go(SYNC);
     for _ in 0..=MANY {
-        assert_eq!(client.reply().unwrap().error, errno::EIO);
+        assert_eq!(client.reply().unwrap().error, errno::ENOSPC);
     }
     client.disconnect();
     server.assert_clean();

@@ -40,24 +40,15 @@ impl Flushes {
                 return;
             }
         }
-        self.spawn(driver, workers);
-    }
-
-    fn spawn(self: &Arc<Self>, driver: &Arc<dyn BlockDriver>, workers: &Arc<Workers>) {
         let turn = Turn(Some(Arc::clone(self)));
         let (driver, its_workers) = (Arc::clone(driver), Arc::clone(workers));
         // A job that cannot be run is dropped, and its turn with it.
         drop(workers.spawn(Lane::Write, Box::new(move || turn.run(&driver, &its_workers))));
     }
-}
 
-/// The right to flush. If it goes unused, or in the midst of a panic, nobody is left waiting for it.
-struct Turn(Option<Arc<Flushes>>);
-
-impl Turn {
-    fn run(mut self, driver: &Arc<dyn BlockDriver>, workers: &Arc<Workers>) {
-        let Some(flushes) = self.0.as_ref().map(Arc::clone) else { return };
-        let mut answers = std::mem::take(&mut flushes.state.lock().waiting);
+    /// Does the next flush; returns whether another one is wanted by then.
+    fn do_next(&self, driver: &Arc<dyn BlockDriver>) -> bool {
+        let mut answers = std::mem::take(&mut self.state.lock().waiting);
         let result = driver.make_durable();
         let last = answers.pop();
         for answer in answers {
@@ -66,15 +57,23 @@ impl Turn {
         if let Some(last) = last {
             last(result);
         }
-        let is_wanted = {
-            let mut state = flushes.state.lock();
-            state.running = !state.waiting.is_empty();
-            state.running
-        };
-        self.0 = None;
-        if is_wanted {
-            flushes.spawn(driver, workers);
+        let mut state = self.state.lock();
+        state.running = !state.waiting.is_empty();
+        state.running
+    }
+}
+
+/// The right to flush. If it goes unused, or in the midst of a panic, nobody is left waiting for it.
+struct Turn(Option<Arc<Flushes>>);
+
+impl Turn {
+    fn run(mut self, driver: &Arc<dyn BlockDriver>, workers: &Arc<Workers>) {
+        // On this thread as long as more are wanted, which then need not queue behind later writes.
+        while self.0.as_ref().is_some_and(|flushes| flushes.do_next(driver)) {
+            let driver = Arc::clone(driver);
+            drop(workers.spawn(Lane::Write, Box::new(move || driver.tidy())));
         }
+        self.0 = None;
         driver.tidy();
     }
 }

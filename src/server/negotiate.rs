@@ -126,6 +126,8 @@ async fn negotiate(
     let mut input = Input::new(&server.handshake_budget);
     negotiation.greeting(&mut output);
     loop {
+        // A client that never has to be waited for must not keep all others from their turn, nor its own time from ending.
+        tokio::task::coop::consume_budget().await;
         send(&stream, &mut output).await?;
         let step = negotiation.step(input.bytes(), &exports, &mut output);
         input.consume(step.consumed);

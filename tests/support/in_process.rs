@@ -49,7 +49,7 @@ pub struct Disk {
     pub send_us: AtomicU64,
     pub read_us: AtomicU64,
     reads_in_place: bool,
-    /// How many syncs have begun, and how they end.
+    /// How many syncs have begun, and how they end: some fail with ENOSPC.
     pub syncs: AtomicU64,
     pub sync_fails: AtomicBool,
     pub sync_panics: AtomicBool,
@@ -227,7 +227,7 @@ impl Storage for Disk {
         self.wait_for(SYNC, SYNC + 1);
         assert!(!self.sync_panics.load(Ordering::Relaxed), "the panic of this test");
         if self.sync_fails.load(Ordering::Relaxed) {
-            return Err(io::Error::from_raw_os_error(libc::EIO));
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
         }
         self.inner.sync()
     }
