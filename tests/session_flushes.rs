@@ -41,22 +41,26 @@ fn wait_for_syncs(disk: &Disk, count: u64) {
     }
 }
 
-/// What the server has received before it answers this.
+/// Returns when the server has received all that the client sent before: by a write, which it answers meanwhile.
 fn is_received(client: &mut Client) {
     assert_eq!(client.ask(Request::new(command::WRITE, 0, 512), &[1; 512]).error, 0);
+}
+
+/// One flush is under way and holds still; so many more of the same client wait for the next.
+fn hold_one(disk: &Disk, client: &mut Client, more: usize) {
+    disk.hold(SYNC);
+    send_flushes(client, 1);
+    wait_for_syncs(disk, 1);
+    send_flushes(client, more);
+    is_received(client);
 }
 
 #[test]
 fn flushes_that_come_while_one_is_under_way_share_the_next() {
     let (disk, server) = server();
     let (mut one, mut other) = (connect(&server), connect(&server));
-    disk.hold(SYNC);
-    send_flushes(&mut one, 1);
-    wait_for_syncs(&disk, 1);
-    send_flushes(&mut one, MANY);
+    hold_one(&disk, &mut one, MANY);
     send_flushes(&mut other, MANY);
-    // A write that is answered while flushes wait.
-    is_received(&mut one);
     is_received(&mut other);
     assert_eq!(disk.syncs.load(Relaxed), 1, "a second one at the same time");
     disk.let_go(SYNC);
@@ -79,10 +83,7 @@ fn flushes_that_come_while_one_is_under_way_share_the_next() {
 fn a_flush_does_not_take_the_answer_of_one_that_began_before_it_came() {
     let (disk, server) = server();
     let mut client = connect(&server);
-    disk.hold(SYNC);
-    send_flushes(&mut client, 1);
-    wait_for_syncs(&disk, 1);
-    is_received(&mut client);
+    hold_one(&disk, &mut client, 0);
     send_flushes(&mut client, 1);
     is_received(&mut client);
     disk.let_go(SYNC);
@@ -97,11 +98,7 @@ fn a_flush_does_not_take_the_answer_of_one_that_began_before_it_came() {
 fn a_sync_that_fails_is_told_to_all_who_waited() {
     let (disk, server) = server();
     let mut client = connect(&server);
-    disk.hold(SYNC);
-    send_flushes(&mut client, 1);
-    wait_for_syncs(&disk, 1);
-    send_flushes(&mut client, MANY);
-    is_received(&mut client);
+    hold_one(&disk, &mut client, MANY);
     disk.sync_fails.store(true, Relaxed);
     disk.let_go(SYNC);
     for _ in 0..=MANY {
@@ -115,11 +112,7 @@ fn a_sync_that_fails_is_told_to_all_who_waited() {
 fn after_a_panic_nobody_is_left_waiting_and_the_next_flush_is_one() {
     let (disk, server) = server();
     let mut client = connect(&server);
-    disk.hold(SYNC);
-    send_flushes(&mut client, 1);
-    wait_for_syncs(&disk, 1);
-    send_flushes(&mut client, MANY);
-    is_received(&mut client);
+    hold_one(&disk, &mut client, MANY);
     disk.sync_panics.store(true, Relaxed);
     disk.let_go(SYNC);
     for _ in 0..=MANY {
@@ -135,9 +128,7 @@ fn after_a_panic_nobody_is_left_waiting_and_the_next_flush_is_one() {
 fn who_goes_while_flushes_wait_leaves_nothing_behind() {
     let (disk, server) = server();
     let (mut one, mut other) = (connect(&server), connect(&server));
-    disk.hold(SYNC);
-    send_flushes(&mut one, 1);
-    wait_for_syncs(&disk, 1);
+    hold_one(&disk, &mut one, 0);
     send_flushes(&mut other, MANY);
     is_received(&mut other);
     drop(other);
