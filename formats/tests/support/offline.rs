@@ -44,11 +44,12 @@ pub fn resize_failing(scene: &Scene, to: u64, fault: Fault) -> Failing {
     Failing { outcome, fired, files: files_of(&storages.image, storages.data.as_ref()) }
 }
 
-/// Lets every call fail in its turn, once and for good, as long as `fails` says that it came to be; returns how many did.
+/// Lets every call fail in its turn, once and for good, and once for want of room, as long as `fails` says that it
+/// came to be; returns how many did.
 pub fn each_call(mut fails: impl FnMut(Fault) -> bool) -> u64 {
     let mut failed = 0;
-    for sticky in [false, true] {
-        failed += (0..).take_while(|call| fails(Fault { sticky, ..Fault::at(*call) })).count() as u64;
+    for (sticky, errno) in [(false, libc::EIO), (true, libc::EIO), (false, libc::ENOSPC)] {
+        failed += (0..).take_while(|call| fails(Fault { sticky, errno, ..Fault::at(*call) })).count() as u64;
     }
     failed
 }
