@@ -417,7 +417,7 @@ fn a_flood_of_options_holds_up_nobodys_handshake() {
     for _ in 0..3 {
         let begin = Instant::now();
         assert_serves(&mut server, &content);
-        assert!(begin.elapsed() < Duration::from_secs(3), "a handshake took {:?}", begin.elapsed());
+        assert!(begin.elapsed() < Duration::from_secs(5), "a handshake took {:?}", begin.elapsed());
         assert!(!writer.is_finished(), "the flood was over before");
     }
     flood.shutdown(std::net::Shutdown::Both).unwrap();

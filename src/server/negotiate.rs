@@ -131,6 +131,10 @@ async fn negotiate(
         send(&stream, &mut output).await?;
         let step = negotiation.step(input.bytes(), &exports, &mut output);
         input.consume(step.consumed);
+        if step.consumed > INPUT_FLOOR_LEN {
+            // One that long takes as long as a hundred others.
+            tokio::task::yield_now().await;
+        }
         match step.next {
             Next::NeedMore => {
                 send(&stream, &mut output).await?;

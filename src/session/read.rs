@@ -95,11 +95,11 @@ impl Session {
             }
             runs = runs_of(&self.read_plan);
         }
-        self.copy_read(request, range, framing, &runs, may_wait).await
+        self.copy_read(request, range, framing, &runs, may_wait, sending == Sending::Now).await
     }
 
     /// Serves a read of this plan by copying what is in memory, if there is room for it, and by waiting for what is not,
-    /// if it `may_wait` for it to come there.
+    /// if it `may_wait` for it to come there. What `could_be_sent` is where it cannot be copied.
     async fn copy_read(
         &mut self,
         request: Request,
@@ -107,9 +107,10 @@ impl Session {
         framing: Framing,
         runs: &[Run],
         may_wait: bool,
+        could_be_sent: bool,
     ) -> Result<(), End> {
         if !self.out.make_room_for(framed_len(runs, framing)) {
-            if self.sending(runs, framing) == Sending::Now {
+            if could_be_sent && self.sending(runs, framing) == Sending::Now {
                 return self.send_read(request, framing, runs).await;
             }
             self.read_plan.reset();
@@ -123,7 +124,7 @@ impl Session {
             }
             Attempt::WouldWait => {
                 self.out.cut_back(mark);
-                if self.sending(runs, framing) == Sending::Now {
+                if could_be_sent && self.sending(runs, framing) == Sending::Now {
                     return self.send_read(request, framing, runs).await;
                 }
                 self.read_ahead_of_miss();
