@@ -6,6 +6,7 @@
 mod support;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
@@ -94,34 +95,31 @@ fn a_flush_does_not_take_the_answer_of_one_that_began_before_it_came() {
     server.assert_clean();
 }
 
-#[test]
-fn a_sync_that_fails_is_told_to_all_who_waited() {
+/// A flush that is under way and all that wait for the next end with this error when `fail` is set.
+fn all_fail(fail: impl Fn(&Disk) -> &AtomicBool, error: u32) {
     let (disk, server) = server();
     let mut client = connect(&server);
     hold_one(&disk, &mut client, MANY);
-    disk.sync_fails.store(true, Relaxed);
+    fail(&disk).store(true, Relaxed);
     disk.let_go(SYNC);
     for _ in 0..=MANY {
-        assert_eq!(client.reply().unwrap().error, errno::ENOSPC);
+        assert_eq!(client.reply().unwrap().error, error);
     }
+    fail(&disk).store(false, Relaxed);
+    // Nobody is left over, and the next flush is one.
+    client.flush();
     client.disconnect();
     server.assert_clean();
 }
 
 #[test]
-fn after_a_panic_nobody_is_left_waiting_and_the_next_flush_is_one() {
-    let (disk, server) = server();
-    let mut client = connect(&server);
-    hold_one(&disk, &mut client, MANY);
-    disk.sync_panics.store(true, Relaxed);
-    disk.let_go(SYNC);
-    for _ in 0..=MANY {
-        assert_eq!(client.reply().unwrap().error, errno::EIO);
-    }
-    disk.sync_panics.store(false, Relaxed);
-    client.flush();
-    client.disconnect();
-    server.assert_clean();
+fn a_sync_that_fails_is_told_to_all_who_waited() {
+    all_fail(|disk| &disk.sync_fails, errno::ENOSPC);
+}
+
+#[test]
+fn after_a_panic_nobody_is_left_waiting() {
+    all_fail(|disk| &disk.sync_panics, errno::EIO);
 }
 
 #[test]
