@@ -82,8 +82,8 @@ impl Reader {
         assert!(sent.len() < PASSES, "{what} after {PASSES} passes: {sent:?}");
     }
 
-    /// However slow that is.
-    fn is_always_sent(mut self) {
+    /// Uncopied, however slow that is.
+    fn assert_always_sent(mut self) {
         takes(&self.disk.send_us, SLOW_US);
         for _ in 0..12 {
             assert_eq!(self.pass(), DISK_LEN as u64);
@@ -129,10 +129,10 @@ fn replies_of_every_form_and_length_are_the_same_both_ways() {
 }
 
 #[test]
-fn what_does_not_fit_into_a_batch_is_always_sent() {
+fn what_does_not_fit_into_a_batch_assert_always_sent() {
     let mut reader = Reader::new(Wishes::STRUCTURED);
     reader.lens = vec![2 << 20];
-    reader.is_always_sent();
+    reader.assert_always_sent();
 }
 
 #[test]
@@ -154,7 +154,7 @@ fn holes_between_data_are_the_same_both_ways() {
 #[test]
 fn without_memory_nothing_is_copied() {
     let reader = Reader::of(Rng::fixed(33).bytes(DISK_LEN), Wishes::STRUCTURED, 0);
-    reader.is_always_sent();
+    reader.assert_always_sent();
 }
 
 #[test]
