@@ -15,6 +15,10 @@ use std::time::Duration;
 
 use crate::sync::{Arc, Condvar, Mutex, available_parallelism, thread};
 
+mod sequence;
+
+pub use sequence::Sequence;
+
 /// Most threads of each lane that waits for the disk: what a disk of today needs to be busy
 /// (16 gave the best cold reads in the prototype). Our choice.
 const IO_THREADS_MAX: usize = 16;
@@ -73,13 +77,16 @@ impl Workers {
     /// returns a job that has not been run (not always the same one, if others come at the same time);
     /// it must be run or dropped. A job that is dropped instead of being run has to answer on its drop.
     pub fn spawn(&self, lane: Lane, job: Job) -> Result<(), Job> {
-        let state = match lane {
+        LaneState::spawn(self.lane(lane), job)
+    }
+
+    fn lane(&self, lane: Lane) -> &Arc<LaneState> {
+        match lane {
             Lane::Read => &self.lanes[0],
             Lane::Write => &self.lanes[1],
             Lane::StorageWrite => &self.lanes[2],
             Lane::Compute => &self.lanes[3],
-        };
-        LaneState::spawn(state, job)
+        }
     }
 }
 
@@ -128,11 +135,14 @@ impl LaneState {
 
     fn work(&self) {
         while let Some(job) = self.next_job() {
-            // A job answers its submitter itself, on unwinding too; the thread goes on.
-            if catch_unwind(AssertUnwindSafe(job)).is_err() {
-                tracing::error!(lane = %self.name, "a job panicked; its request is answered with an error");
-            }
+            run(job, &self.name);
         }
+    }
+
+    /// Whether jobs wait for a thread, and none can be had for them.
+    fn is_waited_for(&self) -> bool {
+        let queue = self.queue.lock();
+        queue.threads >= self.threads_max && queue.jobs.len() > queue.idle
     }
 
     fn next_job(&self) -> Option<Job> {
@@ -153,6 +163,13 @@ impl LaneState {
                 return None;
             }
         }
+    }
+}
+
+/// A job answers its submitter itself, on unwinding too; the thread goes on.
+fn run(job: Job, lane: &str) {
+    if catch_unwind(AssertUnwindSafe(job)).is_err() {
+        tracing::error!(lane, "a job panicked; its request is answered with an error");
     }
 }
 
