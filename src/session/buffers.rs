@@ -1,6 +1,6 @@
-//! A session's two buffers: what has come from the socket, and what goes out with the next send.
+//! What has come from a session's socket. ([`replies`](super::replies) is what goes out.)
 //!
-//! Both grow while the session is busy, with leases from the budget for all beyond a small start, and
+//! Both buffers grow while the session is busy, with leases from the budget for all beyond a small start, and
 //! are given back when it has been idle. Neither is ever zeroed as a whole: the kernel provides the
 //! pages. They parse nothing.
 
@@ -18,20 +18,13 @@ const IN_LEN_START: usize = 64 << 10;
 /// Largest receive buffer (the prototype gained nothing beyond it).
 const IN_LEN_MAX: usize = 4 << 20;
 
-/// First size of the send buffer. Our choice.
-const OUT_LEN_START: usize = 64 << 10;
-
-/// Largest batch that leaves in one send (larger ones gained nothing in the prototype).
-pub const OUT_LEN_MAX: usize = 2 << 20;
-
-/// A batch that is to be encrypted takes no more replies once it holds so much: then it, its records and what the
-/// socket makes of them are still in a core's own cache when they are wanted again. Our choice: the usual large read,
-/// which then goes alone (against batches of 2 MiB it saved 5 to 8 % of the processor's time per byte).
-const SEALED_BATCH_LEN: usize = 256 << 10;
-
 /// Most bytes behind a payload that are moved when it is taken: a small part of what moving the payload itself
 /// would cost. Our choice.
 const MOVED_LEN_MAX: usize = 64 << 10;
+
+/// Memory of more than so many times a payload's length is not given away with it. Our choice: lengths of one client's
+/// requests differ by less.
+const OVERSIZE: usize = 8;
 
 /// A payload's header is received with it.
 const HEADER_LEN_MAX: usize = 32;
@@ -97,7 +90,7 @@ impl InBuf {
     /// come yet: until they have, nothing is received behind them, so that it need not be moved then. Returns whether
     /// there is memory for that.
     pub fn prepare_for(&mut self, len: usize) -> bool {
-        if self.lease.is_none() || self.bytes.capacity() < len {
+        if self.lease.is_none() || self.bytes.capacity() < len || self.is_oversized_for(len) {
             let Some(mut memory) = self.other_memory(len) else { return false };
             memory.bytes.extend_from_slice(self.bytes());
             self.replace(memory);
@@ -108,17 +101,30 @@ impl InBuf {
         true
     }
 
+    /// Whether the first `len` waiting bytes can be taken, as far as the memory that they are in goes.
+    pub fn can_take(&self, len: usize) -> bool {
+        let fits = self.len().checked_sub(len).is_some_and(|behind| behind <= MOVED_LEN_MAX);
+        fits && self.lease.is_some() && !self.is_oversized_for(len)
+    }
+
+    /// A few of such payloads would hold far more memory than they have bytes.
+    fn is_oversized_for(&self, len: usize) -> bool {
+        self.bytes.capacity() / OVERSIZE > len
+    }
+
     /// Takes the first `len` waiting bytes out with the memory that they are in, if there is other memory for what
-    /// comes next.
-    pub fn take_payload(&mut self, len: usize) -> Option<Payload> {
-        let behind = self.len().checked_sub(len).filter(|behind| *behind <= MOVED_LEN_MAX)?;
-        self.lease.as_ref()?;
+    /// comes next: that is expected to be as long, behind a header of `header_len`, and no more is received at first.
+    pub fn take_payload(&mut self, len: usize, header_len: usize) -> Option<Payload> {
+        if !self.can_take(len) {
+            return None;
+        }
+        let behind = self.len() - len;
         let mut other = self.other_memory(len + HEADER_LEN_MAX)?;
         let (start, end) = (self.start, self.start + len);
         other.bytes.extend_from_slice(self.bytes.get(end..end + behind)?);
         let memory = self.replace(other);
-        // What comes next may be another one. More than this behind its header would have to be moved.
-        self.limit = Some(MOVED_LEN_MAX);
+        // What comes behind it would have to be moved.
+        self.limit = Some(header_len + len);
         Some(Payload::new(memory, start..end, &self.spares))
     }
 
@@ -185,11 +191,9 @@ impl InBuf {
         if size > IN_LEN_MAX {
             return None;
         }
-        let spare = self.spares.take();
-        if let Some(spare) = spare
-            && spare.bytes.capacity() >= len
-        {
-            return Some(spare);
+        let spare = self.spares.take(len..=len.saturating_mul(OVERSIZE));
+        if spare.is_some() {
+            return spare;
         }
         if self.budget.is_scarce() {
             return None;
@@ -222,131 +226,15 @@ impl InBuf {
         let (len, lease) = sized(&self.budget, len, self.bytes.capacity());
         if len > self.bytes.capacity() {
             self.bytes.reserve_exact(len - self.bytes.len());
-            if lease.is_some() {
-                self.lease = lease;
-            }
-        }
-    }
-}
-
-/// Replies that wait to be sent.
-pub struct OutBuf {
-    budget: Arc<Budget>,
-    memory: Vec<u8>,
-    used: usize,
-    sent: usize,
-    /// A batch that holds so much is full.
-    full_len: usize,
-    lease: Option<Lease>,
-}
-
-impl OutBuf {
-    /// An empty buffer without memory, whose bytes are `encrypted` when they are sent.
-    pub fn new(budget: Arc<Budget>, encrypted: bool) -> Self {
-        let full_len = if encrypted { SEALED_BATCH_LEN } else { OUT_LEN_MAX };
-        OutBuf { budget, memory: Vec::new(), used: 0, sent: 0, full_len, lease: None }
-    }
-
-    /// Number of bytes that wait to be sent.
-    pub fn len(&self) -> usize {
-        self.used - self.sent
-    }
-
-    /// Whether nothing waits.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Whether `len` more bytes fit into this batch, growing as far as the budget allows.
-    pub fn make_room_for(&mut self, len: usize) -> bool {
-        let Some(wanted) = self.used.checked_add(len) else { return false };
-        if self.used >= self.full_len || wanted > OUT_LEN_MAX {
-            return false;
-        }
-        if wanted <= self.memory.len() {
-            return true;
-        }
-        let (size, lease) =
-            sized(&self.budget, wanted.next_power_of_two().max(OUT_LEN_START), self.memory.len());
-        if size < wanted {
-            return false;
-        }
-        let mut memory = vec![0; size];
-        memory[..self.used].copy_from_slice(&self.memory[..self.used]);
-        self.memory = memory;
-        if lease.is_some() {
+            // Without one it is within the floor, whatever it had.
             self.lease = lease;
-        }
-        true
-    }
-
-    /// The room for `len` bytes behind what is used, which [`push`](Self::push) then makes part of the
-    /// batch. `None` unless `make_room_for` said that it is there.
-    pub fn room(&mut self, len: usize) -> Option<&mut [u8]> {
-        let end = self.used.checked_add(len)?;
-        self.memory.get_mut(self.used..end)
-    }
-
-    /// Adds the first `len` bytes of the room to the batch.
-    pub fn push(&mut self, len: usize) {
-        self.used = self.used.saturating_add(len).min(self.memory.len());
-    }
-
-    /// Adds `bytes`, for which there must be room; returns whether there was.
-    pub fn put(&mut self, bytes: &[u8]) -> bool {
-        match self.room(bytes.len()) {
-            Some(room) => {
-                room.copy_from_slice(bytes);
-                self.push(bytes.len());
-                true
-            }
-            None => false,
-        }
-    }
-
-    /// The end of the batch, for [`cut_back`](Self::cut_back).
-    pub fn mark(&self) -> usize {
-        self.used
-    }
-
-    /// Takes back all that was pushed since `mark`.
-    pub fn cut_back(&mut self, mark: usize) {
-        self.used = self.used.min(mark);
-    }
-
-    /// Sends as much as the socket takes, once; returns whether all of it is gone. With `more` the
-    /// network may wait for what is sent next.
-    pub fn send(&mut self, socket: &Stream, more: bool) -> io::Result<bool> {
-        if let Some(bytes) = self.memory.get(self.sent..self.used)
-            && !bytes.is_empty()
-        {
-            self.sent += socket.send(bytes, more)?;
-        }
-        if self.sent < self.used {
-            return Ok(false);
-        }
-        self.sent = 0;
-        self.used = 0;
-        Ok(true)
-    }
-
-    /// Whether there is anything to give back.
-    pub fn has_memory(&self) -> bool {
-        !self.memory.is_empty()
-    }
-
-    /// Gives the memory back if nothing waits in it.
-    pub fn release(&mut self) {
-        if self.is_empty() {
-            self.memory = Vec::new();
-            self.lease = None;
         }
     }
 }
 
 /// What a buffer may grow to from `now` bytes when it wants `wanted`, and the lease for it: up to the
 /// floor none is needed.
-fn sized(budget: &Arc<Budget>, wanted: usize, now: usize) -> (usize, Option<Lease>) {
+pub(super) fn sized(budget: &Arc<Budget>, wanted: usize, now: usize) -> (usize, Option<Lease>) {
     if wanted <= FLOOR_LEN {
         return (wanted, None);
     }
@@ -359,7 +247,8 @@ fn sized(budget: &Arc<Budget>, wanted: usize, now: usize) -> (usize, Option<Leas
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::{Read, Write};
+    use crate::session::replies::OutBuf;
+    use std::io::Write;
     use std::os::unix::net::UnixStream;
 
     #[test]
@@ -388,9 +277,6 @@ mod tests {
         let mut input = InBuf::new(Budget::new(0), Vec::new());
         assert!(input.make_room_for(FLOOR_LEN));
         assert!(!input.make_room_for(FLOOR_LEN + 1));
-        let mut out = OutBuf::new(Budget::new(0), false);
-        assert!(out.make_room_for(FLOOR_LEN));
-        assert!(!out.make_room_for(FLOOR_LEN + 1));
     }
 
     #[test]
@@ -412,7 +298,7 @@ mod tests {
                 }
                 input.consume(if taken.is_empty() { 4 } else { 0 });
                 assert_eq!(input.len(), len, "more than was expected");
-                taken.push(input.take_payload(len).unwrap());
+                taken.push(input.take_payload(len, 0).unwrap());
                 assert!(input.prepare_for(len));
             }
         });
@@ -445,43 +331,50 @@ mod tests {
             }
         });
         let others = budget.try_lease(64 << 10).unwrap();
-        assert!(input.take_payload(len).is_none(), "more than half of the budget is leased");
+        assert!(input.take_payload(len, 0).is_none(), "more than half of the budget is leased");
         drop(others);
         assert!(input.bytes() == vec![7; len], "what was not taken is still there");
-        assert!(input.take_payload(len).is_some());
+        assert!(input.take_payload(len, 0).is_some());
     }
 
-    #[test]
-    fn out_buffer_sends_exactly_what_was_pushed() {
+    /// Receives `bytes` bytes, which `buf` has room for.
+    fn fill(input: &mut InBuf, bytes: usize) {
         let (mut here, there) = UnixStream::pair().unwrap();
+        there.set_nonblocking(true).unwrap();
         let there = Stream::Unix(there);
-        let mut out = OutBuf::new(Budget::new(64 << 20), false);
-        assert!(out.make_room_for(10));
-        assert!(out.put(b"abc"));
-        let mark = out.mark();
-        assert!(out.put(b"wrong"));
-        out.cut_back(mark);
-        out.room(3).unwrap().copy_from_slice(b"def");
-        out.push(3);
-        assert!(out.send(&there, false).unwrap());
-        drop(there);
-        let mut got = String::new();
-        here.read_to_string(&mut got).unwrap();
-        assert_eq!(got, "abcdef");
-        out.release();
-        assert!(out.is_empty());
+        std::thread::scope(|scope| {
+            scope.spawn(|| here.write_all(&vec![5; bytes]).unwrap());
+            while input.len() < bytes {
+                let _ = input.receive(&there);
+            }
+        });
     }
 
     #[test]
-    fn an_encrypted_batch_is_short_but_takes_a_long_reply() {
-        let mut out = OutBuf::new(Budget::new(64 << 20), true);
-        assert!(out.make_room_for(16) && out.put(&[0; 16]));
-        assert!(out.make_room_for(1 << 20), "a reply behind the header of a stream");
-        out.push(1 << 20);
-        assert!(!out.make_room_for(1), "it should be sent first");
-        out.cut_back(0);
-        assert!(!out.make_room_for(OUT_LEN_MAX + 1));
-        assert!(out.make_room_for(OUT_LEN_MAX));
+    fn a_payload_takes_no_more_memory_with_it_than_is_leased() {
+        let budget = Budget::new(64 << 20);
+        let mut input = InBuf::new(Arc::clone(&budget), Vec::new());
+        assert!(input.prepare_for(32 << 10));
+        // A small request in between lets the buffer grow to what needs no lease.
+        fill(&mut input, 100);
+        input.consume(100);
+        assert!(input.make_room_for(FLOOR_LEN));
+        fill(&mut input, 32 << 10);
+        assert!(input.take_payload(32 << 10, 0).is_none());
+        assert_eq!(budget.left_len(), 64 << 20);
+    }
+
+    #[test]
+    fn a_short_payload_does_not_take_a_large_buffer_with_it() {
+        let budget = Budget::new(64 << 20);
+        let mut input = InBuf::new(Arc::clone(&budget), Vec::new());
+        assert!(input.make_room_for(4 << 20));
+        fill(&mut input, 64 << 10);
+        assert!(!input.can_take(64 << 10) && input.take_payload(64 << 10, 0).is_none());
+        // The next one is received into less.
+        input.consume(60 << 10);
+        assert!(input.prepare_for(64 << 10));
+        assert_eq!((input.len(), budget.left_len()), (4 << 10, (64 << 20) - (64 << 10)));
     }
 
     #[test]

@@ -13,13 +13,14 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::ahead::Ahead;
-use super::buffers::{InBuf, OutBuf};
+use super::buffers::InBuf;
 use super::end::End;
-use super::large_writes::Streaming;
+use super::large_writes::LargeWrites;
 use super::linger::Linger;
 use super::pending::{Arrival, PENDING_MAX, Pending, Work};
 use super::poll::Poller;
 use super::refuse::{Refused, shutdown};
+use super::replies::OutBuf;
 use super::shard::{SessionCell, Shard};
 use super::shards::Connection;
 use super::uncopied::Uncopied;
@@ -70,8 +71,7 @@ pub struct Session {
     pub(super) linger: Linger,
     pub(super) ahead: Ahead,
     pub(super) uncopied: Uncopied,
-    /// While the session's writes are large ones that workers may carry out.
-    pub(super) streaming: Option<Streaming>,
+    pub(super) large_writes: LargeWrites,
     /// Reads whose bytes have come into memory.
     arrived: Vec<(Request, Arrival)>,
     /// Requests since the last park.
@@ -118,7 +118,7 @@ impl Session {
             linger: Linger::default(),
             ahead: Ahead::default(),
             uncopied: Uncopied::new(),
-            streaming: None,
+            large_writes: LargeWrites::new(),
             arrived: Vec::new(),
             batch: 0,
             unsent: 0,
@@ -176,6 +176,7 @@ impl Session {
         self.cell.idle.set(false);
         let now = Instant::now();
         self.shard.activity.note(self.cell.id, now);
+        self.end_large_writes(now);
         self.answer_ready().await?;
         let needs = match self.work().await {
             Ok(needs) => needs,
@@ -442,7 +443,7 @@ impl Session {
             match tokio::time::timeout(self.shard.times.stall, self.socket.writable()).await {
                 Ok(ready) => return ready.map(drop).map_err(End::Socket),
                 Err(_) if self.shard.budget.is_scarce() => return Err(End::Stalled),
-                Err(_) => {}
+                Err(_) => self.large_writes.rest(),
             }
         }
     }

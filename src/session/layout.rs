@@ -5,7 +5,7 @@
 use nbd_img_formats::{Error, ErrorKind, Place, ReadPlan};
 use smallvec::SmallVec;
 
-use super::buffers::OutBuf;
+use super::replies::OutBuf;
 use crate::nbd::reply::{self, ReplyTo};
 
 /// Shorter runs of zeroes are sent as data: a chunk of their own costs more than they do. The smallest cluster of any

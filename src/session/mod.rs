@@ -9,6 +9,7 @@
 //! | `large_writes` | those that workers carry out while the session receives the next ones |
 //! | `ahead` | what a client that reads from front to back will want next |
 //! | `uncopied` | whether sending large reads uncopied is the faster way |
+//! | `ways` | which of two ways is the faster one, by trying |
 //! | `cold` | planning reads, and the tables that this takes |
 //! | `decompress` | compressed clusters, on all cores and ahead of the client |
 //! | `refuse` | requests that are refused |
@@ -16,7 +17,7 @@
 //! | `encrypted` | what TLS adds to sending and receiving |
 //! | [`pending`] | requests that wait for the disk |
 //! | `submit` | handing their operations to storages in batches |
-//! | [`buffers`], [`payload`], [`budget`] | their memory |
+//! | [`buffers`], [`replies`], [`payload`], [`budget`] | their memory |
 //! | [`times`] | how long sessions wait for their clients |
 //! | [`poll`] | looking at a socket a little longer before sleeping |
 //! | `linger` | leaving a socket alone for a moment, so that requests gather |
@@ -45,6 +46,7 @@ pub mod poll;
 mod read;
 mod refuse;
 mod registration;
+pub mod replies;
 mod sendfile;
 pub mod shard;
 pub mod shards;
@@ -53,6 +55,7 @@ mod submit;
 pub mod times;
 mod uncopied;
 pub mod watch;
+mod ways;
 mod write;
 
 pub use budget::{BUDGET_LEN_DEFAULT, Budget};

@@ -39,8 +39,8 @@ impl Session {
         if needs == Needs::Input && self.poll_socket(batch, begin)? {
             return Ok(());
         }
-        if self.streaming.is_some() && self.input.payload_count() == 0 {
-            self.end_streaming();
+        if self.shard.budget.is_scarce() {
+            self.input.forget_payloads();
         }
         self.note_memory();
         loop {
@@ -119,6 +119,7 @@ impl Session {
 
     fn release_if_idle(&mut self) {
         if self.cell.idle.get() && self.cell.pending.borrow().is_empty() {
+            self.large_writes.rest();
             self.input.release();
             self.out.release();
             self.scratch = Vec::new();

@@ -1,6 +1,6 @@
 //! Payloads that are taken out of a receive buffer with the memory that they came in, and the way of that memory back.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::{Arc, Weak};
 
 use nbd_img_formats::sync::Mutex;
@@ -28,9 +28,17 @@ pub struct Memory {
 pub struct Spares(Mutex<Vec<Memory>>);
 
 impl Spares {
-    /// One of them, whatever its size.
-    pub fn take(&self) -> Option<Memory> {
-        self.0.lock().pop()
+    /// One of them with such a size, the one that came back last. If there is none, one of the others is given back, so
+    /// that they never are more than were wanted at a time.
+    pub fn take(&self, sizes: RangeInclusive<usize>) -> Option<Memory> {
+        let mut spares = self.0.lock();
+        match spares.iter().rposition(|memory| sizes.contains(&memory.bytes.capacity())) {
+            Some(index) => Some(spares.remove(index)),
+            None => {
+                spares.pop();
+                None
+            }
+        }
     }
 
     /// Gives all of them back; returns whether there were any.

@@ -11,7 +11,6 @@ use nbd_img_formats::{BlockDriver, Error, ErrorKind, GuestRange, Place};
 use smallvec::SmallVec;
 
 use super::budget::FLOOR_LEN;
-use super::buffers::{OUT_LEN_MAX, OutBuf};
 use super::decompress::{is_decompressed, join_compressed};
 use super::end::End;
 use super::engine::Session;
@@ -20,6 +19,7 @@ use super::layout::{
     runs_of,
 };
 use super::pending::{Arrival, Part, PartBytes, Pending, Work};
+use super::replies::{OUT_LEN_MAX, OutBuf};
 use super::sendfile::Sending;
 use crate::nbd::reply::{self, ReplyTo};
 use crate::nbd::request::{CommandFlags, Request};

@@ -17,11 +17,11 @@ use nbd_img_formats::workers::Lane;
 use nbd_img_formats::{BlockDriver, Error, GuestRange, HostOffset, HostRange, Place, ReadPlan, Storage};
 use tokio::io::Interest;
 
-use super::buffers::OUT_LEN_MAX;
 use super::end::End;
 use super::engine::Session;
 use super::layout::{Framing, Run, chunks};
 use super::pending::{Arrival, Work};
+use super::replies::OUT_LEN_MAX;
 use crate::nbd::errno::NbdError;
 use crate::nbd::reply;
 use crate::nbd::request::Request;

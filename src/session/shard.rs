@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nbd_img_formats::storage::{BufPool, Completed, IoBuf, Queue};
-use nbd_img_formats::workers::{Job, Lane, Workers};
+use nbd_img_formats::workers::{Job, Lane, Sequence, Workers};
 use nbd_img_formats::{BlockDriver, Effort, Error, ErrorKind, GuestRange, Result};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
@@ -164,14 +164,25 @@ impl Shard {
         drop(self.workers.spawn(lane, self.job(export, lane, token, buf, work)));
     }
 
-    /// As [`call`](Self::call), for what may be done here where there is no worker for it.
-    pub fn call_or_run<F>(&self, export: &Export, lane: Lane, token: u64, buf: IoBuf, work: F)
+    /// Has `work` done behind what was given to `writes` before, here where there is no worker for it; the answer comes to
+    /// the queue under `token`, whatever happens.
+    pub fn call_in_turn<F>(&self, writes: &Arc<Sequence>, token: u64, work: F)
     where
-        F: FnOnce(&Arc<dyn BlockDriver>, &mut IoBuf) -> Result<usize> + Send + 'static,
+        F: FnOnce() -> Result<usize> + Send + 'static,
     {
-        if let Err(job) = self.workers.spawn(lane, self.job(export, lane, token, buf, work)) {
+        let answer = self.answer(token, IoBuf::default());
+        let job = Box::new(move || {
+            let mut answer = answer;
+            answer.result = Some(work());
+        });
+        if let Err(job) = writes.push(job) {
             job();
         }
+    }
+
+    /// The threads that may wait.
+    pub fn workers(&self) -> &Workers {
+        &self.workers
     }
 
     /// Flushes `export`; its answer comes to the queue under `token`, whatever happens.

@@ -28,7 +28,7 @@ impl Session {
         let total = header_len + len;
         let for_worker = self.is_for_worker(&request);
         if self.input.len() < total {
-            if for_worker && self.input.prepare_for(total) {
+            if for_worker && self.large_writes.are_given() && self.input.prepare_for(total) {
                 return Ok(false);
             }
             if self.input.make_room_for(total) {
@@ -43,6 +43,9 @@ impl Session {
             return Ok(true);
         }
         self.write_payload(request).await?;
+        if for_worker {
+            self.note_written_here(&request);
+        }
         self.input.consume(len);
         Ok(true)
     }
@@ -114,11 +117,12 @@ impl Session {
         let payload = self.input.bytes().get(..len).unwrap_or_default();
         let plan = &self.write_plan;
         let written = match self.cell.export.in_place().writes {
-            // Behind a worker's write of this session it may wait for the file's lock, which says nothing of the disk.
-            InPlace::Ask if self.input.payload_count() == 0 => {
-                self.shard.watch.observe(|| write_pieces(&driver, plan, payload))
+            InPlace::Ask => {
+                // It may wait for the file's lock behind a worker's write of this session.
+                let waits = self.input.payload_count() > 0;
+                self.shard.watch.observe(range.len(), waits, || write_pieces(&driver, plan, payload))
             }
-            InPlace::Ask | InPlace::Always | InPlace::Never => write_pieces(&driver, plan, payload),
+            InPlace::Always | InPlace::Never => write_pieces(&driver, plan, payload),
         };
         let finished = driver.finish_write(&mut self.write_plan, written.is_ok());
         Some(written.and(finished))
@@ -296,11 +300,17 @@ impl Session {
     }
 }
 
-fn has_slow(plan: &WritePlan) -> bool {
+/// Whether anything of it waits for more than its storages.
+pub(super) fn has_slow(plan: &WritePlan) -> bool {
     plan.pieces.iter().any(|piece| !matches!(piece.place, Place::Data { .. }))
 }
 
-fn write_pieces(driver: &Arc<dyn BlockDriver>, plan: &WritePlan, payload: &[u8]) -> Result<(), Error> {
+/// Writes the pieces of a plan without slow ones.
+pub(super) fn write_pieces(
+    driver: &Arc<dyn BlockDriver>,
+    plan: &WritePlan,
+    payload: &[u8],
+) -> Result<(), Error> {
     let mut rest = payload;
     for piece in plan.pieces.iter() {
         let len = usize::try_from(piece.len).unwrap_or(usize::MAX).min(rest.len());
