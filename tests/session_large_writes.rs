@@ -31,8 +31,8 @@ const DISK_LEN: usize = 48 * MIB;
 const EIO: u32 = 5;
 /// What a write takes where it is to be the slower way.
 const SLOW_US: u64 = 3000;
-/// The same where a millisecond would have the disk taken for one that makes writers wait.
-const WATCHED_SLOW_US: u64 = 300;
+/// The same where two milliseconds would have the disk taken for one that makes writers wait.
+const WATCHED_SLOW_US: u64 = 1000;
 /// Longer than the first such time.
 const WATCH_TIME: Duration = Duration::from_millis(150);
 /// What is written once to see which way writes go, behind what the tests write.
@@ -40,8 +40,8 @@ const PASS_LEN: usize = 16 * MIB;
 const PASS_AT: usize = 16 * MIB;
 /// No trial has so much of a pass go one way.
 const MOST_LEN: u64 = 14 << 20;
-/// More passes than a choice takes, and the time until it is made again.
-const PASSES: usize = 128;
+/// More than anything here takes.
+const LONG: Duration = Duration::from_secs(120);
 const DEPTH: usize = 8;
 
 /// Workers are for as many sessions as half of the processors, counted over the process.
@@ -99,19 +99,22 @@ fn pass(client: &mut Client, disk: &Disk, len: usize) -> u64 {
 
 /// Writes on until passes go as `wanted`.
 fn passes_until(what: &str, client: &mut Client, disk: &Disk, len: usize, wanted: impl Fn(u64) -> bool) {
-    let given: Vec<u64> =
-        (0..PASSES).map_while(|_| Some(pass(client, disk, len)).filter(|given| !wanted(*given))).collect();
-    assert!(given.len() < PASSES, "{what} after {PASSES} passes: {given:?}");
+    let (begin, mut given) = (Instant::now(), Vec::new());
+    // A single one may be the pause of a trial.
+    while !matches!(given[..], [.., last, other] if wanted(last) && wanted(other)) {
+        assert!(begin.elapsed() < LONG, "{what}, bytes by workers: {given:?}");
+        given.push(pass(client, disk, len));
+    }
 }
 
 /// Has the session find out that a worker is the faster one, which it is only as long as that takes.
 fn bring_worker_in(client: &mut Client, disk: &Disk) {
-    bring_worker_in_by(client, disk, MIB, SLOW_US);
+    bring_worker_in_by(client, disk, SLOW_US);
 }
 
-fn bring_worker_in_by(client: &mut Client, disk: &Disk, len: usize, slow_us: u64) {
+fn bring_worker_in_by(client: &mut Client, disk: &Disk, slow_us: u64) {
     disk.write_here_us.store(slow_us, Ordering::Relaxed);
-    passes_until("no worker", client, disk, len, |given| given >= MOST_LEN);
+    passes_until("no worker", client, disk, MIB, |given| given >= MOST_LEN);
     disk.write_here_us.store(0, Ordering::Relaxed);
 }
 
@@ -196,7 +199,7 @@ fn reads_pass_writes_that_a_slow_disk_holds_up() {
     let disk = Disk::watched_to_write(&vec![0; DISK_LEN]);
     let server = InProcess::serve(disk.clone(), 256 * MIB);
     let (socket, mut client) = connect(&server);
-    bring_worker_in_by(&mut client, &disk, 64 << 10, WATCHED_SLOW_US);
+    bring_worker_in_by(&mut client, &disk, WATCHED_SLOW_US);
     let mut rng = Rng::fixed(6);
     let passed = (0..10).any(|_| {
         // Whatever was slow before is forgotten, so that a worker has the first of them.
@@ -257,7 +260,7 @@ fn streams_of_mixed_requests_are_right_with_and_without_memory() {
         client.disconnect();
         server.assert_clean();
         let given = disk.given_len.load(Ordering::Relaxed) - before;
-        assert!(!has_memory || given > DISK_LEN as u64, "{given} bytes by workers");
+        assert!(!has_memory || given > DISK_LEN as u64 / 4, "{given} bytes by workers");
     }
 }
 
@@ -269,9 +272,9 @@ fn a_worker_that_is_the_slower_way_is_left_and_its_memory_given_back() {
     let (_socket, mut client) = connect(&server);
     bring_worker_in(&mut client, &disk);
     disk.write_given_us.store(SLOW_US, Ordering::Relaxed);
-    passes_until("still a worker", &mut client, &disk, MIB, |given| given == 0);
-    let leased = 256 * MIB - server.budget.left_len();
-    assert!(leased <= 4 * MIB, "{leased} bytes are held");
+    passes_until("still a worker, or its memory", &mut client, &disk, MIB, |given| {
+        given == 0 && 256 * MIB - server.budget.left_len() <= 4 * MIB
+    });
     client.disconnect();
     server.assert_clean();
 }
@@ -286,6 +289,7 @@ fn a_write_that_fails_on_a_worker_fails_alone() {
     disk.fails_from.store(8 * MIB as u64, Ordering::Relaxed);
     let data = Rng::fixed(4).bytes(12 * MIB);
     let (cookies, all) = writes(&mut client, &data, 12);
+    let before = disk.given_len.load(Ordering::Relaxed);
     client.stream().write_all(&all).unwrap();
     for _ in 0..12 {
         let reply = client.reply().unwrap();
@@ -296,6 +300,7 @@ fn a_write_that_fails_on_a_worker_fails_alone() {
     let mut expected = data;
     expected[8 * MIB..].fill(0);
     assert_same("the disk", &client.read(0, 12 * MIB), &expected);
+    assert!(disk.given_len.load(Ordering::Relaxed) > before, "no worker had any");
     client.disconnect();
     server.assert_clean();
 }
@@ -346,8 +351,10 @@ fn nobody_has_a_worker_where_more_sessions_write_large_requests_than_have_two_pr
     bring_worker_in(&mut client, &disk);
     let data = vec![0; 64 << 10];
     for client in &mut clients {
-        client.send(Request::new(command::WRITE, 0, data.len()), &data).unwrap();
-        assert_eq!(client.reply().unwrap().error, 0);
+        for _ in 0..2 {
+            client.send(Request::new(command::WRITE, 0, data.len()), &data).unwrap();
+            assert_eq!(client.reply().unwrap().error, 0);
+        }
     }
     assert_eq!(pass(&mut client, &disk, 64 << 10), 0);
     // They count no more when they rest.

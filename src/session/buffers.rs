@@ -337,7 +337,7 @@ mod tests {
         assert!(input.take_payload(len, 0).is_some());
     }
 
-    /// Receives `bytes` bytes, which `buf` has room for.
+    /// Receives `bytes` bytes, for which there is room.
     fn fill(input: &mut InBuf, bytes: usize) {
         let (mut here, there) = UnixStream::pair().unwrap();
         there.set_nonblocking(true).unwrap();

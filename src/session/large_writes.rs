@@ -41,6 +41,8 @@ const GIVING: Rule = Rule {
     window_len: 6 << 20,
     settle_len: 2 << 20,
     pairs: 4,
+    // The first memory that is given away is new, and costs a page fault for every 4 KiB.
+    clear_pairs: 2,
 };
 
 /// Most writes of a session that wait for its worker or are carried out: with four the worker had to wait for the session.
@@ -59,8 +61,8 @@ const TRUST: u32 = 16;
 /// times what the largest takes where it does not wait.
 const WAIT_TIME_MAX: Duration = Duration::from_millis(10);
 
-/// How long a session that has written nothing large still counts among those that do. Our choice: longer than the pauses of
-/// clients that go on.
+/// How long a session that has written nothing large still counts among those that do, and until it sleeps for long if it does
+/// nothing at all. Our choice: longer than the pauses of clients that go on.
 const STREAMING_TIME: Duration = Duration::from_millis(100);
 
 /// Sessions of the process that write large requests.
@@ -70,19 +72,19 @@ static STREAMING: AtomicUsize = AtomicUsize::new(0);
 pub(super) struct LargeWrites {
     giving: Ways,
     writes: Option<Arc<Sequence>>,
-    /// So many writes are given to a worker that has nothing to do although nothing has come behind them.
+    /// So many writes are given to a worker that has nothing to do although nothing may have come behind them.
     trust: u32,
+    /// When the last was begun to be served, if there may be memory left of it.
+    last: Option<Instant>,
     streaming: Option<Streaming>,
 }
 
 /// Counts a session among those that write large requests until it is dropped.
-struct Streaming {
-    last: Instant,
-}
+struct Streaming(());
 
 impl LargeWrites {
     pub(super) fn new() -> Self {
-        LargeWrites { giving: Ways::new(&GIVING), writes: None, trust: 0, streaming: None }
+        LargeWrites { giving: Ways::new(&GIVING), writes: None, trust: 0, last: None, streaming: None }
     }
 
     /// Whether the session's large writes go to a worker now, as far as can be told before one is there.
@@ -92,11 +94,13 @@ impl LargeWrites {
 
     /// Whether the next one does, of `len` bytes, which is about to be served at `now`.
     fn is_given(&mut self, len: u64, now: Instant) -> bool {
-        match &mut self.streaming {
-            Some(streaming) => streaming.last = now,
-            None => self.streaming = Some(Streaming::begin(now)),
+        let goes_on = self.last.is_some() && !self.are_over(now);
+        self.last = Some(now);
+        // One now and then keeps no processor busy.
+        if goes_on && self.streaming.is_none() {
+            self.streaming = Some(Streaming::begin());
         }
-        self.giving.takes_other(len, has_room(), now)
+        self.giving.takes_other(len, self.streaming.is_some() && has_room(), now)
     }
 
     /// Whether a client that has had several requests under way is taken to have so still.
@@ -106,22 +110,21 @@ impl LargeWrites {
         trusts
     }
 
-    /// The session has done nothing for long.
+    /// The session is none of those that write large requests, for now.
     pub(super) fn rest(&mut self) {
         self.streaming = None;
     }
 
-    /// Whether it has written nothing large for a while, and has not rested since.
+    /// Whether the last was long ago.
     fn are_over(&self, now: Instant) -> bool {
-        let since = |streaming: &Streaming| now.saturating_duration_since(streaming.last);
-        self.streaming.as_ref().is_some_and(|streaming| since(streaming) > STREAMING_TIME)
+        self.last.is_some_and(|last| now.saturating_duration_since(last) > STREAMING_TIME)
     }
 }
 
 impl Streaming {
-    fn begin(now: Instant) -> Self {
+    fn begin() -> Self {
         STREAMING.fetch_add(1, Ordering::Relaxed);
-        Streaming { last: now }
+        Streaming(())
     }
 }
 
@@ -218,7 +221,8 @@ impl Session {
         Some(Arc::clone(writes))
     }
 
-    /// The write at the head of the input, which a worker could have had, was carried out here, and is not answered yet.
+    /// The write at the head of the input, which a worker could have had, has been served without one; its reply has not been
+    /// sent if it was written here.
     pub(super) fn note_written_here(&mut self, request: &Request) {
         if self.large_writes.are_given() && self.is_followed(request) {
             self.large_writes.trust = TRUST;
@@ -252,6 +256,7 @@ impl Session {
     pub(super) fn end_large_writes(&mut self, now: Instant) {
         if self.large_writes.are_over(now) && self.input.payload_count() == 0 {
             self.large_writes.rest();
+            self.large_writes.last = None;
             self.input.forget_payloads();
         }
     }

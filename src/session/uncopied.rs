@@ -20,6 +20,7 @@ const COPYING: Rule = Rule {
     window_len: 16 << 20,
     settle_len: 8 << 20,
     pairs: 3,
+    clear_pairs: 1,
 };
 
 /// What one session has found out.

@@ -45,13 +45,18 @@ impl WriteWatch {
         until == 0 || self.now_ms(Instant::now()) >= until
     }
 
-    /// Does a write in place of `len` bytes, and takes note of how long it took. Others of its file may be under way, which
-    /// it `waits` for.
+    /// Does a write of `len` bytes, and takes note of how long it took. Others of the same session may be under way by a
+    /// worker, for which it `waits` then. (Of other sessions' nothing is known here.)
     pub fn observe<T>(&self, len: u64, waits: bool, write: impl FnOnce() -> T) -> T {
         let begin = Instant::now();
         let result = write();
         let end = Instant::now();
-        self.note(end, end.saturating_duration_since(begin) > slow_time(len, waits));
+        let took = end.saturating_duration_since(begin);
+        if took > slow_time(len, waits) {
+            self.note(end, true);
+        } else if took <= slow_time(len, false) {
+            self.note(end, false);
+        }
         result
     }
 
@@ -61,8 +66,9 @@ impl WriteWatch {
     }
 
     fn note(&self, now: Instant, slow: bool) {
-        if self.now_ms(now) < self.until_ms.load(Ordering::Relaxed) {
-            // It was begun before a slow one had ended, and tells nothing new.
+        let until = self.until_ms.load(Ordering::Relaxed);
+        if until != 0 && self.now_ms(now) < until {
+            // It was handed to a worker before the slow one had ended, and tells nothing new.
             return;
         }
         if slow {

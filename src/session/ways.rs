@@ -23,6 +23,8 @@ pub(super) struct Rule {
     /// Pairs of windows, one each way, whose times are added up. Several, for a scheduler adds to one what it does not add to
     /// another.
     pub(super) pairs: u32,
+    /// After so many of them it is over if either way is the faster by far.
+    pub(super) clear_pairs: u32,
 }
 
 /// Moved between two trials at first, and as long as they change anything.
@@ -38,7 +40,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// handed off for a while, which on a busy machine happens a few times in a trial.
 const ANEW_MAX: u32 = 16;
 
-/// Who is the faster by one part in so many after the first pairs is so after all. Our choice.
+/// The way that a session is on needs no more pairs when it is the faster by one part in so many. Our choice.
 const CLEAR_GAIN: u128 = 4;
 
 /// What one session has found out about one pair of ways.
@@ -151,8 +153,8 @@ impl Ways {
         let is_last = trial.pairs >= self.rule.pairs;
         let pays = gains(usual, other, self.rule.gain);
         // Not to spend more on it than has to be.
-        let is_clear =
-            if self.other { gains(usual, other, CLEAR_GAIN) } else { gains(other, usual, CLEAR_GAIN) };
+        let is_clear = trial.pairs >= self.rule.clear_pairs
+            && if self.other { gains(usual, other, CLEAR_GAIN) } else { gains(other, usual, CLEAR_GAIN) };
         if pays == self.other && (is_last || is_clear) {
             self.change_nothing();
         } else if is_last {
@@ -175,7 +177,7 @@ impl Ways {
     }
 }
 
-/// Whether the second is the shorter by one part in `gain`.
+/// Whether the second gives one part in `gain` more in the same time.
 fn gains(first: Pace, second: Pace, gain: u128) -> bool {
     second.saturating_mul(gain + 1) < first.saturating_mul(gain)
 }
@@ -215,6 +217,7 @@ mod tests {
         window_len: 16 << 20,
         settle_len: 8 << 20,
         pairs: 3,
+        clear_pairs: 1,
     };
     const TRIAL_LEN: u64 = RULE.settle_len + RULE.window_len;
 
