@@ -173,3 +173,71 @@ mod tests {
         assert!(rx.recv_timeout(LONG).is_err(), "the dropped jobs are gone, and what they held");
     }
 }
+
+#[cfg(all(test, shuttle))]
+mod interleavings {
+    use super::*;
+    use crate::sync::{Condvar, thread};
+
+    /// What ran, and who waits for all of it.
+    #[derive(Default)]
+    struct Ran {
+        jobs: Mutex<Vec<u32>>,
+        one_more: Condvar,
+        alone: Mutex<()>,
+    }
+
+    impl Ran {
+        fn job(self: &Arc<Self>, number: u32) -> Job {
+            let ran = Arc::clone(self);
+            Box::new(move || {
+                let alone = (number < 100).then(|| ran.alone.try_lock().expect("two of a sequence at once"));
+                thread::yield_now();
+                drop(alone);
+                ran.jobs.lock().push(number);
+                ran.one_more.notify_all();
+            })
+        }
+
+        fn wait_for(&self, count: usize) -> Vec<u32> {
+            let mut jobs = self.jobs.lock();
+            while jobs.len() < count {
+                self.one_more.wait(&mut jobs);
+            }
+            jobs.clone()
+        }
+    }
+
+    /// Run with `RUSTFLAGS="--cfg shuttle" cargo test -p nbd-img-formats --lib interleavings`.
+    #[test]
+    fn every_job_runs_once_in_order_on_a_lane_that_others_want() {
+        let scene = || {
+            let lane = Arc::new(LaneState::new("test".into(), 1));
+            let sequence = Arc::new(Sequence { lane: Arc::clone(&lane), state: Mutex::default() });
+            let ran = Arc::new(Ran::default());
+            let pushers = [0, 10].map(|first| {
+                let (sequence, ran) = (Arc::clone(&sequence), Arc::clone(&ran));
+                thread::spawn(move || {
+                    for number in first..first + 3 {
+                        assert!(sequence.push(ran.job(number)).is_ok());
+                    }
+                })
+            });
+            assert!(LaneState::spawn(&lane, ran.job(100)).is_ok());
+            for pusher in pushers {
+                assert!(pusher.join().is_ok());
+            }
+            let mut jobs = ran.wait_for(7);
+            for first in [0, 10] {
+                let of_one: Vec<u32> = jobs.iter().copied().filter(|job| job / 10 * 10 == first).collect();
+                assert_eq!(of_one, [first, first + 1, first + 2]);
+            }
+            jobs.sort_unstable();
+            assert_eq!(jobs, [0, 1, 2, 10, 11, 12, 100]);
+            lane.queue.lock().closed = true;
+            lane.wake.notify_all();
+        };
+        shuttle::check_random(scene, 3000);
+        shuttle::check_pct(scene, 3000, 3);
+    }
+}
