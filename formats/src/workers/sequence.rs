@@ -199,9 +199,9 @@ mod interleavings {
             })
         }
 
-        fn wait_for(&self, count: usize) -> Vec<u32> {
+        fn wait_until(&self, is_so: impl Fn(&[u32]) -> bool) -> Vec<u32> {
             let mut jobs = self.jobs.lock();
-            while jobs.len() < count {
+            while !is_so(&jobs) {
                 self.one_more.wait(&mut jobs);
             }
             jobs.clone()
@@ -220,6 +220,8 @@ mod interleavings {
                 thread::spawn(move || {
                     for number in first..first + 3 {
                         assert!(sequence.push(ran.job(number)).is_ok());
+                        // One of them pushes whenever a turn may be ending.
+                        ran.wait_until(|jobs| first == 0 || jobs.contains(&number));
                     }
                 })
             });
@@ -227,7 +229,7 @@ mod interleavings {
             for pusher in pushers {
                 assert!(pusher.join().is_ok());
             }
-            let mut jobs = ran.wait_for(7);
+            let mut jobs = ran.wait_until(|jobs| jobs.len() == 7);
             for first in [0, 10] {
                 let of_one: Vec<u32> = jobs.iter().copied().filter(|job| job / 10 * 10 == first).collect();
                 assert_eq!(of_one, [first, first + 1, first + 2]);
