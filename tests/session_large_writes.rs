@@ -17,10 +17,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nbd_img::session::Times;
-use nbd_img_formats::qcow2::{Caches, Header, ImageNumber, Parts, Qcow2Driver, WriteOptions};
-use nbd_img_formats::{BlockDriver, Storage};
+use nbd_img_formats::Storage;
 use support::client::{Client, Request, Wishes};
-use support::in_process::{Disk, InProcess};
+use support::in_process::{Disk, InProcess, open_qcow2};
 use support::rng::Rng;
 use support::tools::qemu_img;
 use support::wire::command;
@@ -380,7 +379,7 @@ fn streams_into_a_qcow2_image_with_a_snapshot_are_right_and_survive_failures() {
     qemu_img(folder, "convert -f raw -O qcow2 raw made");
     qemu_img(folder, "snapshot -c before made");
     let disk = Disk::quick_to_write(&std::fs::read(folder.join("made")).unwrap());
-    let driver = open_qcow2(disk.clone());
+    let driver = open_qcow2(disk.clone(), true);
     let server = InProcess::serve_driver(Arc::clone(&driver), 256 * MIB, Times::default());
     let mut client = Client::unix(server.socket(), "", Wishes::STRUCTURED);
     bring_worker_in(&mut client, &disk);
@@ -445,20 +444,4 @@ fn stream_over_disk(client: &mut Client, rng: &mut Rng, shadow: &mut [u8]) -> Ha
         at += len;
     }
     sent
-}
-
-fn open_qcow2(storage: Arc<dyn Storage>) -> Arc<dyn BlockDriver> {
-    let header = Header::load(&storage).unwrap();
-    let caches = Caches::new(MIB as u64, MIB as u64, [&header]).unwrap();
-    Qcow2Driver::open(Parts {
-        image: storage,
-        header,
-        data_file: None,
-        backing: None,
-        number: ImageNumber(0),
-        caches,
-        snapshot: None,
-        write: Some(WriteOptions::default()),
-    })
-    .unwrap()
 }

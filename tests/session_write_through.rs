@@ -10,12 +10,11 @@ use std::sync::Arc;
 
 use nbd_img::export::{CacheMode, ExportSpec};
 use nbd_img::session::Times;
-use nbd_img_formats::qcow2::{Caches, Header, ImageNumber, Parts, Qcow2Driver, WriteOptions};
 use nbd_img_formats::raw::{RawDriver, RawOptions};
 use nbd_img_formats::storage::{Fate, FileId, Log, MemoryStorage};
 use nbd_img_formats::{BlockDriver, Format, Storage};
 use support::client::{Client, Request, Wishes};
-use support::in_process::InProcess;
+use support::in_process::{InProcess, open_qcow2};
 use support::rng::Rng;
 use support::tools::qemu_img;
 use support::wire::{command, command_flag};
@@ -39,19 +38,7 @@ fn open(format: Format, storage: Arc<dyn Storage>, writable: bool) -> Arc<dyn Bl
             RawOptions { exact_size: false, discard: true, format: Format::Raw, refuse_magic: None };
         return RawDriver::open(storage, options).unwrap();
     }
-    let header = Header::load(&storage).unwrap();
-    let caches = Caches::new(1 << 20, 1 << 20, [&header]).unwrap();
-    Qcow2Driver::open(Parts {
-        image: storage,
-        header,
-        data_file: None,
-        backing: None,
-        number: ImageNumber(0),
-        caches,
-        snapshot: None,
-        write: writable.then(WriteOptions::default),
-    })
-    .unwrap()
+    open_qcow2(storage, writable)
 }
 
 /// What a crash now leaves of the disk.

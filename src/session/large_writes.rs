@@ -27,7 +27,7 @@ use crate::export::DetectZeroes;
 use crate::nbd::request::{CommandFlags, Request};
 use crate::transport::unread::has_unreceived;
 
-/// Smallest payload that is given to a worker: requests of 32 KiB gain up to a third, smaller ones cost less than to hand
+/// Smallest payload that is given to a worker: requests of 32 KiB gain up to a fifth, smaller ones cost less than to hand
 /// them on.
 const GIVEN_LEN_MIN: u64 = 32 << 10;
 

@@ -14,6 +14,7 @@ use nbd_img::nbd::export_info::{ExportDirectory, ExportInfo, ExportSummary, Refu
 use nbd_img::nbd::negotiate::{Agreed, Negotiation, NegotiationConfig, Next};
 use nbd_img::session::{Budget, Connection, Shards, Times};
 use nbd_img::transport::Stream;
+use nbd_img_formats::qcow2::{Caches, Header, ImageNumber, Parts, Qcow2Driver, WriteOptions};
 use nbd_img_formats::raw::{RawDriver, RawOptions};
 use nbd_img_formats::storage::{
     Completed, InPlace, MemoryStorage, Operation, OperationKind, Queue, Run, StorageFacts, TryRead,
@@ -330,6 +331,23 @@ impl Storage for Disk {
         // The test may look at what was left.
         Ok(())
     }
+}
+
+/// The qcow2 image in `storage`, which names no other file.
+pub fn open_qcow2(storage: Arc<dyn Storage>, writable: bool) -> Arc<dyn BlockDriver> {
+    let header = Header::load(&storage).unwrap();
+    let caches = Caches::new(1 << 20, 1 << 20, [&header]).unwrap();
+    Qcow2Driver::open(Parts {
+        image: storage,
+        header,
+        data_file: None,
+        backing: None,
+        number: ImageNumber(0),
+        caches,
+        snapshot: None,
+        write: writable.then(WriteOptions::default),
+    })
+    .unwrap()
 }
 
 /// Every connection to `socket` is served from one export.
