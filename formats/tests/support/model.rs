@@ -278,7 +278,9 @@ fn some_bytes(random: &mut Random, len: u64) -> Vec<u8> {
         return random.bytes(len);
     }
     let few = random.below(24) + 1;
-    random.bytes(few).into_iter().cycle().take(len as usize).collect()
+    let mut bytes = random.bytes(few).repeat(len.div_ceil(few) as usize);
+    bytes.truncate(len as usize);
+    bytes
 }
 
 fn write(driver: &dyn BlockDriver, content: &mut [u8], range: GuestRange, random: &mut Random) {
