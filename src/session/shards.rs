@@ -1,11 +1,12 @@
 //! The threads of one export, and how connections get to them.
 //!
-//! A shard is one thread with a current-thread runtime. Shards start on demand, up to the number of
-//! cores, and connections are dealt to them in turn; a stalled export stalls nobody but itself.
+//! A shard is one thread with a current-thread runtime. A connection goes to the one with the fewest sessions;
+//! shards start when all of them have some, up to the number of cores. A stalled export stalls nobody but itself.
 
 use std::io;
 use std::num::NonZeroU64;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use nbd_img_formats::open::SizeChange;
@@ -59,9 +60,14 @@ pub struct Shards {
 
 #[derive(Default)]
 struct Threads {
-    senders: Vec<mpsc::UnboundedSender<Message>>,
-    next: usize,
+    all: Vec<ShardThread>,
     draining: bool,
+}
+
+struct ShardThread {
+    sender: mpsc::UnboundedSender<Message>,
+    /// Number of its sessions that have not ended.
+    sessions: Arc<AtomicUsize>,
 }
 
 enum Message {
@@ -69,19 +75,25 @@ enum Message {
     Drain,
 }
 
-/// Counts a session for as long as it lives.
-struct Active(Arc<watch::Sender<usize>>);
+/// Counts a session for as long as it lives: of the export, and of its thread.
+struct Active {
+    all: Arc<watch::Sender<usize>>,
+    of_thread: Arc<AtomicUsize>,
+}
 
 impl Active {
-    fn new(count: &Arc<watch::Sender<usize>>) -> Self {
-        count.send_modify(|count| *count += 1);
-        Active(Arc::clone(count))
+    fn new(all: &Arc<watch::Sender<usize>>, of_thread: &Arc<AtomicUsize>) -> Self {
+        all.send_modify(|count| *count += 1);
+        of_thread.fetch_add(1, Ordering::Relaxed);
+        Active { all: Arc::clone(all), of_thread: Arc::clone(of_thread) }
     }
 }
 
 impl Drop for Active {
     fn drop(&mut self) {
-        self.0.send_modify(|count| *count = count.saturating_sub(1));
+        // It only says where the next one goes: nothing else is read by it.
+        self.of_thread.fetch_sub(1, Ordering::Relaxed);
+        self.all.send_modify(|count| *count = count.saturating_sub(1));
     }
 }
 
@@ -149,49 +161,38 @@ impl Shards {
         if threads.draining {
             return Err(io::Error::other("the export is shutting down"));
         }
-        let message = Message::Serve(Box::new(connection), Active::new(&self.active));
-        let Err(message) = self.send_to_next(&mut threads, message)? else { return Ok(()) };
-        // That thread has ended, as one does that cannot get its descriptors. It has no sessions, and the
-        // next one may have more luck.
-        threads.senders.retain(|sender| !sender.is_closed());
-        match self.send_to_next(&mut threads, message)? {
-            Ok(()) => Ok(()),
-            Err(_) => Err(io::Error::other("the export's threads have ended")),
-        }
+        // One that cannot get its descriptors ends; the next one may have more luck.
+        threads.all.retain(|thread| !thread.sender.is_closed());
+        let thread = self.least_busy(&mut threads)?;
+        let active = Active::new(&self.active, &thread.sessions);
+        let sent = thread.sender.send(Message::Serve(Box::new(connection), active));
+        sent.map_err(|_| io::Error::other("the export's thread has ended"))
     }
 
-    /// Sends to the thread whose turn it is, starting it if need be; gives the message back if that one
-    /// has ended. Fails when there is no thread at all.
-    fn send_to_next(
-        &self,
-        threads: &mut Threads,
-        message: Message,
-    ) -> io::Result<std::result::Result<(), Message>> {
-        let turn = threads.next % self.threads_max;
-        threads.next = threads.next.wrapping_add(1);
-        if turn >= threads.senders.len() {
-            match self.start_thread(threads.senders.len()) {
-                Ok(sender) => threads.senders.push(sender),
-                Err(error) if threads.senders.is_empty() => return Err(error),
+    /// The thread with the fewest sessions, which is a new one if all have some and there may be more. Fails when there is no
+    /// thread at all.
+    fn least_busy<'a>(&self, threads: &'a mut Threads) -> io::Result<&'a ShardThread> {
+        let sessions = |thread: &&ShardThread| thread.sessions.load(Ordering::Relaxed);
+        if threads.all.len() < self.threads_max && threads.all.iter().all(|thread| sessions(&thread) > 0) {
+            match self.start_thread(threads.all.len()) {
+                Ok(thread) => threads.all.push(thread),
+                Err(error) if threads.all.is_empty() => return Err(error),
                 Err(error) => {
                     tracing::warn!(%error, "no further thread for the export; its connections share those it has");
                 }
             }
         }
-        let turn = turn % threads.senders.len();
-        Ok(match threads.senders.get(turn) {
-            Some(sender) => sender.send(message).map_err(|error| error.0),
-            None => Err(message),
-        })
+        let least = threads.all.iter().min_by_key(sessions);
+        least.ok_or_else(|| io::Error::other("the export has no thread"))
     }
 
     /// From now on no connection is taken; sessions answer what they have received, then end.
     pub fn drain(&self) {
         let mut threads = self.threads.lock();
         threads.draining = true;
-        for sender in &threads.senders {
+        for thread in &threads.all {
             // A thread that has ended has no sessions.
-            let _ = sender.send(Message::Drain);
+            let _ = thread.sender.send(Message::Drain);
         }
     }
 
@@ -209,7 +210,7 @@ impl Shards {
         self.on_worker(move || driver.close()).await
     }
 
-    fn start_thread(&self, index: usize) -> io::Result<mpsc::UnboundedSender<Message>> {
+    fn start_thread(&self, index: usize) -> io::Result<ShardThread> {
         let (sender, receiver) = mpsc::unbounded_channel();
         let (export, budget, watch) =
             (Arc::clone(&self.export), Arc::clone(&self.budget), Arc::clone(&self.watch));
@@ -220,7 +221,7 @@ impl Shards {
                 tracing::error!(%error, "a thread of an export ended; its connections are closed");
             }
         })?;
-        Ok(sender)
+        Ok(ShardThread { sender, sessions: Arc::default() })
     }
 }
 
@@ -306,7 +307,8 @@ mod tests {
     #[test]
     fn a_thread_that_has_ended_is_replaced() {
         let shards = shards();
-        shards.threads.lock().senders.push(mpsc::unbounded_channel().0);
+        let ended = ShardThread { sender: mpsc::unbounded_channel().0, sessions: Arc::default() };
+        shards.threads.lock().all.push(ended);
         for _ in 0..8 {
             let (connection, mut client) = connection(&shards);
             shards.hand_over(connection).unwrap();
@@ -317,5 +319,36 @@ mod tests {
             io::Write::write_all(&mut client, &request).unwrap();
             client.read_exact(&mut [0; 17]).unwrap();
         }
+    }
+
+    #[test]
+    fn a_connection_goes_where_the_fewest_are() {
+        let shards = Arc::new(Shards { threads_max: 2, ..Arc::into_inner(shards()).unwrap() });
+        let sessions = || -> Vec<_> {
+            shards.threads.lock().all.iter().map(|t| t.sessions.load(Ordering::Relaxed)).collect()
+        };
+        let serve = || {
+            let (connection, client) = connection(&shards);
+            shards.hand_over(connection).unwrap();
+            client
+        };
+        let settled = |want: &[usize]| {
+            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+            while sessions() != want {
+                assert!(std::time::Instant::now() < deadline, "{:?} instead of {want:?}", sessions());
+                thread::yield_now();
+            }
+        };
+        // One after the other has no need of a second thread.
+        for _ in 0..3 {
+            drop(serve());
+            settled(&[0]);
+        }
+        let (first, _second, third, _fourth) = (serve(), serve(), serve(), serve());
+        assert_eq!(sessions(), [2, 2]);
+        drop((first, third));
+        settled(&[0, 2]);
+        let (_fifth, _sixth) = (serve(), serve());
+        assert_eq!(sessions(), [2, 2]);
     }
 }
