@@ -13,8 +13,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use support::client::{Client, Wishes, go_data, greet, is_hangup, option_bytes, read_option_reply};
-use support::proc::descriptors_but_rings;
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use support::client::{
+    Client, Wishes, go_data, greet, is_hangup, one_of_each_thread, option_bytes, read_option_reply,
+};
+use support::proc::{descriptor_numbers, descriptors_but_rings};
 use support::rng::Rng;
 use support::server::{Serve, Server};
 use support::wire::{option, option_reply};
@@ -70,9 +73,7 @@ fn beside_a_good_client(name: &str, strangers: impl FnOnce(&Server, SocketAddr))
 
 /// Each of an export's threads has descriptors of its own, and keeps them; there are as many as cores.
 fn start_all_shards(server: &Server) {
-    for _ in 0..thread::available_parallelism().unwrap().get() {
-        Client::unix(server.socket(), "", PLAIN).disconnect();
-    }
+    one_of_each_thread(server.socket()).into_iter().for_each(Client::disconnect);
 }
 
 /// The server's descriptors once there are at most `wanted`, or after a while; twice the same when any number will do.
@@ -88,6 +89,30 @@ fn settled_descriptors(server: &Server, wanted: usize) -> usize {
             return now;
         }
     }
+}
+
+/// Another thread for the export has no descriptors to begin with: whoever it was meant for is served by one that is there.
+#[test]
+fn a_thread_that_cannot_begin_costs_no_connection() {
+    let (_folder, server, _) = start("no-descriptors", &[]);
+    let mut first = Client::unix(server.socket(), "", PLAIN);
+    assert_eq!(first.read(0, 512), [5; 512]);
+    // Enough for a connection, and too few for what a thread opens (two of epoll's, and what wakes it).
+    let open = descriptor_numbers(server.pid());
+    let limit = (0..).filter(|number| !open.contains(number)).nth(3);
+    let pid = Pid::from_raw(server.pid().try_into().unwrap());
+    prlimit(pid, Resource::Nofile, Rlimit { current: limit, maximum: limit }).unwrap();
+    for _ in 0..3 {
+        let mut client = Client::unix(server.socket(), "", PLAIN);
+        assert_eq!(client.read(4096, 4096), [5; 4096]);
+        client.disconnect();
+    }
+    if thread::available_parallelism().unwrap().get() > 1 {
+        server.wait_for_log("a thread of an export ended");
+    }
+    assert_eq!(first.read(0, 512), [5; 512]);
+    first.disconnect();
+    server.stop();
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use support::client::{Client, Request, Wishes, is_hangup};
+use support::client::{Client, Request, Wishes, is_hangup, one_of_each_thread};
 use support::fuse::SlowFile;
 use support::rng::Rng;
 use support::server::{Export, Serve, Server};
@@ -269,6 +269,7 @@ fn resets(test: &str, args: &[&str], reset: impl Fn(&Server, &mut Rng) + Sync) {
             }
         });
     };
+    one_of_each_thread(server.socket()).into_iter().for_each(Client::disconnect);
     round(rounds.min(400)); // whatever is made once and kept
     let before = settled(&server, usize::MAX);
     round(rounds);

@@ -24,7 +24,7 @@ fn fewest_turns() -> u32 {
     greedy.write_all(&[0, 0, 0, 3]).unwrap();
     greedy.write_all(&option_bytes(option::GO, &go_data(""))).unwrap();
     while read_option_reply(&mut greedy, option::GO).unwrap().0 != option_reply::ACK {}
-    // Dealt in turn to as many shards as there are cores: one of these shares that of the greedy one.
+    // Dealt evenly to as many shards as there are cores: one of these shares that of the greedy one.
     let cores = std::thread::available_parallelism().unwrap().get();
     let neighbours: Vec<Client> =
         (0..cores).map(|_| Client::unix(server.socket(), "", Wishes::SIMPLE)).collect();

@@ -75,6 +75,19 @@ enum Message {
     Drain,
 }
 
+impl ShardThread {
+    fn sessions(&self) -> usize {
+        // It only says where the next one goes: nothing else is read by it.
+        self.sessions.load(Ordering::Relaxed)
+    }
+}
+
+impl Threads {
+    fn drop_ended(&mut self) {
+        self.all.retain(|thread| !thread.sender.is_closed());
+    }
+}
+
 /// Counts a session for as long as it lives: of the export, and of its thread.
 struct Active {
     all: Arc<watch::Sender<usize>>,
@@ -91,7 +104,6 @@ impl Active {
 
 impl Drop for Active {
     fn drop(&mut self) {
-        // It only says where the next one goes: nothing else is read by it.
         self.of_thread.fetch_sub(1, Ordering::Relaxed);
         self.all.send_modify(|count| *count = count.saturating_sub(1));
     }
@@ -156,24 +168,11 @@ impl Shards {
 
     /// Gives a connection to a shard. Fails, and closes the connection, when no thread can be had or the
     /// export is draining.
-    pub fn hand_over(&self, connection: Connection) -> io::Result<()> {
+    pub fn hand_over(self: &Arc<Self>, connection: Connection) -> io::Result<()> {
         let mut threads = self.threads.lock();
-        if threads.draining {
-            return Err(io::Error::other("the export is shutting down"));
-        }
-        // One that cannot get its descriptors ends; the next one may have more luck.
-        threads.all.retain(|thread| !thread.sender.is_closed());
-        let thread = self.least_busy(&mut threads)?;
-        let active = Active::new(&self.active, &thread.sessions);
-        let sent = thread.sender.send(Message::Serve(Box::new(connection), active));
-        sent.map_err(|_| io::Error::other("the export's thread has ended"))
-    }
-
-    /// The thread with the fewest sessions, which is a new one if all have some and there may be more. Fails when there is no
-    /// thread at all.
-    fn least_busy<'a>(&self, threads: &'a mut Threads) -> io::Result<&'a ShardThread> {
-        let sessions = |thread: &&ShardThread| thread.sessions.load(Ordering::Relaxed);
-        if threads.all.len() < self.threads_max && threads.all.iter().all(|thread| sessions(&thread) > 0) {
+        threads.drop_ended();
+        let all_have_some = threads.all.iter().all(|thread| thread.sessions() > 0);
+        if all_have_some && threads.all.len() < self.threads_max && !threads.draining {
             match self.start_thread(threads.all.len()) {
                 Ok(thread) => threads.all.push(thread),
                 Err(error) if threads.all.is_empty() => return Err(error),
@@ -182,8 +181,22 @@ impl Shards {
                 }
             }
         }
-        let least = threads.all.iter().min_by_key(sessions);
-        least.ok_or_else(|| io::Error::other("the export has no thread"))
+        self.give(&mut threads, Box::new(connection))
+    }
+
+    /// Gives it to the thread with the fewest sessions. Fails when there is none, and when the export is draining.
+    fn give(&self, threads: &mut Threads, mut connection: Box<Connection>) -> io::Result<()> {
+        if threads.draining {
+            return Err(io::Error::other("the export is shutting down"));
+        }
+        while let Some(thread) = threads.all.iter().min_by_key(|thread| thread.sessions()) {
+            let active = Active::new(&self.active, &thread.sessions);
+            let Err(unsent) = thread.sender.send(Message::Serve(connection, active)) else { return Ok(()) };
+            let Message::Serve(back, _) = unsent.0 else { break };
+            connection = back;
+            threads.drop_ended();
+        }
+        Err(io::Error::other("the export's threads have ended"))
     }
 
     /// From now on no connection is taken; sessions answer what they have received, then end.
@@ -210,24 +223,41 @@ impl Shards {
         self.on_worker(move || driver.close()).await
     }
 
-    fn start_thread(&self, index: usize) -> io::Result<ShardThread> {
-        let (sender, receiver) = mpsc::unbounded_channel();
+    fn start_thread(self: &Arc<Self>, index: usize) -> io::Result<ShardThread> {
+        let (sender, mut receiver) = mpsc::unbounded_channel();
         let (export, budget, watch) =
             (Arc::clone(&self.export), Arc::clone(&self.budget), Arc::clone(&self.watch));
-        let times = self.times;
+        let (times, shards) = (self.times, Arc::downgrade(self));
         let name = format!("s{index}-{}", export.name()).chars().take(15).filter(|c| *c != '\0').collect();
         thread::Builder::new().name(name).spawn(move || {
-            if let Err(error) = run_shard(|| Shard::new(&export, budget, watch, times), receiver) {
-                tracing::error!(%error, "a thread of an export ended; its connections are closed");
+            if let Err(error) = run_shard(|| Shard::new(&export, budget, watch, times), &mut receiver) {
+                tracing::error!(%error, "a thread of an export ended; its sessions with it");
+                if let Some(shards) = shards.upgrade() {
+                    shards.hand_on(receiver);
+                }
             }
         })?;
         Ok(ShardThread { sender, sessions: Arc::default() })
+    }
+
+    /// What a thread was given that ended before it began to serve it, as one does that cannot get its descriptors: others
+    /// get it. No thread is started for that, which would end in the same way.
+    fn hand_on(&self, mut receiver: mpsc::UnboundedReceiver<Message>) {
+        receiver.close();
+        while let Ok(message) = receiver.try_recv() {
+            let Message::Serve(connection, _active) = message else { continue };
+            let mut threads = self.threads.lock();
+            threads.drop_ended();
+            if let Err(error) = self.give(&mut threads, connection) {
+                tracing::warn!(%error, "a connection is closed: no thread takes it");
+            }
+        }
     }
 }
 
 fn run_shard(
     make: impl FnOnce() -> io::Result<std::rc::Rc<Shard>>,
-    mut receiver: mpsc::UnboundedReceiver<Message>,
+    receiver: &mut mpsc::UnboundedReceiver<Message>,
 ) -> io::Result<()> {
     // Else the kernel adds 50 us to a sleep (prctl(2), PR_SET_TIMERSLACK). A failure only costs speed.
     let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(TIMER_SLACK_NS));
@@ -323,10 +353,8 @@ mod tests {
 
     #[test]
     fn a_connection_goes_where_the_fewest_are() {
-        let shards = Arc::new(Shards { threads_max: 2, ..Arc::into_inner(shards()).unwrap() });
-        let sessions = || -> Vec<_> {
-            shards.threads.lock().all.iter().map(|t| t.sessions.load(Ordering::Relaxed)).collect()
-        };
+        let shards = Arc::new(Shards { threads_max: 3, ..Arc::into_inner(shards()).unwrap() });
+        let sessions = || -> Vec<_> { shards.threads.lock().all.iter().map(ShardThread::sessions).collect() };
         let serve = || {
             let (connection, client) = connection(&shards);
             shards.hand_over(connection).unwrap();
@@ -344,11 +372,13 @@ mod tests {
             drop(serve());
             settled(&[0]);
         }
-        let (first, _second, third, _fourth) = (serve(), serve(), serve(), serve());
-        assert_eq!(sessions(), [2, 2]);
-        drop((first, third));
-        settled(&[0, 2]);
-        let (_fifth, _sixth) = (serve(), serve());
-        assert_eq!(sessions(), [2, 2]);
+        let (first, _second) = (serve(), serve());
+        assert_eq!(sessions(), [1, 1]);
+        drop(first);
+        settled(&[0, 1]);
+        let _others = [serve(), serve(), serve()];
+        assert_eq!(sessions(), [2, 1, 1]);
+        let _next = serve();
+        assert_eq!(sessions(), [2, 2, 1]);
     }
 }

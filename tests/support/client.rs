@@ -183,6 +183,17 @@ pub fn read_option_reply(stream: &mut (impl Read + ?Sized), option: u32) -> io::
     Ok((kind, read_bytes(stream, len as usize)?))
 }
 
+/// Clients that are connected at the same time, one for each thread that an export may have (there are as many as cores),
+/// and have read something: each thread has opened what it keeps.
+pub fn one_of_each_thread(socket: &Path) -> Vec<Client> {
+    let cores = std::thread::available_parallelism().unwrap().get();
+    let mut clients: Vec<_> = (0..cores).map(|_| Client::unix(socket, "", Wishes::SIMPLE)).collect();
+    for client in &mut clients {
+        client.read(0, 512);
+    }
+    clients
+}
+
 impl Client {
     pub fn unix(socket: &Path, export: &str, wishes: Wishes) -> Self {
         let stream = UnixStream::connect(socket).unwrap_or_else(|e| panic!("{}: {e}", socket.display()));
