@@ -344,6 +344,30 @@ impl Unasked {
     }
 }
 
+/// `none` and `directsync` go past the page cache, with what is in the file and with its tables; the others do not.
+#[test]
+fn caches_are_passed_by_whom_they_should() {
+    for format in ["raw", "qcow2"] {
+        for (cache, direct) in
+            [("none", true), ("directsync", true), ("writeback", false), ("writethrough", false)]
+        {
+            let folder = support::scratch("book-direct");
+            support::tools::qemu_img(folder.path(), &format!("create -q -f {format} disk 1M"));
+            let disk = folder.path().join("disk");
+            let server = Serve::image(&disk).format(format).args(&["--cache", cache]).start();
+            let mut client = Client::unix(server.socket(), "", Wishes::STRUCTURED);
+            client.write(0, &[7; 4096]);
+            client.flush();
+            let flags = support::proc::open_flags(server.pid(), &disk);
+            assert!(!flags.is_empty(), "{format} {cache}: it has not opened the image");
+            let is_direct = flags.iter().any(|flags| flags & libc::O_DIRECT != 0);
+            assert_eq!(is_direct, direct, "{format} {cache}: {flags:?}");
+            client.disconnect();
+            server.stop();
+        }
+    }
+}
+
 /// The minimum is what the image needs (1, or a block with O_DIRECT on raw), the rules between the sizes hold, and
 /// whoever did not ask is served whatever the alignment.
 #[test]

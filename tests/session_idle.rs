@@ -9,9 +9,10 @@ mod support;
 use std::fs;
 use std::time::Duration;
 
-use support::client::{Client, Wishes};
+use support::client::{Client, Wishes, one_of_each_thread};
 use support::in_process::{Disk, InProcess};
-use support::wait_until;
+use support::server::Serve;
+use support::{proc, wait_until};
 
 /// How often the shards' threads have gone to sleep so far.
 fn sleeps() -> u64 {
@@ -27,6 +28,36 @@ fn sleeps() -> u64 {
         }
     }
     sum
+}
+
+/// What nobody could see by the times that threads go to sleep: one that never does.
+#[test]
+fn an_idle_server_has_no_processor() {
+    let folder = support::scratch("idle");
+    let disk = folder.path().join("disk");
+    fs::write(&disk, vec![7; 1 << 20]).unwrap();
+    let server = Serve::image(&disk).format("raw").start();
+    let mut clients = one_of_each_thread(server.socket());
+    for client in &mut clients {
+        client.write(0, &[1; 64 << 10]);
+        client.flush();
+    }
+    // On a busy machine the last sweeps may come late, but not for ever.
+    let mut had = Vec::new();
+    while had.len() < 5 && had.last().is_none_or(|ticks| *ticks > 3) {
+        let before = proc::cpu_ticks(server.pid());
+        std::thread::sleep(Duration::from_secs(3));
+        had.push(proc::cpu_ticks(server.pid()) - before);
+    }
+    assert!(
+        had.last().is_some_and(|ticks| *ticks <= 3),
+        "idle for 3 s it had {had:?} hundredths of a second"
+    );
+    for mut client in clients {
+        assert_eq!(client.read(0, 512), [1; 512]);
+        client.disconnect();
+    }
+    server.stop();
 }
 
 #[test]
