@@ -10,6 +10,8 @@ use crate::support::image::{self, Image};
 
 const IN_USE: u32 = 1;
 const ENABLED: u32 = 2;
+/// Says of extra data, of which there is none here, that it need not be known.
+const EXTRA_COMPATIBLE: u32 = 4;
 
 /// A bitmap as it stands in the file.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -40,7 +42,7 @@ impl Bitmap {
     }
 
     fn records(&self) -> bool {
-        self.flags == ENABLED
+        self.flags & !EXTRA_COMPATIBLE == ENABLED
     }
 
     /// Its bits with all that was changed, or with what was certainly changed.
