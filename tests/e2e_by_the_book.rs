@@ -344,7 +344,7 @@ impl Unasked {
     }
 }
 
-/// `none` and `directsync` go past the page cache, with what is in the file and with its tables; the others do not.
+/// Of the image `none` and `directsync` have a descriptor that goes past the page cache; the others have none.
 #[test]
 fn caches_are_passed_by_whom_they_should() {
     for format in ["raw", "qcow2"] {
