@@ -41,6 +41,8 @@ const PASS_AT: usize = 16 * MIB;
 const MOST_LEN: u64 = 14 << 20;
 /// More than anything here takes.
 const LONG: Duration = Duration::from_secs(120);
+/// A reply that has not come by then is held up.
+const MISSED_TIME: Duration = Duration::from_secs(2);
 const DEPTH: usize = 8;
 
 /// Workers are for as many sessions as half of the processors, counted over the process.
@@ -64,19 +66,28 @@ fn writes(client: &mut Client, data: &[u8], count: usize) -> (Vec<u64>, Vec<u8>)
     let cookies = (0..count)
         .map(|index| {
             let request = Request::new(command::WRITE, (index * MIB) as u64, MIB);
-            let cookie = client.register(request);
-            all.extend(client.header(request, cookie));
-            all.extend(&data[index * MIB..][..MIB]);
-            cookie
+            add(client, &mut all, request, &data[index * MIB..][..MIB])
         })
         .collect();
     (cookies, all)
 }
 
+/// Puts a request behind what is to be sent; returns its cookie.
+fn add(client: &mut Client, all: &mut Vec<u8>, request: Request, data: &[u8]) -> u64 {
+    let cookie = client.register(request);
+    all.extend(client.header(request, cookie));
+    all.extend(data);
+    cookie
+}
+
 /// A client, and the socket that it uses.
 fn connect(server: &InProcess) -> (UnixStream, Client) {
+    connect_as(server, Wishes::SIMPLE)
+}
+
+fn connect_as(server: &InProcess, wishes: Wishes) -> (UnixStream, Client) {
     let socket = UnixStream::connect(server.socket()).unwrap();
-    let client = Client::over(Box::new(socket.try_clone().unwrap()), "", Wishes::SIMPLE);
+    let client = Client::over(Box::new(socket.try_clone().unwrap()), "", wishes);
     (socket, client)
 }
 
@@ -117,9 +128,9 @@ fn bring_worker_in_by(client: &mut Client, disk: &Disk, slow_us: u64) {
     disk.write_here_us.store(0, Ordering::Relaxed);
 }
 
-/// Sends `all` on a thread of its own, for the server may not take all of it yet, and has replies missed after 2 s.
+/// Sends `all` on a thread of its own, for the server may not take all of it yet. A worker is of use where writes come one
+/// behind the other, so what is to be sent is made up before.
 fn send_apart(socket: &UnixStream, all: Vec<u8>) -> JoinHandle<()> {
-    socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
     let mut socket = socket.try_clone().unwrap();
     std::thread::spawn(move || socket.write_all(&all).unwrap())
 }
@@ -135,6 +146,7 @@ fn others_are_answered(
     let at = (held * MIB) as u64;
     disk.hold(at);
     let (cookies, all) = writes(client, data, 6);
+    socket.set_read_timeout(Some(MISSED_TIME)).unwrap();
     let sender = send_apart(socket, all);
     let mut answered = Vec::new();
     // The worker's next one waits with it. What comes behind that is not given to it when it takes so long.
@@ -179,6 +191,7 @@ fn a_read_passes_held_writes(socket: &UnixStream, client: &mut Client, disk: &Di
     let request = Request::new(command::READ, 8 * MIB as u64, 4096);
     let read = client.register(request);
     all.extend(client.header(request, read));
+    socket.set_read_timeout(Some(MISSED_TIME)).unwrap();
     let sender = send_apart(socket, all);
     let first = client.reply();
     (0..4).for_each(|index| disk.let_go(index * MIB as u64));
@@ -221,7 +234,7 @@ fn streams_of_mixed_requests_are_right_with_and_without_memory() {
         let mut shadow = rng.bytes(DISK_LEN);
         let disk = Disk::quick_to_write(&shadow);
         let server = InProcess::serve(disk.clone(), budget_len);
-        let mut client = Client::unix(server.socket(), "", Wishes::STRUCTURED);
+        let (socket, mut client) = connect_as(&server, Wishes::STRUCTURED);
         let has_memory = budget_len == 256 * MIB;
         if has_memory {
             bring_worker_in(&mut client, &disk);
@@ -230,7 +243,7 @@ fn streams_of_mixed_requests_are_right_with_and_without_memory() {
         let before = disk.given_len.load(Ordering::Relaxed);
         for _ in 0..4 {
             // What is under way together does not overlap.
-            let mut at = 0;
+            let (mut at, mut all) = (0, Vec::new());
             while at < DISK_LEN {
                 let len = match rng.below(9) {
                     0 => 512 + rng.below(100_000) as usize,
@@ -245,15 +258,17 @@ fn streams_of_mixed_requests_are_right_with_and_without_memory() {
                 .min(DISK_LEN - at);
                 if rng.below(8) > 0 {
                     let data = rng.bytes(len);
-                    client.send(Request::new(command::WRITE, at as u64, len), &data).unwrap();
+                    add(&mut client, &mut all, Request::new(command::WRITE, at as u64, len), &data);
                     shadow[at..at + len].copy_from_slice(&data);
                 }
                 at += len;
             }
+            let sender = send_apart(&socket, all);
             while client.in_flight() > 0 {
                 let reply = client.reply().unwrap();
                 assert_eq!(reply.error, 0, "{}", reply.text);
             }
+            sender.join().unwrap();
             assert_same("the disk", &client.read_all(), &shadow);
         }
         client.disconnect();
@@ -381,7 +396,7 @@ fn streams_into_a_qcow2_image_with_a_snapshot_are_right_and_survive_failures() {
     let disk = Disk::quick_to_write(&std::fs::read(folder.join("made")).unwrap());
     let driver = open_qcow2(disk.clone(), true);
     let server = InProcess::serve_driver(Arc::clone(&driver), 256 * MIB, Times::default());
-    let mut client = Client::unix(server.socket(), "", Wishes::STRUCTURED);
+    let (socket, mut client) = connect_as(&server, Wishes::STRUCTURED);
     bring_worker_in(&mut client, &disk);
     let mut shadow = original.clone();
     shadow[PASS_AT..][..PASS_LEN].fill(0);
@@ -391,7 +406,8 @@ fn streams_into_a_qcow2_image_with_a_snapshot_are_right_and_survive_failures() {
         let fails = round % 3 == 1;
         let end = if fails { disk.len().unwrap() } else { u64::MAX };
         disk.fails_from.store(end, Ordering::Relaxed);
-        let mut sent = stream_over_disk(&mut client, &mut rng, &mut shadow);
+        let (mut sent, all) = stream_over_disk(&mut client, &mut rng, &mut shadow);
+        let sender = send_apart(&socket, all);
         let mut failed = Vec::new();
         while client.in_flight() > 0 {
             let reply = client.reply().unwrap();
@@ -399,6 +415,7 @@ fn streams_into_a_qcow2_image_with_a_snapshot_are_right_and_survive_failures() {
             assert!(reply.error == 0 || fails && reply.error == EIO, "{}", reply.text);
             failed.extend((reply.error != 0).then_some(range));
         }
+        sender.join().unwrap();
         disk.fails_from.store(u64::MAX, Ordering::Relaxed);
         for range in failed {
             let data = shadow[range.clone()].to_vec();
@@ -407,7 +424,8 @@ fn streams_into_a_qcow2_image_with_a_snapshot_are_right_and_survive_failures() {
         }
         assert_same("the disk", &client.read_all(), &shadow);
     }
-    assert!(disk.given_len.load(Ordering::Relaxed) - before > 2 * DISK_LEN as u64, "no worker");
+    let given = disk.given_len.load(Ordering::Relaxed) - before;
+    assert!(given > DISK_LEN as u64 / 2, "{given} bytes by workers");
     client.disconnect();
     server.assert_clean();
     driver.close().unwrap();
@@ -417,10 +435,14 @@ fn streams_into_a_qcow2_image_with_a_snapshot_are_right_and_survive_failures() {
     assert_same("the snapshot", &qcow2::content(folder, "made", Some("before")), &original);
 }
 
-/// Changes most of the disk from front to back, without waiting but for the depth: writes, some zeroes and discards. Gives
-/// the ranges of the requests that are still under way, by cookie.
-fn stream_over_disk(client: &mut Client, rng: &mut Rng, shadow: &mut [u8]) -> HashMap<u64, Range<usize>> {
-    let mut sent = HashMap::new();
+/// Requests that change all of the disk from front to back: writes, some zeroes and discards. Gives their ranges by cookie,
+/// and the bytes to send.
+fn stream_over_disk(
+    client: &mut Client,
+    rng: &mut Rng,
+    shadow: &mut [u8],
+) -> (HashMap<u64, Range<usize>>, Vec<u8>) {
+    let (mut sent, mut all) = (HashMap::new(), Vec::new());
     let mut at = 0;
     while at < DISK_LEN {
         let len = [64 << 10, 64 << 10, 100_352, 256 << 10, MIB][rng.below(5) as usize].min(DISK_LEN - at);
@@ -440,8 +462,8 @@ fn stream_over_disk(client: &mut Client, rng: &mut Rng, shadow: &mut [u8]) -> Ha
         } else {
             shadow[at..at + len].copy_from_slice(&data)
         }
-        sent.insert(client.send(Request::new(command, at as u64, len), &data).unwrap(), at..at + len);
+        sent.insert(add(client, &mut all, Request::new(command, at as u64, len), &data), at..at + len);
         at += len;
     }
-    sent
+    (sent, all)
 }
