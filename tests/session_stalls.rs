@@ -26,6 +26,8 @@ fn stalled(budget_len: usize, others_len: usize) -> (InProcess, Client, Lease) {
     let server = InProcess::serve_with(Disk::new(&vec![5; 8 << 20]), budget_len, times);
     let others = server.budget.try_lease(others_len).unwrap();
     let mut client = Client::unix(server.socket(), "", Wishes::SIMPLE);
+    // The reply that ends its negotiation is sent before a thread is given the session.
+    support::wait_until("the session is served", || server.shards.active_count() == 1);
     let request = Request::new(command::READ, 0, 1 << 20);
     let all: Vec<u8> = (0..48).flat_map(|_| request.bytes(client.register(request))).collect();
     client.stream().write_all(&all).unwrap();
