@@ -57,10 +57,10 @@ fn simple_header_bytes() {
 #[test]
 fn chunk_header_bytes() {
     let mut out = Vec::new();
-    push_success(&mut out, chunked(0x0102_0304_0506_0708));
+    out.extend_from_slice(&success(chunked(0x0102_0304_0506_0708)));
     assert_eq!(out, [0x66, 0x8e, 0x33, 0xef, 0, 1, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0]);
     out.clear();
-    push_success(&mut out, to(ReplyForm::Extended, 0x0102_0304_0506_0708));
+    out.extend_from_slice(&success(to(ReplyForm::Extended, 0x0102_0304_0506_0708)));
     let header = [0x6e, 0x8a, 0x27, 0x8c, 0, 1, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
     let offset_and_len = [0, 0, 0, 0, 0, 0, 0, 0x55, 0, 0, 0, 0, 0, 0, 0, 0];
     assert_eq!(out, [header, offset_and_len].concat());
@@ -88,7 +88,7 @@ fn success_and_failure_come_in_the_agreed_form() {
         ),
     ] {
         let mut out = Vec::new();
-        push_success(&mut out, to(form, 3));
+        out.extend_from_slice(&success(to(form, 3)));
         push_failure(&mut out, to(form, 4), NbdError::Einval, "no");
         assert_eq!(read_stream(&out, &HashMap::new()), expected);
     }
@@ -214,7 +214,7 @@ fn encode(out: &mut Vec<u8>, form: ReplyForm, item: &Item) {
             out.extend_from_slice(&simple(error_named(*error), *cookie));
             out.extend(data);
         }
-        Item::None { cookie } => push_success(out, to(cookie)),
+        Item::None { cookie } => out.extend_from_slice(&success(to(cookie))),
         Item::Data { cookie, offset, data, done } => {
             let len = u32::try_from(data.len()).unwrap();
             out.extend_from_slice(&offset_data(to(cookie), *offset, len, place(done)));

@@ -71,7 +71,7 @@ fn serve(agreed: &Agreed, mut input: &[u8]) -> (Vec<u8>, bool) {
                 let id = agreed.contexts[0].id;
                 reply::push_block_status(&mut out, to, id, &[extent], Place::Last);
             }
-            _ => reply::push_success(&mut out, to),
+            _ => out.extend_from_slice(&reply::success(to)),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Encoders of replies, in the three forms that can be agreed: simple, structured and extended.
 //!
-//! Each either appends to a buffer (`push_*`) or gives what stands before data that is put behind it ([`Head`]).
+//! Each either appends to a buffer (`push_*`) or gives a reply's [`Head`], behind which its data is put if it has any.
 //! None allocates beyond the growth of the buffer. What order chunks come in, and that they cover the request, is
 //! the session's duty.
 
@@ -139,13 +139,13 @@ pub fn offset_hole(to: ReplyTo, offset: u64, hole_len: u32, place: Place) -> Hea
         .with(&hole_len.to_be_bytes())
 }
 
-/// Appends success without data: a NONE chunk, or a simple reply.
+/// Success without data: a NONE chunk, or a simple reply.
 #[inline]
-pub fn push_success(out: &mut Vec<u8>, to: ReplyTo) {
+pub fn success(to: ReplyTo) -> Head {
     if to.form.is_chunked() {
-        out.extend_from_slice(&chunk(to, wire::REPLY_TYPE_NONE, 0, Place::Last));
+        chunk(to, wire::REPLY_TYPE_NONE, 0, Place::Last)
     } else {
-        out.extend_from_slice(&simple(None, to.cookie));
+        simple(None, to.cookie)
     }
 }
 

@@ -8,7 +8,7 @@ use std::io;
 use std::rc::Rc;
 use std::time::Instant;
 
-use nbd_img_formats::{Error, ErrorKind, ReadPlan, WritePlan};
+use nbd_img_formats::{ReadPlan, WritePlan};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -24,10 +24,9 @@ use super::replies::OutBuf;
 use super::shard::{SessionCell, Shard};
 use super::shards::Connection;
 use super::uncopied::Uncopied;
+use super::warm::Warm;
 use crate::export::PAYLOAD_LEN_MAX;
-use crate::nbd::errno::NbdError;
 use crate::nbd::negotiate::AgreedContext;
-use crate::nbd::reply::{self, ReplyTo};
 use crate::nbd::request::{Command, Parsed, Request, SessionRules, check, parse};
 use crate::transport::Stream;
 use crate::transport::registration::watch_stream;
@@ -84,7 +83,7 @@ pub struct Session {
     /// Until when more of an unfinished request has to come, as long as that is waited for.
     pub(super) stall_end: Option<Instant>,
     ending: Option<End>,
-    has_sent: bool,
+    pub(super) has_sent: bool,
     /// The server drains, and what was in the socket has been received.
     last_call: bool,
 }
@@ -222,8 +221,10 @@ impl Session {
     async fn work(&mut self) -> Result<Needs, End> {
         loop {
             // While a request waits for room in the budget, what earlier ones waited for arrives.
-            self.answer_arrived().await?;
-            if !self.read_off_refused().await? {
+            if !self.arrived.is_empty() {
+                self.answer_arrived().await?;
+            }
+            if self.refused.is_some() && !self.read_off_refused().await? {
                 return Ok(Needs::Input);
             }
             if self.ending.as_ref().is_some_and(|end| !end.answers_requests()) {
@@ -245,24 +246,32 @@ impl Session {
                 if self.ending.is_some() { Err(shutdown(&request)) } else { check(&request, &self.rules) };
             match verdict {
                 Err(reject) => self.refuse(request, reject)?,
-                Ok(()) => {
-                    if !self.start(request).await? {
-                        return Ok(Needs::Input);
+                Ok(()) => match self.serve_warm(&request) {
+                    Warm::Served => {}
+                    Warm::Other => {
+                        if !self.start(request).await? {
+                            return Ok(Needs::Input);
+                        }
                     }
-                }
+                    Warm::Begun(rest) => self.serve_rest(request, rest).await?,
+                },
             }
-            self.take_turns(request.len).await;
+            if self.ends_turn(request.len) {
+                tokio::task::yield_now().await;
+            }
         }
     }
 
-    /// Gives the shard's other sessions their turn after some work. One buffer holds 150,000 requests.
-    async fn take_turns(&mut self, len: u64) {
+    /// Counts a request of `len` bytes; whether the shard's other sessions are to have their turn now. One buffer holds
+    /// 150,000 requests.
+    fn ends_turn(&mut self, len: u64) -> bool {
         let cost = len.min(u64::from(PAYLOAD_LEN_MAX)) + REQUEST_COST;
         self.worked_len += cost;
-        if self.worked_len >= TURN_LEN {
+        let has = self.worked_len >= TURN_LEN;
+        if has {
             self.worked_len = 0;
-            tokio::task::yield_now().await;
         }
+        has
     }
 
     /// Starts a request that was found in order; returns whether it could (one may need its payload).
@@ -313,7 +322,9 @@ impl Session {
     async fn answer_arrived(&mut self) -> Result<(), End> {
         for (request, what) in std::mem::take(&mut self.arrived) {
             self.read_arrived(request, what).await?;
-            self.take_turns(request.len).await;
+            if self.ends_turn(request.len) {
+                tokio::task::yield_now().await;
+            }
         }
         Ok(())
     }
@@ -343,109 +354,6 @@ impl Session {
     /// Whether something has ended, or arrived, that the client has no reply for.
     fn has_answers(&self) -> bool {
         !self.cell.ready.borrow().is_empty() || !self.arrived.is_empty()
-    }
-
-    /// Success without data.
-    pub(super) async fn reply_success(&mut self, request: &Request) -> Result<(), End> {
-        let to = self.reply_to(request);
-        self.scratch.clear();
-        reply::push_success(&mut self.scratch, to);
-        self.put_scratch().await
-    }
-
-    /// A failure that the driver met.
-    pub(super) async fn reply_error(&mut self, request: &Request, error: &Error) -> Result<(), End> {
-        // The disk has become smaller than the client was told.
-        let errno = if error.kind() == ErrorKind::OutOfBounds {
-            NbdError::out_of_bounds(request.command)
-        } else {
-            NbdError::from_os(error.errno(), request.command, request.flags)
-        };
-        if errno == NbdError::Eio {
-            tracing::warn!(export = %self.cell.export.name().escape_debug(), ?request, %error, "request failed");
-        } else {
-            tracing::debug!(?request, %error, "request failed");
-        }
-        self.reply_failure(request, errno, &error.to_string()).await
-    }
-
-    pub(super) fn reply_to(&self, request: &Request) -> ReplyTo {
-        ReplyTo::new(self.rules.form, request)
-    }
-
-    pub(super) async fn reply_failure(
-        &mut self,
-        request: &Request,
-        errno: NbdError,
-        text: &str,
-    ) -> Result<(), End> {
-        let to = self.reply_to(request);
-        self.scratch.clear();
-        reply::push_failure(&mut self.scratch, to, errno, text);
-        self.put_scratch().await
-    }
-
-    /// Adds what is in `scratch` to the batch.
-    pub(super) async fn put_scratch(&mut self) -> Result<(), End> {
-        let scratch = std::mem::take(&mut self.scratch);
-        let result = self.put_all(&scratch).await;
-        self.scratch = scratch;
-        result
-    }
-
-    /// Adds `bytes` to the batch, sending on the way if they do not fit.
-    pub(super) async fn put_all(&mut self, bytes: &[u8]) -> Result<(), End> {
-        if self.out.make_room_for(bytes.len()) && self.out.put(bytes) {
-            return Ok(());
-        }
-        for piece in bytes.chunks(super::budget::FLOOR_LEN) {
-            if !self.out.make_room_for(piece.len()) {
-                self.send_all().await?;
-            }
-            if !self.out.make_room_for(piece.len()) || !self.out.put(piece) {
-                return Err(End::Socket(io::Error::from(io::ErrorKind::OutOfMemory)));
-            }
-        }
-        Ok(())
-    }
-
-    /// Sends the batch.
-    pub(super) async fn send_all(&mut self) -> Result<(), End> {
-        self.send_batch(false).await
-    }
-
-    /// Sends the batch; with `more` something else is sent right behind it.
-    pub(super) async fn send_batch(&mut self, more: bool) -> Result<(), End> {
-        while !self.out.is_empty() {
-            let out = &mut self.out;
-            let sent = if std::mem::replace(&mut self.has_sent, true) {
-                self.socket.try_io(Interest::WRITABLE, |socket| out.send(socket, more))
-            } else {
-                // The event loop has yet to be told that a new socket has room.
-                out.send(self.socket.get_ref(), more)
-            };
-            match sent {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.wait_writable().await?,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(End::Socket(error)),
-            }
-        }
-        self.send_encrypted().await
-    }
-
-    /// Waits until the socket takes more. A client may stand still for as long as it likes (a stopped
-    /// guest does), unless it does so with memory that others need.
-    pub(super) async fn wait_writable(&mut self) -> Result<(), End> {
-        // Who stands still with replies may as well do so in the middle of a request.
-        self.stall_end = None;
-        loop {
-            match tokio::time::timeout(self.shard.times.stall, self.socket.writable()).await {
-                Ok(ready) => return ready.map(drop).map_err(End::Socket),
-                Err(_) if self.shard.budget.is_scarce() => return Err(End::Stalled),
-                Err(_) => self.large_writes.rest(),
-            }
-        }
     }
 
     /// Receives once; 0 means that nothing is there now.

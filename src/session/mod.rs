@@ -6,12 +6,14 @@
 //! | [`shard`] | one thread: its sessions, and the answers on their way to them |
 //! | [`engine`], `park` | one session's life: receive, work, send, park |
 //! | `read`, `sendfile`, `write`, `status`, `calls` | how each command is served; `layout` frames reads |
+//! | `warm` | the short way of small reads and writes that wait for nobody |
 //! | `large_writes` | those that workers carry out while the session receives the next ones |
 //! | `ahead` | what a client that reads from front to back will want next |
 //! | `uncopied` | whether sending large reads uncopied is the faster way |
 //! | `ways` | which of two ways is the faster one, by trying |
 //! | `cold` | planning reads, and the tables that this takes |
 //! | `decompress` | compressed clusters, on all cores and ahead of the client |
+//! | `send` | putting replies into the batch, and sending it |
 //! | `refuse` | requests that are refused |
 //! | `farewell` | having the last replies reach a client that is hung up on |
 //! | `encrypted` | what TLS adds to sending and receiving |
@@ -47,6 +49,7 @@ mod read;
 mod refuse;
 mod registration;
 pub mod replies;
+mod send;
 mod sendfile;
 pub mod shard;
 pub mod shards;
@@ -54,6 +57,7 @@ mod status;
 mod submit;
 pub mod times;
 mod uncopied;
+mod warm;
 pub mod watch;
 mod ways;
 mod write;

@@ -14,14 +14,11 @@ use super::budget::FLOOR_LEN;
 use super::decompress::{is_decompressed, join_compressed};
 use super::end::End;
 use super::engine::Session;
-use super::layout::{
-    CHUNK_HEADER_LEN_MAX, Chunk, Framing, Run, Runs, chunks, framed_len, is_crumbs, no_room, put_header,
-    runs_of,
-};
+use super::layout::{Chunk, Framing, Run, Runs, chunks, framed_len, is_crumbs, no_room, put_header, runs_of};
 use super::pending::{Arrival, Part, PartBytes, Pending, Work};
 use super::replies::{OUT_LEN_MAX, OutBuf};
 use super::sendfile::Sending;
-use crate::nbd::reply::{self, ReplyTo};
+use crate::nbd::reply;
 use crate::nbd::request::{CommandFlags, Request};
 
 /// Bytes of a streamed read that are fetched and sent at a time: half of a batch.
@@ -59,6 +56,17 @@ impl Session {
             self.read_plan.reset();
             return self.reply_error(&request, &error).await;
         }
+        self.read_planned(request, range, framing, arrived).await
+    }
+
+    /// The same from the plan on.
+    pub(super) async fn read_planned(
+        &mut self,
+        request: Request,
+        range: GuestRange,
+        framing: Framing,
+        arrived: Option<Arrival>,
+    ) -> Result<(), End> {
         let mut runs = runs_of(&self.read_plan);
         let sending = self.sending(&runs, framing);
         let noted = match arrived {
@@ -141,7 +149,7 @@ impl Session {
         }
     }
 
-    fn framing(&self, request: &Request) -> Framing {
+    pub(super) fn framing(&self, request: &Request) -> Framing {
         match (self.rules.form.is_chunked(), request.flags.contains(CommandFlags::DF)) {
             (false, _) => Framing::Simple,
             (true, true) => Framing::OneChunk,
@@ -160,11 +168,11 @@ impl Session {
         last: bool,
         runs: &[Run],
     ) -> Attempt {
-        let driver = Arc::clone(self.cell.export.driver());
+        let driver = self.cell.export.driver();
         let plan = &self.read_plan;
         let waits =
             |piece: &Piece| matches!(piece.place, Place::Slow(SlowReason::ColdTable | SlowReason::Allocate));
-        if plan.pieces.iter().any(waits) || !is_decompressed(&driver, plan, range) {
+        if plan.pieces.iter().any(waits) || !is_decompressed(driver, plan, range) {
             return Attempt::WouldWait;
         }
         if self.cell.export.in_place().reads == InPlace::Never
@@ -183,7 +191,7 @@ impl Session {
             }
             let mut at = range.offset() + chunk.at;
             for (index, run) in runs.iter().enumerate().take(chunk.end_run).skip(chunk.first_run) {
-                match fill_run(&driver, plan, index, at, *run, &mut self.out) {
+                match fill_run(driver, plan, index, at, *run, &mut self.out) {
                     Attempt::Done => at += run.len as u64,
                     ended @ (Attempt::WouldWait | Attempt::Failed(_)) => return ended,
                 }
@@ -193,7 +201,7 @@ impl Session {
     }
 
     /// Submits what the plan says; the reply follows when all of it is there.
-    async fn submit_read(
+    pub(super) async fn submit_read(
         &mut self,
         request: Request,
         range: GuestRange,
@@ -301,36 +309,6 @@ impl Session {
                     PartBytes::Awaited => return Err(End::BrokenReply(never_came())),
                 }
             }
-        }
-        Ok(())
-    }
-
-    /// Puts what stands before a chunk into the batch, sending on the way if it does not fit.
-    pub(super) async fn put_chunk_header(
-        &mut self,
-        to: ReplyTo,
-        offset: u64,
-        framing: Framing,
-        last: bool,
-        chunk: &Chunk,
-    ) -> Result<(), End> {
-        if !self.out.make_room_for(CHUNK_HEADER_LEN_MAX) {
-            self.send_all().await?;
-            self.out.make_room_for(CHUNK_HEADER_LEN_MAX);
-        }
-        if put_header(&mut self.out, to, offset, framing, last, chunk) {
-            Ok(())
-        } else {
-            Err(End::BrokenReply(no_room()))
-        }
-    }
-
-    pub(super) async fn put_zeroes(&mut self, mut len: usize) -> Result<(), End> {
-        const ZEROES: [u8; 4096] = [0; 4096];
-        while len > 0 {
-            let piece = len.min(ZEROES.len());
-            self.put_all(&ZEROES[..piece]).await?;
-            len -= piece;
         }
         Ok(())
     }

@@ -64,12 +64,23 @@ impl Session {
             return self.zero(request, range, zero).await;
         }
         if durability == Durability::Later && self.writes_in_place() {
-            match self.write_in_place(range) {
+            match self.write_in_place(range, 0) {
                 Some(Ok(())) => return self.reply_success(&request).await,
                 Some(Err(error)) => return self.reply_error(&request, &error).await,
                 None => {}
             }
         }
+        self.hand_write_on(request, range, durability).await
+    }
+
+    /// Has a write whose payload is at the head of the input carried out by the storage, or a worker.
+    pub(super) async fn hand_write_on(
+        &mut self,
+        request: Request,
+        range: GuestRange,
+        durability: Durability,
+    ) -> Result<(), End> {
+        let len = request.len as usize;
         match self.admit(len).await? {
             Some(admission) => {
                 let buf = self.shard.pool.copy_of(self.payload(len));
@@ -103,9 +114,9 @@ impl Session {
         }
     }
 
-    /// Writes the payload at the head of the input here and now. `None`: it would wait, nothing was done.
-    fn write_in_place(&mut self, range: GuestRange) -> Option<Result<(), Error>> {
-        let driver = Arc::clone(self.cell.export.driver());
+    /// Writes the payload that lies `at` in the input here and now. `None`: it would wait, nothing was done.
+    pub(super) fn write_in_place(&mut self, range: GuestRange, at: usize) -> Option<Result<(), Error>> {
+        let driver = self.cell.export.driver();
         if let Err(error) = driver.prepare_write(range, MapMode::Try, &mut self.write_plan) {
             return Some(Err(error));
         }
@@ -114,15 +125,15 @@ impl Session {
             return driver.finish_write(&mut self.write_plan, false).err().map(Err);
         }
         let len = usize::try_from(range.len()).unwrap_or(usize::MAX);
-        let payload = self.input.bytes().get(..len).unwrap_or_default();
+        let payload = self.input.bytes().get(at..at + len).unwrap_or_default();
         let plan = &self.write_plan;
         let written = match self.cell.export.in_place().writes {
             InPlace::Ask => {
                 // It may wait for the file's lock behind a worker's write of this session.
                 let waits = self.input.payload_count() > 0;
-                self.shard.watch.observe(range.len(), waits, || write_pieces(&driver, plan, payload))
+                self.shard.watch.observe(range.len(), waits, || write_pieces(driver, plan, payload))
             }
-            InPlace::Always | InPlace::Never => write_pieces(&driver, plan, payload),
+            InPlace::Always | InPlace::Never => write_pieces(driver, plan, payload),
         };
         let finished = driver.finish_write(&mut self.write_plan, written.is_ok());
         Some(written.and(finished))
@@ -266,7 +277,7 @@ impl Session {
     /// Writes the head of the input to `range`.
     async fn write_head(&mut self, range: GuestRange) -> Result<(), Error> {
         if self.writes_in_place()
-            && let Some(result) = self.write_in_place(range)
+            && let Some(result) = self.write_in_place(range, 0)
         {
             return result;
         }

@@ -157,12 +157,12 @@ mod reply {
 
     /// Answers to a batch of 16 writes, appended to a buffer that has room.
     #[divan::bench(args = FORMS)]
-    fn push_success_16(bencher: Bencher, form: ReplyForm) {
+    fn success_16(bencher: Bencher, form: ReplyForm) {
         let mut out = Vec::with_capacity(1024);
         bencher.counter(ItemsCount::new(16_usize)).bench_local(|| {
             out.clear();
             for cookie in 0..16 {
-                reply::push_success(&mut out, ReplyTo { form: black_box(form), cookie, offset: 0 });
+                out.extend_from_slice(&reply::success(ReplyTo { form: black_box(form), cookie, offset: 0 }));
             }
             black_box(out.len())
         });

@@ -50,6 +50,8 @@ pub struct Disk {
     pub send_us: AtomicU64,
     pub read_us: AtomicU64,
     reads_in_place: bool,
+    /// Bytes that were read so.
+    pub read_in_place_len: AtomicU64,
     /// How many syncs have begun, and how they end: some fail with ENOSPC.
     pub syncs: AtomicU64,
     pub sync_fails: AtomicBool,
@@ -108,6 +110,14 @@ impl Disk {
         Arc::new(disk)
     }
 
+    /// The same, of which nothing is in memory for reads, or everything.
+    pub fn asked(content: &[u8], reads_in_place: bool) -> Arc<Self> {
+        let mut disk = Arc::into_inner(Self::watched_to_write(content)).unwrap();
+        disk.facts.reads = InPlace::Ask;
+        disk.reads_in_place = reads_in_place;
+        Arc::new(disk)
+    }
+
     fn waiting(content: &[u8]) -> Self {
         let inner = MemoryStorage::copy_of(content).unwrap();
         let facts = StorageFacts { reads: InPlace::Never, writes: InPlace::Never, ..inner.facts().clone() };
@@ -124,6 +134,7 @@ impl Disk {
             send_us: AtomicU64::new(0),
             read_us: AtomicU64::new(0),
             reads_in_place: false,
+            read_in_place_len: AtomicU64::new(0),
             syncs: AtomicU64::new(0),
             sync_fails: AtomicBool::new(false),
             sync_panics: AtomicBool::new(false),
@@ -235,6 +246,10 @@ impl Storage for Disk {
             return Ok(TryRead::WouldWait(0));
         }
         std::thread::sleep(Duration::from_micros(self.read_us.load(Ordering::Relaxed)));
+        if self.writes_wait && at.0 + buf.len() as u64 > self.fails_from.load(Ordering::Relaxed) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        self.read_in_place_len.fetch_add(buf.len() as u64, Ordering::Relaxed);
         self.inner.try_pread(buf, at)
     }
 

@@ -258,7 +258,7 @@ fn push_answer(rules: &SessionRules, request: &Request, payload: &[u8], to: Repl
         | Command::Trim
         | Command::Cache
         | Command::WriteZeroes
-        | Command::Unknown(_) => reply::push_success(out, to),
+        | Command::Unknown(_) => out.extend_from_slice(&reply::success(to)),
     }
 }
 
