@@ -9,14 +9,15 @@
 
 use std::time::Duration;
 
-/// The first sleep. Our choice: with what the kernel adds, some three requests of a fast client.
-const FIRST: Duration = Duration::from_micros(4);
+/// The first sleep. Our choice: with what the kernel adds, a few requests of a fast client.
+const FIRST: Duration = Duration::from_micros(2);
 
 /// Added while the client still has something to read after a sleep.
-const STEP: Duration = Duration::from_micros(1);
+const STEP: Duration = Duration::from_nanos(500);
 
-/// The longest sleep. Measured: more makes a client of depth 64 no faster.
-const LONGEST: Duration = Duration::from_micros(20);
+/// The longest sleep. Measured: with half as much and half of the first a client is no faster and the server spends more of a
+/// processor; with twice as much the client waits (a tenth slower at depth 16).
+const LONGEST: Duration = Duration::from_micros(10);
 
 /// Batches of which none is looked at after a client had nothing left to read: to ask costs a system
 /// call, and a client of depth 1 always gives the same answer.
@@ -74,9 +75,9 @@ mod tests {
     #[test]
     fn sleeps_grow_while_the_client_is_behind_and_halve_when_it_waits() {
         let mut linger = Linger::default();
-        let times: Vec<u128> = (0..40).map(|_| batch(&mut linger, true).unwrap().as_micros()).collect();
-        assert_eq!(times[..3], [4, 5, 6]);
-        assert_eq!(times[39], LONGEST.as_micros());
+        let times: Vec<u128> = (0..40).map(|_| batch(&mut linger, true).unwrap().as_nanos()).collect();
+        assert_eq!(times[..3], [2000, 2500, 3000]);
+        assert_eq!(times[39], LONGEST.as_nanos());
         assert_eq!(batch(&mut linger, false), Some(Duration::ZERO));
         assert_eq!(batch(&mut linger, true), Some(LONGEST / 2 + STEP));
     }
