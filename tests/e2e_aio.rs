@@ -106,6 +106,28 @@ fn cold_reads_are_right_by_every_engine() {
     }
 }
 
+#[test]
+fn each_thread_has_one_ring_however_many_clients_it_serves() {
+    let folder = support::scratch("aio-rings");
+    let (disk, content) = make(folder.path(), "qcow2");
+    let server = Serve::image(&disk)
+        .format("qcow2")
+        .args(&["--aio", "io_uring", "--cache", "none"])
+        .read_only()
+        .start();
+    let threads = std::thread::available_parallelism().unwrap().get();
+    let mut clients: Vec<_> =
+        (0..4 * threads).map(|_| Client::unix(server.socket(), "", Wishes::SIMPLE)).collect();
+    for (index, client) in clients.iter_mut().enumerate() {
+        assert_same("a read", &client.read(index as u64 * 4096, 4096), &content[index * 4096..][..4096]);
+    }
+    if support::is_nbd_img() {
+        assert_eq!(ring_count(&server), threads);
+    }
+    clients.into_iter().for_each(Client::disconnect);
+    server.stop();
+}
+
 /// A disk of random content with a hole, and what it holds.
 fn make(folder: &Path, format: &str) -> (PathBuf, Vec<u8>) {
     let raw = folder.join("raw");
@@ -200,8 +222,13 @@ fn some_range(limit: usize, rng: &mut Rng) -> (usize, usize) {
 
 /// Whether the server has an io_uring.
 fn has_ring(server: &Server) -> bool {
+    ring_count(server) > 0
+}
+
+fn ring_count(server: &Server) -> usize {
     let folder = format!("/proc/{}/fd", server.pid());
-    fs::read_dir(folder).unwrap().any(|entry| {
-        fs::read_link(entry.unwrap().path()).is_ok_and(|link| link.to_string_lossy().contains("io_uring"))
-    })
+    let is_ring = |entry: &fs::DirEntry| {
+        fs::read_link(entry.path()).is_ok_and(|link| link.to_string_lossy().contains("io_uring"))
+    };
+    fs::read_dir(folder).unwrap().filter(|entry| entry.as_ref().is_ok_and(is_ring)).count()
 }

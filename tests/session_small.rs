@@ -9,6 +9,7 @@ mod support;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use nbd_img::export::ExportSpec;
 use nbd_img::session::Times;
@@ -32,6 +33,8 @@ const ROUNDS: usize = 60;
 /// Around the longest that goes the short way, and shorter ones.
 const LENGTHS: [usize; 9] = [1, 511, 512, 4096, 4097, 16383, 16384, 16385, 20000];
 const EIO: u32 = 5;
+/// Longer than writes are handed on after a slow one, or after two.
+const PAST_WATCH: Duration = Duration::from_millis(250);
 
 /// A request under way, and what it reads.
 struct Asked {
@@ -144,5 +147,34 @@ fn what_a_file_has_lost_is_an_error_and_never_bytes_of_another_reply() {
         assert_eq!(client.read(0, 4096), [7; 4096]);
         client.disconnect();
     }
+    server.assert_clean();
+}
+
+/// The session's other requests are not to wait for a disk that makes writers wait.
+#[test]
+fn writes_are_handed_on_for_a_while_after_a_slow_one() {
+    let disk = Disk::asked(&vec![7; DISK_LEN], true);
+    let server = serve(Arc::clone(&disk));
+    let mut client = Client::unix(server.socket(), "", Wishes::SIMPLE);
+    let submitted = || disk.submitted.load(Ordering::Relaxed);
+    let mut write = |us| {
+        disk.write_here_us.store(us, Ordering::Relaxed);
+        client.write(8192, &[1; 4096]);
+        submitted()
+    };
+    // A thread that loses its processor may come too late for what is to be seen, and take a write for slow itself.
+    let in_place = (0..20).any(|_| {
+        std::thread::sleep(PAST_WATCH);
+        let before = submitted();
+        write(0) == before && write(0) == before
+    });
+    assert!(in_place, "quick writes are handed on");
+    let handed_on = (0..20).any(|_| {
+        std::thread::sleep(PAST_WATCH);
+        let before = write(3000);
+        write(0) > before
+    });
+    assert!(handed_on, "none is after a slow one");
+    client.disconnect();
     server.assert_clean();
 }

@@ -58,6 +58,8 @@ pub struct Disk {
     pub sync_panics: AtomicBool,
     /// Operations are answered before `submit` returns, so that those of a batch are answered together.
     pub answers_at_once: AtomicBool,
+    /// Operations that were submitted.
+    pub submitted: AtomicU64,
     /// If not 0: data and holes, as far as it says, take turns of this many bytes.
     pub runs_of: AtomicU64,
     /// Writes wait and fail as reads do.
@@ -139,6 +141,7 @@ impl Disk {
             sync_fails: AtomicBool::new(false),
             sync_panics: AtomicBool::new(false),
             answers_at_once: AtomicBool::new(false),
+            submitted: AtomicU64::new(0),
             runs_of: AtomicU64::new(0),
             writes_wait: false,
             write_given_us: AtomicU64::new(0),
@@ -320,6 +323,7 @@ impl Storage for Disk {
     }
 
     fn submit(self: Arc<Self>, operations: &mut Vec<Operation>, queue: &Arc<Queue>) {
+        self.submitted.fetch_add(operations.len() as u64, Ordering::Relaxed);
         for operation in operations.drain(..) {
             let (disk, queue) = (Arc::clone(&self), Arc::clone(queue));
             let workers = Arc::clone(queue.workers());
