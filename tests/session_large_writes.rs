@@ -364,13 +364,17 @@ fn nobody_has_a_worker_where_more_sessions_write_large_requests_than_have_two_pr
     let (_socket, mut client) = connect(&server);
     bring_worker_in(&mut client, &disk);
     let data = vec![0; 64 << 10];
-    for client in &mut clients {
-        for _ in 0..2 {
-            client.send(Request::new(command::WRITE, 0, data.len()), &data).unwrap();
-            assert_eq!(client.reply().unwrap().error, 0);
+    // On a busy machine the others may come to rest meanwhile.
+    let none_given = (0..20).any(|_| {
+        for client in &mut clients {
+            for _ in 0..2 {
+                client.send(Request::new(command::WRITE, 0, data.len()), &data).unwrap();
+                assert_eq!(client.reply().unwrap().error, 0);
+            }
         }
-    }
-    assert_eq!(pass(&mut client, &disk, 64 << 10), 0);
+        pass(&mut client, &disk, 64 << 10) == 0
+    });
+    assert!(none_given, "a worker beside others");
     // They count no more when they rest.
     passes_until("no worker again", &mut client, &disk, 64 << 10, |given| {
         std::thread::sleep(Duration::from_millis(50));

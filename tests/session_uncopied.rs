@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use support::assert_same;
 use support::client::{Client, Request, Wishes};
@@ -22,8 +23,8 @@ const DEPTH: usize = 8;
 const BUDGET_LEN: usize = 256 << 20;
 /// What makes a way slow: a multiple of what a read takes otherwise.
 const SLOW_US: u64 = 600;
-/// Some 4 GiB: more than a choice takes to be made, and made again.
-const PASSES: usize = 256;
+/// More than a choice takes to be made, and made again, on a busy machine, whose pauses have trials given up.
+const LONG: Duration = Duration::from_secs(120);
 
 /// A client of an export whose content is known.
 struct Reader {
@@ -77,9 +78,11 @@ impl Reader {
 
     /// Reads on until a pass leaves as `wanted` says.
     fn reads_until(&mut self, what: &str, wanted: impl Fn(u64) -> bool) {
-        let sent: Vec<u64> =
-            (0..PASSES).map_while(|_| Some(self.pass()).filter(|sent| !wanted(*sent))).collect();
-        assert!(sent.len() < PASSES, "{what} after {PASSES} passes: {sent:?}");
+        let (begin, mut sent) = (Instant::now(), Vec::new());
+        while !sent.last().is_some_and(|sent| wanted(*sent)) {
+            assert!(begin.elapsed() < LONG, "{what} after {LONG:?}: {sent:?}");
+            sent.push(self.pass());
+        }
     }
 
     /// Uncopied, however slow that is.
@@ -162,10 +165,13 @@ fn where_copies_are_slow_few_are_made_and_their_memory_is_given_back() {
     let mut reader = Reader::new(Wishes::STRUCTURED);
     takes(&reader.disk.read_us, SLOW_US * 4);
     let passes = 24;
-    let sent: u64 = (0..passes).map(|_| reader.pass()).sum();
     let all = DISK_LEN as u64 * passes;
-    // The first trial is among them; windows that are begun anew make it longer.
-    assert!((all / 4 * 3..all).contains(&sent), "{sent} of {all}");
+    // The first trial is among them, or a later one if pauses had that given up; windows that are begun anew make it longer.
+    let few = (0..12).any(|_| {
+        let sent: u64 = (0..passes).map(|_| reader.pass()).sum();
+        (all / 4 * 3..all).contains(&sent)
+    });
+    assert!(few, "none is made, or many");
     reader.reads_until("copied", |sent| sent == DISK_LEN as u64);
     let leased = BUDGET_LEN - reader.server.budget.left_len();
     assert!(leased < 1 << 20, "{leased} bytes are held");

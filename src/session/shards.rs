@@ -25,7 +25,7 @@ use crate::export::{Export, Resized, Served};
 use crate::nbd::negotiate::Agreed;
 use crate::transport::Stream;
 
-/// How exactly a session's short sleeps end, in nanoseconds. Our choice: fine beside the shortest.
+/// How exactly a session's short sleeps end, in nanoseconds. Our choice: half of the shortest.
 const TIMER_SLACK_NS: u64 = 1000;
 
 /// A negotiated connection on its way to the shard that will serve it.

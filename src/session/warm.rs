@@ -2,7 +2,7 @@
 //! header to its reply in one go.
 //!
 //! What such a request costs outside of the kernel is code that has to be fetched again behind each system call: every
-//! request that took the way of all others spent a fifth of its time there. So this way is short, and what turns out to have
+//! request that took the way of all others spent a sixth of its time there. So this way is short, and what turns out to have
 //! to wait, or to be out of the ordinary, goes on in [`read`](super::read) and [`write`](super::write), which do the same for
 //! the client. Nothing may be decided differently here.
 
@@ -18,8 +18,8 @@ use crate::export::DetectZeroes;
 use crate::nbd::reply;
 use crate::nbd::request::{Command, CommandFlags, Request};
 
-/// Longest request that goes this way. Larger ones may be sent uncopied, told as holes, or given to a worker (from 32 KiB
-/// on), and for them what is saved here does not matter.
+/// Longest request that goes this way. Larger ones may be sent uncopied, asked for the file system's holes, or given to a
+/// worker (from 32 KiB on), and for them what is saved here does not matter.
 const WARM_LEN_MAX: u64 = 16 << 10;
 
 /// What has come of a request here.
@@ -34,7 +34,7 @@ pub(super) enum Warm {
 
 /// What is left to do of a request that turned out not to be warm.
 pub(super) enum Rest {
-    /// A read whose plan is not of one piece of data.
+    /// A read whose plan is not of one piece of data, or for whose reply the batch has no room.
     ReadPlanned(GuestRange, Framing),
     /// A read, planned and noted, whose bytes are not in memory.
     ReadWaits(GuestRange, Framing),

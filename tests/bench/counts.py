@@ -7,8 +7,8 @@ count.
 
   tests/bench/counts.py [--nbd-img PATH]      builds the release unless PATH is given
 
-Fails only when a warm request takes more system calls or instructions than its bounds, which no machine's speed can bring
-about.
+Fails only when a warm request takes more system calls or instructions than its bounds, which a slow or busy machine does
+not bring about: what is above is counted again.
 """
 import argparse
 import os
@@ -30,15 +30,15 @@ BLOCK = 4096
 # name: image, command, batch, most system calls and instructions per request. A warm batch is one receive, one read or
 # write per request, one send, and what it takes to sleep and to be woken: as one that has a send for each request is
 # not. A lone request pays all of that by itself. Images are in memory, but for the one on a disk, whose pages are.
-# Instructions are bounded by a quarter more than they are: without the short way (session/warm) they are twice as many for
-# reads, and half as many again for writes.
+# Instructions are bounded by a sixth to a half more than they are: without the short way (session/warm) they are twice as
+# many for reads of raw, and a quarter more for writes of qcow2.
 LOADS = {
-    "raw read, depth 16": ("raw", READ, 16, 2.0, 1450),
+    "raw read, depth 16": ("raw", READ, 16, 2.0, 1700),
     "raw read, depth 1": ("raw", READ, 1, 8.0, None),
     "raw write, depth 16": ("raw", WRITE, 16, 2.0, 1550),
-    "qcow2 read, depth 16": ("qcow2", READ, 16, 2.0, 2200),
-    "qcow2 write, depth 16": ("qcow2", WRITE, 16, 2.0, 2200),
-    "on a disk, read, depth 16": ("disk", READ, 16, 2.0, None),
+    "qcow2 read, depth 16": ("qcow2", READ, 16, 2.0, 2300),
+    "qcow2 write, depth 16": ("qcow2", WRITE, 16, 2.0, 2100),
+    "on a disk, read, depth 16": ("disk", READ, 16, 2.0, 1700),
     "on a disk, write, depth 16": ("disk", WRITE, 16, None, None),
     "flush, depth 16": ("raw", FLUSH, 16, None, None),
 }
@@ -51,6 +51,8 @@ STRACE_REQUESTS = (11_000, 1_000)
 CALLGRIND_REQUESTS = (9_600, 4_800)
 # Threads that meet or miss each other add some now and then, never take away: the least of so many runs.
 CALLGRIND_RUNS = 2
+# What seems to be too much is counted so many times again: a busy machine cuts batches in two.
+INSTRUCTIONS_AGAIN = 3
 # Before each batch the client lets the server fall asleep, so that every batch pays for being woken: left to chance, that
 # alone moved a figure by 15 %.
 CALLGRIND_PAUSE_SECONDS = 0.003
@@ -143,6 +145,9 @@ def main():
             names = ", ".join(f"{name} {count:.2f}" for name, count in
                               sorted(calls.items(), key=lambda item: -item[1]) if count >= 0.005)
             executed = None if load in UNSTEADY else instructions(own, folder, sock, load)
+            for _ in range(INSTRUCTIONS_AGAIN):
+                if instructions_max and executed > instructions_max:
+                    executed = min(executed, instructions(own, folder, sock, load))
             shown = "-" if executed is None else f"{executed:.0f}"
             print(f"{load:28}{total:14.2f}{shown:>14}   {names}", flush=True)
             for what, count, most in (("system calls", total, calls_max), ("instructions", executed, instructions_max)):

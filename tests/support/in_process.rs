@@ -31,7 +31,7 @@ pub const SYNC: u64 = u64::MAX - 1;
 pub struct Disk {
     inner: Arc<MemoryStorage>,
     facts: StorageFacts,
-    /// Reads that reach to or beyond this offset fail with EIO.
+    /// Reads that reach beyond this offset fail with EIO; those in place do if `writes_wait`.
     pub fails_from: AtomicU64,
     /// How long a read of the byte at `slow_at` takes, in milliseconds.
     pub first_read_ms: AtomicU64,
@@ -168,6 +168,11 @@ impl Disk {
         let mut bytes = vec![0; self.inner.len().unwrap() as usize];
         assert_eq!(self.inner.pread(&mut bytes, HostOffset(0)).unwrap(), bytes.len());
         bytes
+    }
+
+    /// Whether reads in place find anything.
+    pub fn reads_in_place(&self) -> bool {
+        self.reads_in_place
     }
 
     /// From now on reads of the byte at `at` wait until it is let go.
