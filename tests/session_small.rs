@@ -191,3 +191,23 @@ fn writes_are_handed_on_for_a_while_after_a_slow_one() {
     client.disconnect();
     server.assert_clean();
 }
+
+#[test]
+fn what_comes_next_of_small_reads_in_order_is_asked_for_once_they_wait() {
+    for (in_place, asks) in [(true, false), (false, true)] {
+        let disk = Disk::asked(&vec![7; DISK_LEN], in_place);
+        let server = serve(Arc::clone(&disk), 64 << 20);
+        let mut client = Client::unix(server.socket(), "", Wishes::SIMPLE);
+        // More than makes it a stream.
+        for at in (0..1 << 20).step_by(4096) {
+            client.read(at, 4096);
+        }
+        client.disconnect();
+        server.assert_clean();
+        if asks {
+            support::wait_until("what comes next is asked for", || !disk.asked.lock().unwrap().is_empty());
+        } else {
+            assert_eq!(disk.asked.lock().unwrap().len(), 0);
+        }
+    }
+}
