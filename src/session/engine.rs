@@ -246,15 +246,19 @@ impl Session {
                 if self.ending.is_some() { Err(shutdown(&request)) } else { check(&request, &self.rules) };
             match verdict {
                 Err(reject) => self.refuse(request, reject)?,
-                Ok(()) => match self.serve_warm(&request) {
-                    Warm::Served => {}
-                    Warm::Other => {
-                        if !self.start(request).await? {
-                            return Ok(Needs::Input);
+                Ok(()) => {
+                    self.batch = self.batch.saturating_add(1);
+                    self.unsent = self.unsent.saturating_add(1);
+                    match self.serve_warm(&request) {
+                        Warm::Served => {}
+                        Warm::Other => {
+                            if !self.start(request).await? {
+                                return Ok(Needs::Input);
+                            }
                         }
+                        Warm::Begun(rest) => self.serve_rest(request, rest).await?,
                     }
-                    Warm::Begun(rest) => self.serve_rest(request, rest).await?,
-                },
+                }
             }
             if self.ends_turn(request.len) {
                 tokio::task::yield_now().await;
@@ -276,8 +280,6 @@ impl Session {
 
     /// Starts a request that was found in order; returns whether it could (one may need its payload).
     async fn start(&mut self, request: Request) -> Result<bool, End> {
-        self.batch = self.batch.saturating_add(1);
-        self.unsent = self.unsent.saturating_add(1);
         if request.command == Command::Write {
             return self.start_write(request).await;
         }

@@ -63,8 +63,6 @@ impl Session {
             | Command::Unknown(_) => Warm::Other,
         };
         if let Warm::Served = warm {
-            self.batch = self.batch.saturating_add(1);
-            self.unsent = self.unsent.saturating_add(1);
             self.input.consume(self.rules.form.request_header_len() + request.payload_len as usize);
         }
         warm
@@ -156,8 +154,6 @@ impl Session {
 
     /// Does what is left to do of a request that was begun here.
     pub(super) async fn serve_rest(&mut self, request: Request, rest: Rest) -> Result<(), End> {
-        self.batch = self.batch.saturating_add(1);
-        self.unsent = self.unsent.saturating_add(1);
         self.input.consume(self.rules.form.request_header_len());
         match rest {
             Rest::ReadPlanned(range, framing) => self.read_planned(request, range, framing, None).await?,
